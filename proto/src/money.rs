@@ -1,0 +1,277 @@
+//! Money and tokens: integers, checked operations only. Overflow is an error, never a wrap.
+
+use serde::{Deserialize, Deserializer, Serialize};
+use std::fmt;
+
+/// An amount left the range of `u64`, or would have become negative.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("amount out of range")]
+pub struct OutOfRange;
+
+macro_rules! unit {
+    ($(#[$doc:meta])* $name:ident) => {
+        $(#[$doc])*
+        #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
+        #[serde(transparent)]
+        pub struct $name(pub u64);
+
+        impl $name {
+            pub const ZERO: Self = Self(0);
+            pub const MAX: Self = Self(u64::MAX);
+
+            /// # Errors
+            /// When the sum leaves `u64`.
+            pub fn add(self, other: Self) -> Result<Self, OutOfRange> {
+                self.0.checked_add(other.0).map(Self).ok_or(OutOfRange)
+            }
+
+            /// # Errors
+            /// When `other` is larger.
+            pub fn sub(self, other: Self) -> Result<Self, OutOfRange> {
+                self.0.checked_sub(other.0).map(Self).ok_or(OutOfRange)
+            }
+
+            /// What `other` leaves of this amount; zero where it is larger.
+            #[must_use]
+            pub fn less(self, other: Self) -> Self {
+                Self(self.0.saturating_sub(other.0))
+            }
+
+            /// # Errors
+            /// When the product leaves `u64`.
+            pub fn times(self, n: u64) -> Result<Self, OutOfRange> {
+                self.0.checked_mul(n).map(Self).ok_or(OutOfRange)
+            }
+
+            /// `ceil(self * ppm / 1_000_000)`.
+            ///
+            /// # Errors
+            /// When the result leaves `u64`.
+            pub fn scale_ppm_up(self, ppm: u64) -> Result<Self, OutOfRange> {
+                let product = u128::from(self.0) * u128::from(ppm);
+                u64::try_from(product.div_ceil(1_000_000)).map(Self).map_err(|_| OutOfRange)
+            }
+        }
+
+        impl fmt::Display for $name {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                self.0.fmt(f)
+            }
+        }
+
+        /// A number, or (JSON view) the same number as a string.
+        impl<'de> Deserialize<'de> for $name {
+            fn deserialize<D: Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
+                d.deserialize_any(IntOrText).map(Self)
+            }
+        }
+    };
+}
+
+unit!(
+    /// Micro-USD: 1 USD = 1,000,000.
+    UsdMicros
+);
+unit!(
+    /// Tokens of a model, prompt and completion alike.
+    Tokens
+);
+
+struct IntOrText;
+
+impl serde::de::Visitor<'_> for IntOrText {
+    type Value = u64;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a whole number from 0 to 2^64-1")
+    }
+    fn visit_u64<E: serde::de::Error>(self, v: u64) -> Result<u64, E> {
+        Ok(v)
+    }
+    fn visit_i64<E: serde::de::Error>(self, v: i64) -> Result<u64, E> {
+        u64::try_from(v).map_err(|_| E::invalid_value(serde::de::Unexpected::Signed(v), &self))
+    }
+    fn visit_str<E: serde::de::Error>(self, v: &str) -> Result<u64, E> {
+        v.parse().map_err(|_| E::invalid_value(serde::de::Unexpected::Str(v), &self))
+    }
+}
+
+/// The two dimensions that every account, hold and grant has. Both must pass.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Amount {
+    pub tokens: Tokens,
+    pub usd_micros: UsdMicros,
+}
+
+impl Amount {
+    pub const ZERO: Self = Self { tokens: Tokens::ZERO, usd_micros: UsdMicros::ZERO };
+
+    #[must_use]
+    pub const fn new(tokens: u64, usd_micros: u64) -> Self {
+        Self { tokens: Tokens(tokens), usd_micros: UsdMicros(usd_micros) }
+    }
+
+    /// # Errors
+    /// When a component leaves `u64`.
+    pub fn add(self, o: Self) -> Result<Self, OutOfRange> {
+        Ok(Self { tokens: self.tokens.add(o.tokens)?, usd_micros: self.usd_micros.add(o.usd_micros)? })
+    }
+
+    /// # Errors
+    /// When a component of `o` is larger.
+    pub fn sub(self, o: Self) -> Result<Self, OutOfRange> {
+        Ok(Self { tokens: self.tokens.sub(o.tokens)?, usd_micros: self.usd_micros.sub(o.usd_micros)? })
+    }
+
+    /// Component-wise: what `o` leaves; zero where it is larger.
+    #[must_use]
+    pub fn less(self, o: Self) -> Self {
+        Self { tokens: self.tokens.less(o.tokens), usd_micros: self.usd_micros.less(o.usd_micros) }
+    }
+
+    /// Component-wise minimum.
+    #[must_use]
+    pub fn min(self, o: Self) -> Self {
+        Self { tokens: self.tokens.min(o.tokens), usd_micros: self.usd_micros.min(o.usd_micros) }
+    }
+
+    /// Component-wise maximum.
+    #[must_use]
+    pub fn max(self, o: Self) -> Self {
+        Self { tokens: self.tokens.max(o.tokens), usd_micros: self.usd_micros.max(o.usd_micros) }
+    }
+
+    /// True when both components fit into `o`.
+    #[must_use]
+    pub fn fits(self, o: Self) -> bool {
+        self.tokens <= o.tokens && self.usd_micros <= o.usd_micros
+    }
+
+    #[must_use]
+    pub fn is_zero(self) -> bool {
+        self == Self::ZERO
+    }
+}
+
+/// A limit per dimension; an absent one doesn't bind.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Limit {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tokens: Option<Tokens>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub usd_micros: Option<UsdMicros>,
+}
+
+impl Limit {
+    pub const NONE: Self = Self { tokens: None, usd_micros: None };
+
+    /// The amount that this limit allows; `u64::MAX` in a dimension without one.
+    #[must_use]
+    pub fn amount(self) -> Amount {
+        Amount { tokens: self.tokens.unwrap_or(Tokens::MAX), usd_micros: self.usd_micros.unwrap_or(UsdMicros::MAX) }
+    }
+
+    /// Component-wise minimum, where absent means no limit.
+    #[must_use]
+    pub fn min(self, o: Self) -> Self {
+        fn tighter<T: Ord>(a: Option<T>, b: Option<T>) -> Option<T> {
+            match (a, b) {
+                (Some(a), Some(b)) => Some(a.min(b)),
+                (a, b) => a.or(b),
+            }
+        }
+        Self { tokens: tighter(self.tokens, o.tokens), usd_micros: tighter(self.usd_micros, o.usd_micros) }
+    }
+}
+
+/// The running total of a call. Totals never fall; a report that does is a fault of the adapter.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Cost {
+    pub in_tokens: Tokens,
+    pub out_tokens: Tokens,
+    pub usd_micros: UsdMicros,
+}
+
+impl Cost {
+    /// # Errors
+    /// When the sum of the tokens leaves `u64`.
+    pub fn amount(self) -> Result<Amount, OutOfRange> {
+        Ok(Amount { tokens: self.in_tokens.add(self.out_tokens)?, usd_micros: self.usd_micros })
+    }
+
+    /// Component-wise maximum: a running total that fell is held at its highest.
+    #[must_use]
+    pub fn max(self, o: Self) -> Self {
+        Self {
+            in_tokens: self.in_tokens.max(o.in_tokens),
+            out_tokens: self.out_tokens.max(o.out_tokens),
+            usd_micros: self.usd_micros.max(o.usd_micros),
+        }
+    }
+}
+
+/// A decimal amount of USD as people write it (`0.50`) in micro-USD, rounded up.
+///
+/// # Errors
+/// Names what is wrong: not a decimal, negative, or out of range.
+pub fn parse_usd(text: &str) -> Result<UsdMicros, String> {
+    let text = text.trim();
+    if text.starts_with('-') {
+        return Err(format!("`{text}` is negative; an amount is 0 or more"));
+    }
+    let (whole, frac) = text.split_once('.').unwrap_or((text, ""));
+    let digits = |s: &str| s.bytes().all(|b| b.is_ascii_digit());
+    if whole.is_empty() && frac.is_empty() || !digits(whole) || !digits(frac) {
+        return Err(format!("`{text}` is not a decimal amount of USD like 0.50"));
+    }
+    let range = |_| format!("`{text}` is larger than an amount can be");
+    let whole: u64 = if whole.is_empty() { 0 } else { whole.parse().map_err(range)? };
+    let mut micros: u64 = 0;
+    for i in 0..6 {
+        let digit = frac.as_bytes().get(i).map_or(0, |b| u64::from(b - b'0'));
+        micros = micros * 10 + digit;
+    }
+    let up = u64::from(frac.bytes().skip(6).any(|b| b != b'0'));
+    let total = whole.checked_mul(1_000_000).and_then(|w| w.checked_add(micros + up));
+    total.map(UsdMicros).ok_or_else(|| format!("`{text}` is larger than an amount can be"))
+}
+
+/// `12345` micro-USD as `0.012345`; at least two decimals, trailing zeros cut.
+#[must_use]
+pub fn show_usd(v: UsdMicros) -> String {
+    let text = format!("{}.{:06}", v.0 / 1_000_000, v.0 % 1_000_000);
+    let cut = text.trim_end_matches('0');
+    let decimals = cut.len() - cut.find('.').map_or(0, |p| p + 1);
+    format!("{cut}{}", "0".repeat(2usize.saturating_sub(decimals)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn usd_is_parsed_rounded_up_and_shown() {
+        assert_eq!(parse_usd("0.50"), Ok(UsdMicros(500_000)));
+        assert_eq!(parse_usd("0.0000001"), Ok(UsdMicros(1)));
+        assert_eq!(parse_usd("3"), Ok(UsdMicros(3_000_000)));
+        assert_eq!(parse_usd(".5"), Ok(UsdMicros(500_000)));
+        assert_eq!(parse_usd("18446744073709.551615"), Ok(UsdMicros(u64::MAX)));
+        for bad in ["", ".", "-1", "1e3", "NaN", "inf", "1.2.3", "18446744073709.551616"] {
+            assert!(parse_usd(bad).is_err(), "{bad}");
+        }
+        assert_eq!(show_usd(UsdMicros(500_000)), "0.50");
+        assert_eq!(show_usd(UsdMicros(12_345)), "0.012345");
+        assert_eq!(show_usd(UsdMicros(0)), "0.00");
+    }
+
+    #[test]
+    fn amounts_never_wrap() {
+        assert_eq!(Tokens::MAX.add(Tokens(1)), Err(OutOfRange));
+        assert_eq!(Tokens(1).sub(Tokens(2)), Err(OutOfRange));
+        assert_eq!(UsdMicros(3).scale_ppm_up(500_000), Ok(UsdMicros(2)));
+        assert_eq!(UsdMicros::MAX.scale_ppm_up(1_000_001), Err(OutOfRange));
+    }
+}

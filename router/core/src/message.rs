@@ -1,0 +1,285 @@
+//! What goes into a `Shard` and what comes out of it, and the messages between `Shard` and `Agent`.
+//! Inputs are facts; effects are requests to the shell. Nothing here does I/O.
+
+use crate::clock::Now;
+use crate::view::{AccountView, AgentView, StreamView, VerifyView};
+use atp_proto::codec::Received;
+use atp_proto::content::{AgentStatus, Bill, Capabilities, Final};
+use atp_proto::{AgentName, CallId, ConnId, Frame, StreamId, TenantId, WireError};
+use bytes::Bytes;
+use std::sync::Arc;
+
+/// The number of an entry in its log, from 1. Epochs are positions.
+pub type Position = u64;
+
+/// One fact for a shard. What one input decides is one entry of the log.
+#[derive(Clone, Debug)]
+pub enum Input {
+    /// A frame of a client's stream (never of stream ""), from a connection of `tenant`.
+    Client { conn: ConnId, tenant: TenantId, received: Received },
+    /// The connection is gone. It cancels nothing.
+    ConnGone { conn: ConnId },
+    /// An answer or a notice of an `Agent`.
+    Agent(FromAgent),
+    /// Every entry up to `position` is durable.
+    Durable { position: Position },
+    /// How much room the log has left.
+    LogRoom(LogRoom),
+    /// The shell has sent what `Effect::Replay` asked for.
+    Replayed { conn: ConnId, tenant: TenantId, stream: StreamId, upto: u64 },
+    /// A question; exactly one `Effect::Answer` with the same id follows, after all it shows is durable.
+    Query { id: u64, query: Query },
+    /// Write the fold into the log now (a new segment has begun).
+    Checkpoint,
+    /// New work is refused with EDRAINING; running streams end.
+    Drain,
+}
+
+/// Free space of the log, as the low marks see it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub enum LogRoom {
+    #[default]
+    Enough,
+    /// Accept, Reserve and Extend are refused with ELOG; what runs may end.
+    Low,
+    /// Running calls are told to stop.
+    Last,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Query {
+    /// All streams of a tenant, open ones and those of the last 24 h.
+    Streams {
+        tenant: TenantId,
+    },
+    Stream {
+        tenant: TenantId,
+        stream: StreamId,
+    },
+    Bill {
+        tenant: TenantId,
+        stream: StreamId,
+    },
+    Accounts,
+    Agents,
+    /// Position, hash and figures of the live state.
+    Verify,
+}
+
+#[derive(Clone, Debug)]
+pub enum Answer {
+    Streams(Vec<StreamView>),
+    /// `None`: no such stream of this tenant.
+    Stream(Option<StreamAnswer>),
+    Bill(Option<Bill>),
+    Accounts {
+        position: Position,
+        accounts: Vec<AccountView>,
+    },
+    Agents(Vec<AgentView>),
+    Verify(Box<VerifyView>),
+}
+
+/// A stream as it stands: its row, its bill, and where its Close stands in the log.
+#[derive(Clone, Debug)]
+pub struct StreamAnswer {
+    pub view: StreamView,
+    pub bill: Bill,
+    /// What was sent as `agent.result.final`: present while it is in memory; else the shell reads it at `from`.
+    pub result: Option<Final>,
+    /// The entries of the stream begin behind this position.
+    pub from: Position,
+}
+
+/// A request to the shell. Effects come in order; those that reveal state come only when it is durable.
+#[derive(Clone, Debug)]
+pub enum Effect {
+    /// Append this entry; its position is the last one's plus one. `checkpoint` marks the first piece of a fold.
+    Append {
+        position: Position,
+        entry: Bytes,
+        checkpoint: bool,
+    },
+    /// Send to a client's connection.
+    Send {
+        conn: ConnId,
+        frame: Frame,
+    },
+    /// Read the log behind `from` and send the client frames `after < msg_seq <= upto` of this stream (see
+    /// `replay::StreamReplay`), then say `Input::Replayed`.
+    Replay {
+        conn: ConnId,
+        tenant: TenantId,
+        stream: StreamId,
+        from: Position,
+        after: u64,
+        upto: u64,
+    },
+    ToAgent {
+        agent: AgentName,
+        message: ToAgent,
+    },
+    Close {
+        conn: ConnId,
+        error: WireError,
+    },
+    Answer {
+        id: u64,
+        answer: Answer,
+    },
+    Metric(Metric),
+}
+
+/// Facts for `/metrics`; the shell gives them their Prometheus names.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Metric {
+    Admission {
+        outcome: &'static str,
+        code: &'static str,
+    },
+    Settled {
+        account: TenantId,
+        agent: AgentName,
+        model: Arc<str>,
+        usd_micros: u64,
+        in_tokens: u64,
+        out_tokens: u64,
+        estimated_usd_micros: u64,
+        duration_ms: u64,
+    },
+    FirstToken {
+        agent: AgentName,
+        model: Arc<str>,
+        ms: u64,
+    },
+    Redelivered,
+    Dropped {
+        reason: &'static str,
+    },
+    StreamsOpen {
+        qos: atp_proto::Qos,
+        n: u64,
+    },
+    CallsInFlight {
+        agent: AgentName,
+        n: u64,
+    },
+    Account {
+        account: TenantId,
+        held_usd_micros: u64,
+        remaining_usd_micros: Option<u64>,
+    },
+}
+
+/// Shard to agent. (call, epoch) makes repeats harmless; a lower epoch than the highest seen of that shard is refused.
+#[derive(Clone, Debug)]
+pub enum ToAgent {
+    /// A new owner of the shard: slots of lower epochs fall. Answered by `Up` if the agent is connected.
+    Owner { shard: u32, epoch: u64 },
+    /// Lend a slot for this call. Repeated until `Lent`, or withdrawn by `Back`.
+    Want { shard: u32, epoch: u64, call: CallId },
+    /// The slot, lent or wanted, isn't needed.
+    Back { shard: u32, epoch: u64, call: CallId },
+    /// Send `agent.dispatch`. Repeated until `Sent` or `Unsent`. With `go_on` in its content it needs no slot.
+    Dispatch { shard: u32, epoch: u64, call: CallId, go_on: bool, frame: Frame },
+    /// Send a frame of a call that was dispatched: `control.budget_update`, `agent.cancel`, `control.ack`.
+    Pass { shard: u32, epoch: u64, call: CallId, frame: Frame },
+    /// The call is settled or void: its slot is free.
+    Ended { shard: u32, epoch: u64, call: CallId },
+}
+
+/// Agent to shard.
+#[derive(Clone, Debug)]
+pub enum FromAgent {
+    /// Connected (or asked by a new owner): what it can, and which calls it still has (`capabilities.calls`).
+    Up {
+        agent: AgentName,
+        capabilities: Arc<Capabilities>,
+        status: AgentStatus,
+    },
+    /// The connection is gone; the agent goes on and may come back with the same incarnation.
+    Down {
+        agent: AgentName,
+        incarnation: Arc<str>,
+    },
+    Status {
+        agent: AgentName,
+        status: AgentStatus,
+    },
+    /// A slot, for 2 s.
+    Lent {
+        agent: AgentName,
+        incarnation: Arc<str>,
+        call: CallId,
+        epoch: u64,
+    },
+    /// The dispatch is on the wire.
+    Sent {
+        agent: AgentName,
+        call: CallId,
+        epoch: u64,
+    },
+    /// The dispatch never left and never will: proof for a Void.
+    Unsent {
+        agent: AgentName,
+        call: CallId,
+        epoch: u64,
+    },
+    /// A frame on a call's stream.
+    Frame {
+        agent: AgentName,
+        received: Received,
+    },
+}
+
+/// Input of an `Agent`: from its connection, or from a shard.
+#[derive(Clone, Debug)]
+pub enum AgentInput {
+    /// The agent said hello and capabilities on `conn`.
+    Connected {
+        conn: ConnId,
+        capabilities: Box<Capabilities>,
+    },
+    /// `control.status`.
+    Status {
+        conn: ConnId,
+        status: AgentStatus,
+    },
+    /// Any frame or heartbeat answer from the loop that takes dispatches.
+    Alive {
+        conn: ConnId,
+    },
+    Disconnected {
+        conn: ConnId,
+    },
+    Shard(ToAgent),
+}
+
+/// Effect of an `Agent`.
+#[derive(Clone, Debug)]
+pub enum AgentEffect {
+    Send {
+        conn: ConnId,
+        frame: Frame,
+    },
+    Close {
+        conn: ConnId,
+        error: WireError,
+    },
+    /// To the shard named, or (`None`) to every shard.
+    ToShard {
+        shard: Option<u32>,
+        message: FromAgent,
+    },
+}
+
+/// What every state machine of this crate offers: one change, then drain.
+pub trait Machine {
+    type Input;
+    type Effect;
+    fn handle(&mut self, now: Now, input: Self::Input);
+    fn poll_effect(&mut self) -> Option<Self::Effect>;
+    /// When to call `handle_timeout`, in monotonic milliseconds.
+    fn poll_timeout(&self) -> Option<u64>;
+    fn handle_timeout(&mut self, now: Now);
+}

@@ -1,0 +1,3 @@
+//! The price book.
+#[derive(Debug, Default)]
+pub struct PriceBook {}

@@ -1,0 +1,613 @@
+//! What a log holds: entries of records. One input's decision is one entry; it survives whole or not at all.
+//! Protobuf by derive, so that later versions can add fields; an unknown record kind stops the shard.
+
+use atp_proto::{Amount, CallId, Cost, Limit, StreamId, TenantId, Tokens, UsdMicros};
+use bytes::Bytes;
+use prost::Message;
+use serde_json::{Value, json};
+
+/// What one input decided.
+#[derive(Clone, PartialEq, Message)]
+pub struct Entry {
+    /// Logged time, Unix milliseconds.
+    #[prost(uint64, tag = "1")]
+    pub at_ms: u64,
+    #[prost(message, repeated, tag = "2")]
+    pub records: Vec<AnyRecord>,
+}
+
+/// One record; `None` was written by a newer version.
+#[derive(Clone, PartialEq, Message)]
+pub struct AnyRecord {
+    #[prost(oneof = "Record", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14")]
+    pub record: Option<Record>,
+}
+
+#[derive(Clone, PartialEq, prost::Oneof)]
+pub enum Record {
+    #[prost(message, tag = "1")]
+    Genesis(Genesis),
+    #[prost(message, tag = "2")]
+    Epoch(Epoch),
+    #[prost(message, tag = "3")]
+    Window(Window),
+    #[prost(message, tag = "4")]
+    Accept(Accept),
+    #[prost(message, tag = "5")]
+    Deny(Deny),
+    #[prost(message, tag = "6")]
+    Reserve(Reserve),
+    #[prost(message, tag = "7")]
+    Intent(Intent),
+    #[prost(message, tag = "8")]
+    Extend(Extend),
+    #[prost(message, tag = "9")]
+    Settle(Settle),
+    #[prost(message, tag = "10")]
+    Void(Void),
+    #[prost(message, tag = "11")]
+    Adjust(Adjust),
+    #[prost(message, tag = "12")]
+    Close(Close),
+    #[prost(message, tag = "13")]
+    Frame(FrameRecord),
+    #[prost(message, tag = "14")]
+    Checkpoint(Checkpoint),
+}
+
+/// First record of a shard.
+#[derive(Clone, PartialEq, Message)]
+pub struct Genesis {
+    #[prost(bytes = "bytes", tag = "1")]
+    pub log_id: Bytes,
+    /// Version of the record format.
+    #[prost(uint32, tag = "2")]
+    pub format: u32,
+    #[prost(uint32, tag = "3")]
+    pub shards: u32,
+    #[prost(uint64, tag = "4")]
+    pub hash_seed: u64,
+}
+
+/// A new owner; its position is the epoch.
+#[derive(Clone, PartialEq, Message)]
+pub struct Epoch {
+    #[prost(bytes = "bytes", tag = "1")]
+    pub log_id: Bytes,
+    #[prost(uint32, tag = "2")]
+    pub shard: u32,
+    #[prost(string, tag = "3")]
+    pub owner: String,
+    #[prost(string, tag = "4")]
+    pub incarnation: String,
+}
+
+/// A window of an account begins, or its limit is another now.
+#[derive(Clone, PartialEq, Message)]
+pub struct Window {
+    #[prost(string, tag = "1")]
+    pub account: String,
+    #[prost(string, tag = "2")]
+    pub window: String,
+    #[prost(message, required, tag = "3")]
+    pub limit: LimitPb,
+    /// Unix ms; absent: never.
+    #[prost(uint64, optional, tag = "4")]
+    pub ends_ms: Option<u64>,
+    #[prost(string, tag = "5")]
+    pub per: String,
+}
+
+/// The stream that a record belongs to: one task per stream.
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Message)]
+pub struct Key {
+    #[prost(string, tag = "1")]
+    pub tenant: String,
+    #[prost(string, tag = "2")]
+    pub stream: String,
+}
+
+impl Key {
+    #[must_use]
+    pub fn new(tenant: &TenantId, stream: &StreamId) -> Self {
+        Self { tenant: tenant.as_str().into(), stream: stream.as_str().into() }
+    }
+    #[must_use]
+    pub fn call(&self, lane: u32) -> CallId {
+        CallId::of(&TenantId::new(&self.tenant), &StreamId::new(&self.stream), lane)
+    }
+}
+
+/// The task is ours. Its frames stand in the same entry.
+#[derive(Clone, PartialEq, Message)]
+pub struct Accept {
+    #[prost(message, required, tag = "1")]
+    pub key: Key,
+    /// SHA-256 of content, agents, budget, QoS and deadline.
+    #[prost(bytes = "bytes", tag = "2")]
+    pub payload_hash: Bytes,
+    #[prost(string, tag = "3")]
+    pub idempotency_key: String,
+    #[prost(string, tag = "4")]
+    pub account: String,
+    /// The stream's own limit: the task's budget under the stream window.
+    #[prost(message, required, tag = "5")]
+    pub limit: LimitPb,
+    #[prost(uint32, optional, tag = "6")]
+    pub max_parallel: Option<u32>,
+    #[prost(uint64, tag = "7")]
+    pub deadline_ms: u64,
+    /// 1 gold, 2 silver, 3 bronze.
+    #[prost(uint32, tag = "8")]
+    pub qos: u32,
+    #[prost(string, tag = "9")]
+    pub task_type: String,
+    #[prost(string, tag = "10")]
+    pub host: String,
+}
+
+/// Judged and refused: at once, or after waiting.
+#[derive(Clone, PartialEq, Message)]
+pub struct Deny {
+    #[prost(message, required, tag = "1")]
+    pub key: Key,
+    #[prost(bytes = "bytes", tag = "2")]
+    pub payload_hash: Bytes,
+    #[prost(string, tag = "3")]
+    pub idempotency_key: String,
+    /// `control.error` as it is sent, JSON.
+    #[prost(bytes = "bytes", tag = "4")]
+    pub error: Bytes,
+}
+
+/// Money for calls, all of them or none.
+#[derive(Clone, PartialEq, Message)]
+pub struct Reserve {
+    #[prost(message, required, tag = "1")]
+    pub key: Key,
+    #[prost(message, repeated, tag = "2")]
+    pub calls: Vec<ReserveCall>,
+}
+
+#[derive(Clone, PartialEq, Message)]
+pub struct ReserveCall {
+    #[prost(uint32, tag = "1")]
+    pub lane: u32,
+    /// The lane that this one replaces; 0: none.
+    #[prost(uint32, tag = "2")]
+    pub retry_of: u32,
+    #[prost(string, tag = "3")]
+    pub agent: String,
+    #[prost(string, tag = "4")]
+    pub model: String,
+    #[prost(message, required, tag = "5")]
+    pub mean: AmountPb,
+    #[prost(message, required, tag = "6")]
+    pub sd: AmountPb,
+    #[prost(string, tag = "7")]
+    pub source: String,
+    #[prost(uint64, tag = "8")]
+    pub samples: u64,
+    #[prost(uint64, tag = "9")]
+    pub k_ppm: u64,
+    #[prost(message, required, tag = "10")]
+    pub guarded: AmountPb,
+    #[prost(message, required, tag = "11")]
+    pub hold: AmountPb,
+    /// The window of each account above the stream that the hold stands in.
+    #[prost(message, repeated, tag = "12")]
+    pub windows: Vec<WindowRef>,
+    /// A duration, counted anew by each owner.
+    #[prost(uint64, tag = "13")]
+    pub deadline_ms: u64,
+    #[prost(string, tag = "14")]
+    pub price_version: String,
+    #[prost(uint64, tag = "15")]
+    pub in_price: u64,
+    #[prost(uint64, tag = "16")]
+    pub out_price: u64,
+    #[prost(string, tag = "17")]
+    pub rule: String,
+}
+
+#[derive(Clone, PartialEq, Eq, Message)]
+pub struct WindowRef {
+    #[prost(string, tag = "1")]
+    pub account: String,
+    #[prost(string, tag = "2")]
+    pub window: String,
+}
+
+/// Durable before the dispatch leaves. What a new owner must know of the agent stands here too.
+#[derive(Clone, PartialEq, Message)]
+pub struct Intent {
+    #[prost(message, required, tag = "1")]
+    pub key: Key,
+    #[prost(uint32, tag = "2")]
+    pub lane: u32,
+    #[prost(string, tag = "3")]
+    pub agent: String,
+    #[prost(string, tag = "4")]
+    pub incarnation: String,
+    #[prost(string, tag = "5")]
+    pub upstream_key: String,
+    #[prost(message, required, tag = "6")]
+    pub reach: AmountPb,
+    /// True: `effects: external`.
+    #[prost(bool, tag = "7")]
+    pub external: bool,
+    #[prost(uint64, tag = "8")]
+    pub idempotent_for_ms: u64,
+    /// True where the hold may grow in slices.
+    #[prost(bool, tag = "9")]
+    pub slices: bool,
+    #[prost(uint64, tag = "10")]
+    pub counted_up_ppm: u64,
+    #[prost(string, tag = "11")]
+    pub host: String,
+}
+
+/// The hold grows; `hold` is the new total.
+#[derive(Clone, PartialEq, Message)]
+pub struct Extend {
+    #[prost(message, required, tag = "1")]
+    pub key: Key,
+    #[prost(uint32, tag = "2")]
+    pub lane: u32,
+    #[prost(message, required, tag = "3")]
+    pub hold: AmountPb,
+}
+
+/// How a lane's output ended, and as which message the client is told.
+#[derive(Clone, PartialEq, Message)]
+pub struct Ended {
+    /// `complete`, `grant`, `cancelled`, or a code.
+    #[prost(string, tag = "1")]
+    pub how: String,
+    /// msg_seq of the client's `agent.result.partial` that says so; 0: the stream had ended, nobody is told.
+    #[prost(uint64, tag = "2")]
+    pub out_seq: u64,
+}
+
+/// One per call.
+#[derive(Clone, PartialEq, Message)]
+pub struct Settle {
+    #[prost(message, required, tag = "1")]
+    pub key: Key,
+    #[prost(uint32, tag = "2")]
+    pub lane: u32,
+    #[prost(message, required, tag = "3")]
+    pub actual: CostPb,
+    /// What the agent itself said; 0: nothing.
+    #[prost(uint64, tag = "4")]
+    pub stated_usd_micros: u64,
+    #[prost(enumeration = "SourcePb", tag = "5")]
+    pub source: i32,
+    #[prost(message, required, tag = "6")]
+    pub ended: Ended,
+    /// The agent's confidence in ppm plus one; 0: none.
+    #[prost(uint32, tag = "7")]
+    pub confidence_ppm_plus_1: u32,
+}
+
+/// Proof that a call had no effect; its hold comes back.
+#[derive(Clone, PartialEq, Message)]
+pub struct Void {
+    #[prost(message, required, tag = "1")]
+    pub key: Key,
+    #[prost(uint32, tag = "2")]
+    pub lane: u32,
+    #[prost(enumeration = "ProofPb", tag = "3")]
+    pub proof: i32,
+    #[prost(message, required, tag = "4")]
+    pub ended: Ended,
+}
+
+/// A later and better figure for a settled call: the new total. The same evidence counts once.
+#[derive(Clone, PartialEq, Message)]
+pub struct Adjust {
+    #[prost(message, required, tag = "1")]
+    pub key: Key,
+    #[prost(uint32, tag = "2")]
+    pub lane: u32,
+    #[prost(string, tag = "3")]
+    pub evidence: String,
+    #[prost(message, required, tag = "4")]
+    pub actual: CostPb,
+}
+
+/// What the client is told, exactly once; duplicates get it again.
+#[derive(Clone, PartialEq, Message)]
+pub struct Close {
+    #[prost(message, required, tag = "1")]
+    pub key: Key,
+    /// `done`, `provisional`, `failed`, `cancelled`.
+    #[prost(string, tag = "2")]
+    pub state: String,
+    #[prost(string, tag = "3")]
+    pub code: String,
+    /// SHA-256 of the final's content.
+    #[prost(bytes = "bytes", tag = "4")]
+    pub result_hash: Bytes,
+    /// Content of `agent.result.final` and of `control.bill`, JSON.
+    #[prost(bytes = "bytes", tag = "5")]
+    pub result: Bytes,
+    #[prost(bytes = "bytes", tag = "6")]
+    pub bill: Bytes,
+    /// msg_seq of the final; the bill's is the next.
+    #[prost(uint64, tag = "7")]
+    pub out_seq: u64,
+}
+
+/// A received message: the bodies of its fragments as they came.
+#[derive(Clone, PartialEq, Message)]
+pub struct FrameRecord {
+    #[prost(message, required, tag = "1")]
+    pub key: Key,
+    /// 0: from the client; else from the agent of this lane.
+    #[prost(uint32, tag = "2")]
+    pub lane: u32,
+    /// Of the sender on its stream.
+    #[prost(uint64, tag = "3")]
+    pub msg_seq: u64,
+    #[prost(bytes = "bytes", repeated, tag = "4")]
+    pub bodies: Vec<Bytes>,
+    /// An agent's chunk: what is booked for the call so far.
+    #[prost(message, optional, tag = "5")]
+    pub booked: Option<CostPb>,
+    /// An agent's chunk: msg_seq of the client's partial. 0: none of its own.
+    #[prost(uint64, tag = "6")]
+    pub out_seq: u64,
+    /// `task.cancel` was in it.
+    #[prost(bool, tag = "7")]
+    pub cancel: bool,
+}
+
+/// One piece of the fold up to `position`; the pieces follow each other without a gap.
+#[derive(Clone, PartialEq, Message)]
+pub struct Checkpoint {
+    #[prost(bytes = "bytes", tag = "1")]
+    pub log_id: Bytes,
+    #[prost(uint32, tag = "2")]
+    pub shard: u32,
+    /// The fold stands for all entries up to here: the one before the first piece.
+    #[prost(uint64, tag = "3")]
+    pub position: u64,
+    #[prost(uint64, tag = "4")]
+    pub epoch: u64,
+    #[prost(uint32, tag = "5")]
+    pub fold_version: u32,
+    /// State hash at `position`.
+    #[prost(bytes = "bytes", tag = "6")]
+    pub hash: Bytes,
+    #[prost(uint32, tag = "7")]
+    pub piece: u32,
+    #[prost(uint32, tag = "8")]
+    pub pieces: u32,
+    #[prost(bytes = "bytes", tag = "9")]
+    pub data: Bytes,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, prost::Enumeration)]
+#[repr(i32)]
+pub enum SourcePb {
+    Reported = 0,
+    Counted = 1,
+    UnknownAtHold = 2,
+    Expired = 3,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, prost::Enumeration)]
+#[repr(i32)]
+pub enum ProofPb {
+    /// The owner that wrote the Intent (or none) never handed the dispatch over.
+    NeverSent = 0,
+    /// The agent's router answered `unsent`.
+    Unsent = 1,
+    /// The agent refused before it called its provider.
+    NotCalled = 2,
+    /// The provider's 4xx before any output.
+    Rejected = 3,
+    /// The agent's incarnation, asked under the new epoch, never got the call.
+    NotListed = 4,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Message)]
+pub struct AmountPb {
+    #[prost(uint64, tag = "1")]
+    pub tokens: u64,
+    #[prost(uint64, tag = "2")]
+    pub usd_micros: u64,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Message)]
+pub struct LimitPb {
+    #[prost(uint64, optional, tag = "1")]
+    pub tokens: Option<u64>,
+    #[prost(uint64, optional, tag = "2")]
+    pub usd_micros: Option<u64>,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Message)]
+pub struct CostPb {
+    #[prost(uint64, tag = "1")]
+    pub in_tokens: u64,
+    #[prost(uint64, tag = "2")]
+    pub out_tokens: u64,
+    #[prost(uint64, tag = "3")]
+    pub usd_micros: u64,
+}
+
+impl From<Amount> for AmountPb {
+    fn from(a: Amount) -> Self {
+        Self { tokens: a.tokens.0, usd_micros: a.usd_micros.0 }
+    }
+}
+impl From<AmountPb> for Amount {
+    fn from(a: AmountPb) -> Self {
+        Self::new(a.tokens, a.usd_micros)
+    }
+}
+impl From<Limit> for LimitPb {
+    fn from(l: Limit) -> Self {
+        Self { tokens: l.tokens.map(|t| t.0), usd_micros: l.usd_micros.map(|u| u.0) }
+    }
+}
+impl From<LimitPb> for Limit {
+    fn from(l: LimitPb) -> Self {
+        Self { tokens: l.tokens.map(Tokens), usd_micros: l.usd_micros.map(UsdMicros) }
+    }
+}
+impl From<Cost> for CostPb {
+    fn from(c: Cost) -> Self {
+        Self { in_tokens: c.in_tokens.0, out_tokens: c.out_tokens.0, usd_micros: c.usd_micros.0 }
+    }
+}
+impl From<CostPb> for Cost {
+    fn from(c: CostPb) -> Self {
+        Self { in_tokens: Tokens(c.in_tokens), out_tokens: Tokens(c.out_tokens), usd_micros: UsdMicros(c.usd_micros) }
+    }
+}
+
+impl From<Record> for AnyRecord {
+    fn from(record: Record) -> Self {
+        Self { record: Some(record) }
+    }
+}
+
+impl Record {
+    /// The kind as `replay` prints it.
+    #[must_use]
+    pub const fn kind(&self) -> &'static str {
+        match self {
+            Self::Genesis(_) => "genesis",
+            Self::Epoch(_) => "epoch",
+            Self::Window(_) => "window",
+            Self::Accept(_) => "accept",
+            Self::Deny(_) => "deny",
+            Self::Reserve(_) => "reserve",
+            Self::Intent(_) => "intent",
+            Self::Extend(_) => "extend",
+            Self::Settle(_) => "settle",
+            Self::Void(_) => "void",
+            Self::Adjust(_) => "adjust",
+            Self::Close(_) => "close",
+            Self::Frame(_) => "frame",
+            Self::Checkpoint(_) => "checkpoint",
+        }
+    }
+
+    /// The stream it belongs to, if it belongs to one.
+    #[must_use]
+    pub const fn key(&self) -> Option<&Key> {
+        match self {
+            Self::Accept(r) => Some(&r.key),
+            Self::Deny(r) => Some(&r.key),
+            Self::Reserve(r) => Some(&r.key),
+            Self::Intent(r) => Some(&r.key),
+            Self::Extend(r) => Some(&r.key),
+            Self::Settle(r) => Some(&r.key),
+            Self::Void(r) => Some(&r.key),
+            Self::Adjust(r) => Some(&r.key),
+            Self::Close(r) => Some(&r.key),
+            Self::Frame(r) => Some(&r.key),
+            Self::Genesis(_) | Self::Epoch(_) | Self::Window(_) | Self::Checkpoint(_) => None,
+        }
+    }
+
+    /// The record's own fields as JSON, for `replay`. Frames are shown by the caller, who has the JSON view.
+    #[must_use]
+    pub fn to_json(&self) -> Value {
+        let amount = |a: &AmountPb| json!({"tokens": a.tokens, "usd_micros": a.usd_micros});
+        let cost =
+            |c: &CostPb| json!({"in_tokens": c.in_tokens, "out_tokens": c.out_tokens, "usd_micros": c.usd_micros});
+        let limit = |l: &LimitPb| serde_json::to_value(Limit::from(*l)).unwrap_or_default();
+        let document = |b: &Bytes| serde_json::from_slice::<Value>(b).unwrap_or_default();
+        match self {
+            Self::Genesis(r) => {
+                json!({"log_id": hex(&r.log_id), "format": r.format, "shards": r.shards, "hash_seed": r.hash_seed})
+            }
+            Self::Epoch(r) => {
+                json!({"log_id": hex(&r.log_id), "shard": r.shard, "owner": r.owner, "incarnation": r.incarnation})
+            }
+            Self::Window(r) => json!({"account": r.account, "window": r.window, "limit": limit(&r.limit), "per": r.per,
+                "ends_at": r.ends_ms.map(crate::clock::rfc3339)}),
+            Self::Accept(r) => {
+                json!({"payload_hash": hex(&r.payload_hash), "idempotency_key": r.idempotency_key, "account": r.account,
+                "limit": limit(&r.limit), "max_parallel": r.max_parallel, "deadline_ms": r.deadline_ms, "qos": r.qos, "task_type": r.task_type, "host": r.host})
+            }
+            Self::Deny(r) => {
+                json!({"payload_hash": hex(&r.payload_hash), "idempotency_key": r.idempotency_key, "error": document(&r.error)})
+            }
+            Self::Reserve(r) => {
+                json!({"calls": r.calls.iter().map(|c| json!({"call_id": r.key.call(c.lane), "lane": c.lane, "retry_of": c.retry_of,
+                "agent": c.agent, "model": c.model, "mean": amount(&c.mean), "sd": amount(&c.sd), "source": c.source, "samples": c.samples,
+                "k_ppm": c.k_ppm, "guarded": amount(&c.guarded), "hold": amount(&c.hold), "deadline_ms": c.deadline_ms,
+                "windows": c.windows.iter().map(|w| json!({"account": w.account, "window": w.window})).collect::<Vec<_>>(),
+                "price_version": c.price_version, "in_price": c.in_price, "out_price": c.out_price, "rule": c.rule})).collect::<Vec<_>>()})
+            }
+            Self::Intent(r) => {
+                json!({"call_id": r.key.call(r.lane), "lane": r.lane, "agent": r.agent, "incarnation": r.incarnation,
+                "upstream_key": r.upstream_key, "reach": amount(&r.reach), "external": r.external, "idempotent_for_ms": r.idempotent_for_ms,
+                "slices": r.slices, "counted_up_ppm": r.counted_up_ppm, "host": r.host})
+            }
+            Self::Extend(r) => json!({"call_id": r.key.call(r.lane), "lane": r.lane, "hold": amount(&r.hold)}),
+            Self::Settle(r) => {
+                json!({"call_id": r.key.call(r.lane), "lane": r.lane, "actual": cost(&r.actual), "stated_usd_micros": r.stated_usd_micros,
+                "source": r.source().name(), "ended": r.ended.how, "out_seq": r.ended.out_seq})
+            }
+            Self::Void(r) => {
+                json!({"call_id": r.key.call(r.lane), "lane": r.lane, "proof": r.proof().name(), "ended": r.ended.how, "out_seq": r.ended.out_seq})
+            }
+            Self::Adjust(r) => {
+                json!({"call_id": r.key.call(r.lane), "lane": r.lane, "evidence": r.evidence, "actual": cost(&r.actual)})
+            }
+            Self::Close(r) => {
+                json!({"state": r.state, "code": r.code, "result_hash": hex(&r.result_hash), "result": document(&r.result),
+                "bill": document(&r.bill), "out_seq": r.out_seq})
+            }
+            Self::Frame(r) => {
+                json!({"lane": r.lane, "msg_seq": r.msg_seq, "booked": r.booked.as_ref().map(cost), "out_seq": r.out_seq, "fragments": r.bodies.len()})
+            }
+            Self::Checkpoint(r) => {
+                json!({"position": r.position, "epoch": r.epoch, "fold_version": r.fold_version, "hash": hex(&r.hash),
+                "piece": r.piece, "pieces": r.pieces, "bytes": r.data.len()})
+            }
+        }
+    }
+}
+
+impl SourcePb {
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Reported => "reported",
+            Self::Counted => "counted",
+            Self::UnknownAtHold => "unknown_at_hold",
+            Self::Expired => "expired",
+        }
+    }
+}
+
+impl ProofPb {
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::NeverSent => "never_sent",
+            Self::Unsent => "unsent",
+            Self::NotCalled => "not_called",
+            Self::Rejected => "rejected",
+            Self::NotListed => "not_listed",
+        }
+    }
+}
+
+/// Bytes as lower-case hex.
+#[must_use]
+pub fn hex(bytes: &[u8]) -> String {
+    use std::fmt::Write;
+    bytes.iter().fold(String::with_capacity(2 * bytes.len()), |mut text, byte| {
+        let _ = write!(text, "{byte:02x}");
+        text
+    })
+}

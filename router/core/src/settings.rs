@@ -1,0 +1,118 @@
+//! What an operator may set, as typed values. The shell parses the file; this crate only reads the result.
+
+use crate::price::PriceBook;
+use atp_proto::{Limit, TenantId};
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+/// How long an account's window lasts; windows are calendar windows in UTC.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Per {
+    Minute,
+    Hour,
+    #[default]
+    Day,
+    Month,
+    /// Never resets.
+    Total,
+}
+
+impl Per {
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Minute => "minute",
+            Self::Hour => "hour",
+            Self::Day => "day",
+            Self::Month => "month",
+            Self::Total => "total",
+        }
+    }
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct AccountSettings {
+    pub limit: Limit,
+    pub per: Per,
+}
+
+/// {calls, tokens, micro-USD} of one stream or agent; absent: no limit.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct WindowSettings {
+    pub max_parallel: Option<u32>,
+    pub limit: Limit,
+}
+
+/// Settings of a shard and of its agents.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    pub router_id: Arc<str>,
+    pub shard: u32,
+    pub stream_window: WindowSettings,
+    /// Issue of slots: at most this many calls of one agent at once.
+    pub agent_window: WindowSettings,
+    pub accounts: BTreeMap<TenantId, AccountSettings>,
+    /// For a tenant without an entry in `accounts`: limits like these, of its own.
+    pub default_account: AccountSettings,
+    pub deadline_ms: u64,
+    pub agent_timeout_ms: u64,
+    pub retries: u32,
+    pub prices: Arc<PriceBook>,
+    pub limits: Limits,
+}
+
+/// Bounds of a shard's memory, each with its code.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    /// Open streams (ELIMIT).
+    pub streams_open_max: usize,
+    /// Lanes of one stream, retries included (no further retry).
+    pub lanes_max: u32,
+    /// Bytes of one lane's text in the result; more is cut there and marked, the partials have it all.
+    pub result_text_bytes_max: usize,
+    /// Findings of a result.
+    pub findings_max: usize,
+    /// Refusals of judged tasks per tenant: this many a second ...
+    pub denials_per_second: u64,
+    /// ... after this many at once.
+    pub denials_burst: u64,
+    /// Out frames per stream kept in memory for a connection that catches up.
+    pub recent_frames: usize,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            streams_open_max: 100_000,
+            lanes_max: 64,
+            result_text_bytes_max: 1024 * 1024,
+            findings_max: 4096,
+            denials_per_second: 50,
+            denials_burst: 500,
+            recent_frames: 16,
+        }
+    }
+}
+
+impl Default for Settings {
+    /// The documented defaults of the configuration file.
+    fn default() -> Self {
+        let limit = |tokens, usd_micros| Limit {
+            tokens: Some(atp_proto::Tokens(tokens)),
+            usd_micros: Some(atp_proto::UsdMicros(usd_micros)),
+        };
+        Self {
+            router_id: "r1".into(),
+            shard: 0,
+            stream_window: WindowSettings { max_parallel: Some(8), limit: limit(200_000, 5_000_000) },
+            agent_window: WindowSettings { max_parallel: Some(16), limit: limit(400_000, 10_000_000) },
+            accounts: BTreeMap::new(),
+            default_account: AccountSettings { limit: limit(50_000_000, 100_000_000), per: Per::Day },
+            deadline_ms: 120_000,
+            agent_timeout_ms: 60_000,
+            retries: 1,
+            prices: Arc::new(PriceBook::default()),
+            limits: Limits::default(),
+        }
+    }
+}

@@ -1,0 +1,72 @@
+//! Rows of `ps`, `agents`, `accounts` and `verify`, in the shapes that people's scripts rely on.
+
+use atp_proto::content::{TaskState, WindowView};
+use atp_proto::{AgentName, Amount, Limit, Qos, UsdMicros};
+use serde::{Deserialize, Serialize};
+
+/// A row of `ps`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StreamView {
+    pub stream_id: String,
+    pub account: String,
+    pub state: TaskState,
+    pub qos: Qos,
+    pub task_type: String,
+    pub agents: Vec<AgentName>,
+    pub spent_usd_micros: UsdMicros,
+    pub budget_usd_micros: Option<UsdMicros>,
+    pub started_at: String,
+    pub last_event_at: String,
+}
+
+/// A row of `accounts`: one window of one account.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AccountView {
+    pub account: String,
+    pub per: String,
+    pub window_id: String,
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub reset_at: Option<String>,
+    pub limit: Limit,
+    pub settled: Amount,
+    pub held: Amount,
+    pub remaining: Limit,
+}
+
+/// A row of `agents`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct AgentView {
+    pub name: AgentName,
+    pub host: String,
+    pub incarnation: String,
+    pub adapter: String,
+    pub models: Vec<String>,
+    /// READY, BUSY, PAUSE, DRAINING, or GONE when it isn't connected.
+    pub status: String,
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub reason: Option<String>,
+    pub window: AgentWindows,
+    pub in_flight: u32,
+    pub spent_usd_micros: UsdMicros,
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub last_heartbeat_at: Option<String>,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AgentWindows {
+    pub router: WindowView,
+    pub agent: WindowView,
+    pub effective: WindowView,
+}
+
+/// The live state at a position, or the fold of a log up to one.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VerifyView {
+    pub position: u64,
+    pub epoch: u64,
+    /// SHA-256 in hex, with the fold's version in front.
+    pub state_hash: String,
+    pub streams: u64,
+    pub open_reservations: u64,
+    pub accounts: Vec<AccountView>,
+}
