@@ -1,1 +1,84 @@
-fn main(){}
+//! `atp`, the one binary: parses the command line, puts the parts together and turns outcomes into exit codes.
+//! Holds no state of its own and decides nothing about streams or money.
+
+mod api;
+mod cli;
+mod failure;
+mod finding;
+mod follow;
+mod look;
+mod rows;
+mod screen;
+
+use clap::{CommandFactory, Parser};
+use cli::{Cli, Command};
+use failure::{Exit, Failure, Outcome};
+use screen::Screen;
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    // clap exits with 2 for wrong usage and 0 for --help, as people expect.
+    let cli = Cli::parse();
+    let screen = Screen::of_process(cli.global.json);
+    log_to_stderr(&cli);
+    let outcome = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
+        Ok(runtime) => {
+            let outcome = runtime.block_on(run(cli, screen));
+            // A blocked stdin or a slow disk mustn't keep a finished command.
+            runtime.shutdown_timeout(std::time::Duration::from_secs(2));
+            outcome
+        }
+        Err(error) => Err(Failure::new(Exit::Task, format!("cannot start: {error}"))),
+    };
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(Failure { exit, text }) => {
+            if !text.is_empty() {
+                eprintln!("atp: {}", screen::escape(&text));
+            }
+            ExitCode::from(exit as u8)
+        }
+    }
+}
+
+async fn run(cli: Cli, screen: Screen) -> Outcome {
+    let global = &cli.global;
+    match cli.command {
+        Command::Ps => look::ps(global, screen).await,
+        Command::Agents => look::agents(global, screen).await,
+        Command::AgentStatus(args) => look::agent_status(global, screen, &args).await,
+        Command::Accounts => look::accounts(global, screen).await,
+        Command::Bill(args) => look::bill(global, screen, &args).await,
+        Command::Completion { shell } => completion(shell),
+        Command::Version => version(screen),
+        _ => Err(Failure::usage("not yet")),
+    }
+}
+
+/// To a buffer first: the generator panics when its reader has gone.
+fn completion(shell: clap_complete::Shell) -> Outcome {
+    use std::io::Write;
+    let mut script = Vec::new();
+    clap_complete::generate(shell, &mut Cli::command(), "atp", &mut script);
+    Ok(std::io::stdout().lock().write_all(&script)?)
+}
+
+fn version(screen: Screen) -> Outcome {
+    let (version, protocol) = (env!("CARGO_PKG_VERSION"), "1.1");
+    if screen.json {
+        return Ok(screen.document(&serde_json::json!({"version": version, "protocol": protocol}))?);
+    }
+    Ok(screen.line(&format!("atp {version} (ATP {protocol})"))?)
+}
+
+fn log_to_stderr(cli: &Cli) {
+    let daemon = matches!(cli.command, Command::Router(_) | Command::Agent(_));
+    let level = cli.global.log_level.map_or(if daemon { "info" } else { "warn" }, cli::LogLevel::as_str);
+    // Dependencies speak up only when they warn: their debug logs can carry prompts and keys.
+    let filter = tracing_subscriber::EnvFilter::new(format!(
+        "warn,atp={level},atp_proto={level},atp_core={level},atp_router={level},atp_sdk={level},atp_agent={level},atp_bench={level}"
+    ));
+    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    // A second subscriber can't be set; there is none before this one.
+    let _ = log.with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr())).try_init();
+}

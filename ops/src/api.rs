@@ -1,0 +1,215 @@
+//! The router's HTTP API as the commands use it, and how its errors become exit codes. Speaks no native protocol.
+
+use crate::cli::Global;
+use crate::failure::{Exit, Failure};
+use atp_core::view::{AccountView, AgentView, StreamView};
+use atp_proto::content::Bill;
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+use std::time::Duration;
+
+/// A router seen over HTTP.
+#[derive(Debug)]
+pub(crate) struct Api {
+    base: String,
+    token: Option<String>,
+    client: reqwest::Client,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct Streams {
+    pub(crate) streams: Vec<StreamView>,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct Agents {
+    pub(crate) agents: Vec<AgentView>,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct Accounts {
+    pub(crate) position: u64,
+    pub(crate) accounts: Vec<AccountView>,
+}
+
+#[derive(Debug, Deserialize)]
+pub(crate) struct RouterFacts {
+    /// Where the native protocol is served.
+    pub(crate) atp: String,
+}
+
+/// The parts of `fleet` that commands read; the whole document is kept for `--json`.
+#[derive(Debug, Deserialize)]
+pub(crate) struct Fleet {
+    pub(crate) router: RouterFacts,
+    #[serde(default)]
+    pub(crate) streams: Vec<StreamView>,
+}
+
+impl Api {
+    /// # Errors
+    /// Usage: the URL isn't an HTTP one.
+    pub(crate) fn new(global: &Global) -> Result<Self, Failure> {
+        let base = global.url.trim_end_matches('/');
+        let Some(host) = base.strip_prefix("http://") else {
+            return Err(Failure::usage(format!(
+                "--url: `{}` is not an http:// URL; this command asks the router's HTTP port, e.g. http://127.0.0.1:7080",
+                global.url
+            )));
+        };
+        if host.is_empty() || host.contains(['/', ' ', '@']) {
+            return Err(Failure::usage(format!("--url: `{}` is not of the form http://HOST:PORT", global.url)));
+        }
+        Ok(Self { base: base.into(), token: global.token.clone(), client: plain_client()? })
+    }
+
+    pub(crate) async fn fetch<T: DeserializeOwned>(&self, path: &str) -> Result<T, Failure> {
+        self.ask(self.client.get(format!("{}{path}", self.base))).await
+    }
+
+    pub(crate) async fn post<T: DeserializeOwned>(&self, path: &str) -> Result<T, Failure> {
+        self.ask(self.client.post(format!("{}{path}", self.base))).await
+    }
+
+    pub(crate) async fn bill(&self, stream: &str) -> Result<Bill, Failure> {
+        self.fetch(&format!("/v1/streams/{stream}/bill")).await
+    }
+
+    /// All streams, page by page.
+    pub(crate) async fn streams(&self, query: &str) -> Result<Streams, Failure> {
+        let mut all = Streams { streams: Vec::new() };
+        let mut cursor: Option<String> = None;
+        loop {
+            let at = cursor.as_deref().map(|c| format!("&cursor={c}")).unwrap_or_default();
+            let mut page: Value = self.fetch(&format!("/v1/streams?{query}{at}")).await?;
+            let next = ["next_cursor", "cursor", "next"].iter().find_map(|k| page[*k].as_str().map(str::to_owned));
+            let rows: Streams = serde_json::from_value(page.take())?;
+            // A page that brings nothing new ends the list, whatever its cursor says.
+            let more = !rows.streams.is_empty() && next.is_some() && next != cursor;
+            all.streams.extend(rows.streams);
+            if !more {
+                return Ok(all);
+            }
+            cursor = next;
+        }
+    }
+
+    async fn ask<T: DeserializeOwned>(&self, request: reqwest::RequestBuilder) -> Result<T, Failure> {
+        let request = match &self.token {
+            Some(token) => request.bearer_auth(token),
+            None => request,
+        };
+        let unreachable = |e: reqwest::Error| {
+            Failure::new(Exit::Unreachable, format!("no router answers at {}: {}", self.base, root_cause(&e)))
+        };
+        let response = request.send().await.map_err(unreachable)?;
+        let status = response.status();
+        let body = response.bytes().await.map_err(unreachable)?;
+        if status.is_success() {
+            return serde_json::from_slice(&body).map_err(|e| {
+                Failure::new(Exit::Unreachable, format!("{} doesn't answer like an ATP router: {e}", self.base))
+            });
+        }
+        Err(refused(status.as_u16(), &body))
+    }
+}
+
+/// A client for plain HTTP that reads no certificate store and no proxy setting.
+fn plain_client() -> Result<reqwest::Client, Failure> {
+    reqwest::Client::builder()
+        .no_proxy()
+        .tls_certs_only([])
+        .connect_timeout(Duration::from_secs(5))
+        .timeout(Duration::from_secs(120))
+        .build()
+        .map_err(|e| Failure::new(Exit::Unreachable, format!("HTTP client: {}", root_cause(&e))))
+}
+
+/// A small GET of some other local service, for a look whether it is there.
+pub(crate) async fn probe(url: &str) -> Option<Value> {
+    let client = plain_client().ok()?;
+    let response = client.get(url).timeout(Duration::from_millis(800)).send().await.ok()?;
+    response.json().await.ok()
+}
+
+fn root_cause(error: &dyn std::error::Error) -> String {
+    let mut cause = error;
+    while let Some(next) = cause.source() {
+        cause = next;
+    }
+    cause.to_string()
+}
+
+/// `application/problem+json` as a failure: code, scope and what to do.
+fn refused(status: u16, body: &[u8]) -> Failure {
+    let problem: Value = serde_json::from_slice(body).unwrap_or(Value::Null);
+    let text = |key: &str| problem[key].as_str().filter(|t| !t.is_empty());
+    let exit = if matches!(status, 401 | 403) { Exit::Unauthorised } else { Exit::Task };
+    let what = text("detail").or_else(|| text("title")).unwrap_or("no reason given");
+    let code = text("code").map_or_else(|| format!("HTTP {status}"), str::to_owned);
+    let scope = text("scope").map(|s| format!(" ({s})")).unwrap_or_default();
+    let after = problem["retry_after_ms"].as_u64().map(|ms| format!("; retry after {ms} ms")).unwrap_or_default();
+    Failure::new(exit, format!("{code}{scope}: {what}{after}"))
+}
+
+/// Where the native protocol is: the URL's own address for `atp://`, else what the router at the `http://` URL says.
+///
+/// # Errors
+/// Usage for other URLs; unreachable when nobody answers.
+pub(crate) async fn native_address(global: &Global) -> Result<String, Failure> {
+    if let Some(address) = global.url.strip_prefix("atp://") {
+        return with_port(address.trim_end_matches('/'))
+            .ok_or_else(|| Failure::usage(format!("--url: `{}` is not of the form atp://HOST:PORT", global.url)));
+    }
+    if ["atps://", "ws://", "wss://", "https://"].iter().any(|s| global.url.starts_with(s)) {
+        return Err(Failure::usage(format!(
+            "--url: `{}`: this version has plain sockets on loopback only; write atp://127.0.0.1:7443 or http://127.0.0.1:7080",
+            global.url
+        )));
+    }
+    let api = Api::new(global)?;
+    let fleet: Fleet = api.fetch("/v1/fleet").await?;
+    let address = fleet.router.atp;
+    let address = address.strip_prefix("atp://").unwrap_or(&address);
+    with_port(address).ok_or_else(|| {
+        Failure::new(Exit::Unreachable, format!("the router at {} says that its native port is `{address}`", api.base))
+    })
+}
+
+fn with_port(address: &str) -> Option<String> {
+    if address.is_empty() || address.contains(['/', ' ', '@']) {
+        return None;
+    }
+    let port = address.rsplit_once(':').filter(|(host, _)| !host.is_empty() && !host.ends_with(':')).map(|(_, p)| p);
+    match port {
+        Some(port) if !port.ends_with(']') => port.parse::<u16>().ok().map(|_| address.to_owned()),
+        _ => Some(format!("{address}:7443")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn addresses_have_a_port() {
+        assert_eq!(with_port("h").as_deref(), Some("h:7443"));
+        assert_eq!(with_port("h:1").as_deref(), Some("h:1"));
+        assert_eq!(with_port("[::1]").as_deref(), Some("[::1]:7443"));
+        assert_eq!(with_port("[::1]:9").as_deref(), Some("[::1]:9"));
+        for bad in ["", "h:99999", "h/x", "u@h"] {
+            assert_eq!(with_port(bad), None, "{bad}");
+        }
+    }
+
+    #[test]
+    fn problems_name_code_and_scope() {
+        let body = br#"{"code":"EBUDGET","scope":"tenant:acme","detail":"spent","retry_after_ms":5}"#;
+        let failure = refused(429, body);
+        assert_eq!(failure.text, "EBUDGET (tenant:acme): spent; retry after 5 ms");
+        assert_eq!(failure.exit, Exit::Task);
+        assert_eq!(refused(401, b"").exit, Exit::Unauthorised);
+        assert_eq!(refused(500, b"<html>").text, "HTTP 500: no reason given");
+    }
+}

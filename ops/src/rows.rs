@@ -1,0 +1,188 @@
+//! The objects of the JSON contract as tables for people. Fetches nothing.
+
+use crate::screen::{Paint, Screen, Table};
+use atp_core::view::{AccountView, AgentView, StreamView};
+use atp_proto::content::{Bill, CallState, Source, TaskState, WindowView};
+use atp_proto::money::show_usd;
+use atp_proto::{Amount, Limit, Tokens, UsdMicros};
+
+/// Dollars; `-` for no limit.
+fn usd(v: Option<UsdMicros>) -> String {
+    v.map_or_else(|| "-".into(), show_usd)
+}
+
+fn tokens(v: Option<Tokens>) -> String {
+    v.map_or_else(|| "-".into(), |t| t.0.to_string())
+}
+
+/// `0.0123 / 4100`: dollars and tokens.
+fn both(a: Amount) -> String {
+    format!("{} / {}", show_usd(a.usd_micros), a.tokens.0)
+}
+
+fn both_of(l: Limit) -> String {
+    format!("{} / {}", usd(l.usd_micros), tokens(l.tokens))
+}
+
+/// `2026-11-21T10:00:00.123Z` as `10:00:00`.
+fn clock(at: &str) -> String {
+    at.split_once('T').and_then(|(_, t)| t.get(..8)).unwrap_or(at).into()
+}
+
+pub(crate) const fn state_paint(state: TaskState) -> Paint {
+    match state {
+        TaskState::Done => Paint::Green,
+        TaskState::Failed | TaskState::Refused => Paint::Red,
+        TaskState::Provisional | TaskState::Cancelled => Paint::Yellow,
+        TaskState::Queued | TaskState::Running | TaskState::Settling => Paint::Cyan,
+    }
+}
+
+pub(crate) fn streams(screen: Screen, rows: &[StreamView]) -> String {
+    let mut table =
+        Table::new(&["STREAM", "ACCOUNT", "STATE", "QOS", "TYPE", "AGENTS", ">SPENT", ">BUDGET", "STARTED", "LAST"]);
+    for row in rows {
+        let agents: Vec<&str> = row.agents.iter().map(|a| a.as_str()).collect();
+        table.row([
+            row.stream_id.clone(),
+            row.account.clone(),
+            row.state.as_str().into(),
+            row.qos.as_str().into(),
+            row.task_type.clone(),
+            agents.join(","),
+            show_usd(row.spent_usd_micros),
+            usd(row.budget_usd_micros),
+            clock(&row.started_at),
+            clock(&row.last_event_at),
+        ]);
+        table.paint(2, state_paint(row.state));
+    }
+    table.render(screen)
+}
+
+/// `4 / 80000 / 0.50`: calls, tokens, dollars.
+fn window(w: &WindowView) -> String {
+    let parallel = w.max_parallel.map_or_else(|| "-".into(), |n| n.to_string());
+    format!("{parallel} / {} / {}", tokens(w.max_tokens), usd(w.max_usd_micros))
+}
+
+pub(crate) fn agents(screen: Screen, rows: &[AgentView]) -> String {
+    let mut table = Table::new(&[
+        "NAME",
+        "ADAPTER",
+        "STATUS",
+        "MODELS",
+        ">RUNNING",
+        ">WINDOW calls / tokens / USD",
+        ">SPENT",
+        "HEARTBEAT",
+        "REASON",
+    ]);
+    for row in rows {
+        table.row([
+            row.name.to_string(),
+            row.adapter.clone(),
+            row.status.clone(),
+            row.models.join(","),
+            row.in_flight.to_string(),
+            window(&row.window.effective),
+            show_usd(row.spent_usd_micros),
+            row.last_heartbeat_at.as_deref().map(clock).unwrap_or_default(),
+            row.reason.clone().unwrap_or_default(),
+        ]);
+        table.paint(
+            2,
+            match row.status.as_str() {
+                "READY" => Paint::Green,
+                "GONE" => Paint::Red,
+                _ => Paint::Yellow,
+            },
+        );
+    }
+    table.render(screen)
+}
+
+pub(crate) fn accounts(screen: Screen, rows: &[AccountView]) -> String {
+    let mut table =
+        Table::new(&["ACCOUNT", "PER", "WINDOW", ">LIMIT USD / tokens", ">SETTLED", ">HELD", ">REMAINING", "RESETS"]);
+    for row in rows {
+        table.row([
+            row.account.clone(),
+            row.per.clone(),
+            row.window_id.clone(),
+            both_of(row.limit),
+            both(row.settled),
+            both(row.held),
+            both_of(row.remaining),
+            row.reset_at.clone().unwrap_or_else(|| "never".into()),
+        ]);
+    }
+    table.render(screen)
+}
+
+const fn call_state(state: CallState) -> &'static str {
+    match state {
+        CallState::Reserved => "reserved",
+        CallState::Running => "running",
+        CallState::Open => "open",
+        CallState::Settled => "settled",
+        CallState::Void => "void",
+    }
+}
+
+const fn source(source: Option<Source>) -> &'static str {
+    match source {
+        None => "",
+        Some(Source::Reported) => "reported",
+        Some(Source::Counted) => "counted",
+        Some(Source::UnknownAtHold) => "unknown_at_hold",
+        Some(Source::Expired) => "expired",
+    }
+}
+
+/// The calls of a bill, then its sum. Amounts are USD / tokens.
+pub(crate) fn bill(screen: Screen, bill: &Bill) -> String {
+    let mut table = Table::new(&[
+        "AGENT",
+        "MODEL",
+        "CALL",
+        ">ESTIMATE",
+        ">GUARD",
+        ">GRANT",
+        ">ACTUAL",
+        "SOURCE",
+        "STATE",
+        "PRICE",
+        "RULE",
+    ]);
+    for call in &bill.calls {
+        let actual = call.actual.amount().map_or_else(|_| "out of range".into(), both);
+        table.row([
+            call.agent.to_string(),
+            call.model.clone(),
+            call.retry_of.map_or_else(|| format!("{}", call.lane), |_| format!("{} (retry)", call.lane)),
+            both(Amount { tokens: call.estimate.tokens, usd_micros: call.estimate.usd_micros }),
+            both(call.guarded),
+            if call.extends == 0 { both(call.grant) } else { format!("{} (+{})", both(call.grant), call.extends) },
+            actual,
+            source(call.source).into(),
+            call_state(call.state).into(),
+            call.price_version.clone(),
+            call.rule.clone(),
+        ]);
+        table.paint(6, Paint::Bold);
+        if matches!(call.state, CallState::Open) {
+            table.paint(8, Paint::Yellow);
+        }
+    }
+    let mut text = table.render(screen);
+    text.push_str(&format!(
+        "settled {}   held {}   limit {}   remaining {}   (USD / tokens; account {})\n",
+        both(bill.settled),
+        both(bill.held),
+        both_of(bill.limit),
+        both_of(bill.remaining),
+        crate::screen::escape(&bill.account)
+    ));
+    text
+}
