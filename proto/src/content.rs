@@ -559,6 +559,9 @@ pub struct AgentPartial {
     pub findings: Option<Vec<serde_json::Value>>,
     #[serde(default)]
     pub cost: Cost,
+    /// `counted`: the adapter's own count, which a reported final may undercut.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub usage_source: UsageSource,
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]

@@ -3,45 +3,62 @@
 use crate::code::WireError;
 use crate::pb;
 use bytes::Bytes;
+use bytestring::ByteString;
 use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::ops::Deref;
 
 /// UTF-8 text that shares the buffer it was received in. Keep it no longer than the frame: make an id of it instead.
+///
+/// It is checked once, when it is made; reading it costs nothing. The proof that lets `deref` skip the check is kept by
+/// `bytestring`, because this workspace forbids `unsafe`.
 #[derive(Clone, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct Text(Bytes);
+pub struct Text(ByteString);
 
 impl Text {
-    pub const EMPTY: Self = Self(Bytes::new());
+    pub const EMPTY: Self = Self(ByteString::new());
 
     /// # Errors
     /// When the bytes aren't UTF-8.
     pub fn from_utf8(bytes: Bytes) -> Result<Self, std::str::Utf8Error> {
-        std::str::from_utf8(&bytes)?;
-        Ok(Self(bytes))
+        ByteString::try_from(bytes).map(Self)
     }
 
     #[must_use]
     pub const fn from_static(text: &'static str) -> Self {
-        Self(Bytes::from_static(text.as_bytes()))
+        Self(ByteString::from_static(text))
+    }
+
+    #[must_use]
+    pub fn as_str(&self) -> &str {
+        &self.0
     }
 }
 
 impl Deref for Text {
     type Target = str;
     fn deref(&self) -> &str {
-        // Checked when it was made; an empty text is the only other possibility.
-        std::str::from_utf8(&self.0).unwrap_or_default()
+        &self.0
     }
 }
 impl From<&str> for Text {
     fn from(text: &str) -> Self {
-        Self(Bytes::copy_from_slice(text.as_bytes()))
+        Self(ByteString::from(text))
     }
 }
 impl From<String> for Text {
     fn from(text: String) -> Self {
-        Self(Bytes::from(text))
+        Self(ByteString::from(text))
+    }
+}
+impl PartialEq<str> for Text {
+    fn eq(&self, other: &str) -> bool {
+        self.as_str() == other
+    }
+}
+impl PartialEq<&str> for Text {
+    fn eq(&self, other: &&str) -> bool {
+        self.as_str() == *other
     }
 }
 impl fmt::Debug for Text {
@@ -70,6 +87,8 @@ impl Flags {
     pub const HB: Self = Self(32);
     /// msg_seq is 0.
     pub const CTRL: Self = Self(64);
+    /// Every bit that means something in this version.
+    pub const ALL: Self = Self(127);
     pub const NAMES: [(&'static str, Self); 7] = [
         ("SYN", Self::SYN),
         ("ACK", Self::ACK),

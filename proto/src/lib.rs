@@ -8,6 +8,8 @@ pub mod frame;
 pub mod id;
 pub mod limits;
 pub mod money;
+pub mod reassembly;
+mod wire;
 
 /// The protobuf messages of `proto/atp.proto`, as generated.
 pub mod pb {
