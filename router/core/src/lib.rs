@@ -1,8 +1,14 @@
 //! What a router decides: streams, money, agents' slots. Pure: no socket, clock, random source, thread or I/O.
 
+pub mod account;
+pub mod agent;
 pub mod clock;
 pub mod message;
 pub mod price;
 pub mod record;
+pub mod replay;
 pub mod settings;
+pub mod shard;
+pub mod state;
+pub mod stream;
 pub mod view;

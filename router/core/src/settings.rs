@@ -68,10 +68,6 @@ pub struct Limits {
     pub streams_open_max: usize,
     /// Lanes of one stream, retries included (no further retry).
     pub lanes_max: u32,
-    /// Bytes of one lane's text in the result; more is cut there and marked, the partials have it all.
-    pub result_text_bytes_max: usize,
-    /// Findings of a result.
-    pub findings_max: usize,
     /// Refusals of judged tasks per tenant: this many a second ...
     pub denials_per_second: u64,
     /// ... after this many at once.
@@ -82,15 +78,7 @@ pub struct Limits {
 
 impl Default for Limits {
     fn default() -> Self {
-        Self {
-            streams_open_max: 100_000,
-            lanes_max: 64,
-            result_text_bytes_max: 1024 * 1024,
-            findings_max: 4096,
-            denials_per_second: 50,
-            denials_burst: 500,
-            recent_frames: 16,
-        }
+        Self { streams_open_max: 100_000, lanes_max: 64, denials_per_second: 50, denials_burst: 500, recent_frames: 16 }
     }
 }
 

@@ -1,0 +1,213 @@
+//! One stream and its calls as the fold knows them. Kept small: what a client or an agent could be told again.
+
+use crate::account::Level;
+use crate::record::{Accept, AmountPb, CostPb, Intent, ReserveCall};
+use atp_proto::content::{CallState, TaskState};
+use atp_proto::{AgentName, Amount, CallId, Cost, Limit, StreamId, TenantId};
+use bytes::Bytes;
+use prost::Message;
+
+/// One task's stream, from its Accept or Deny until 24 h after its end.
+#[derive(Clone, PartialEq, Message)]
+pub struct Stream {
+    #[prost(message, required, tag = "1")]
+    pub accept: Accept,
+    #[prost(uint64, tag = "2")]
+    pub accepted_at: u64,
+    #[prost(uint64, tag = "3")]
+    pub last_at: u64,
+    /// The entries of this stream begin behind this position.
+    #[prost(uint64, tag = "4")]
+    pub from: u64,
+    /// Content of `task.submit`; empty once the stream is closed.
+    #[prost(bytes = "bytes", tag = "5")]
+    pub submit: Bytes,
+    #[prost(message, required, tag = "6")]
+    pub settled: AmountPb,
+    #[prost(message, required, tag = "7")]
+    pub held: AmountPb,
+    /// Lane n stands at index n - 1.
+    #[prost(message, repeated, tag = "8")]
+    pub calls: Vec<Call>,
+    /// The last msg_seq that was given to the client.
+    #[prost(uint64, tag = "9")]
+    pub out_seq: u64,
+    #[prost(bool, tag = "10")]
+    pub cancel: bool,
+    /// `TaskState` once it is closed or refused; empty before.
+    #[prost(string, tag = "11")]
+    pub closed: String,
+    #[prost(string, tag = "12")]
+    pub code: String,
+    #[prost(bytes = "bytes", tag = "13")]
+    pub result_hash: Bytes,
+    /// `control.error` of a refusal, JSON.
+    #[prost(bytes = "bytes", tag = "14")]
+    pub error: Bytes,
+    #[prost(uint64, tag = "15")]
+    pub ended_at: u64,
+}
+
+/// One call: a dispatch to one agent, or money held for one.
+#[derive(Clone, PartialEq, Message)]
+pub struct Call {
+    #[prost(message, required, tag = "1")]
+    pub reserve: ReserveCall,
+    /// What is held now: the grant.
+    #[prost(message, required, tag = "2")]
+    pub hold: AmountPb,
+    #[prost(uint64, tag = "3")]
+    pub reserved_at: u64,
+    /// The newest one.
+    #[prost(message, optional, tag = "4")]
+    pub intent: Option<Intent>,
+    #[prost(uint64, tag = "5")]
+    pub intent_at: u64,
+    /// The epoch that wrote the newest Intent.
+    #[prost(uint64, tag = "6")]
+    pub intent_epoch: u64,
+    /// Messages of the agent that are taken.
+    #[prost(uint64, tag = "7")]
+    pub in_seq: u64,
+    /// The running total that is booked so far.
+    #[prost(message, required, tag = "8")]
+    pub booked: CostPb,
+    #[prost(message, required, tag = "9")]
+    pub largest_chunk: AmountPb,
+    #[prost(uint32, tag = "10")]
+    pub extends: u32,
+    #[prost(enumeration = "Phase", tag = "11")]
+    pub phase: i32,
+    #[prost(message, required, tag = "12")]
+    pub actual: CostPb,
+    #[prost(uint64, tag = "13")]
+    pub stated_usd_micros: u64,
+    #[prost(enumeration = "crate::record::SourcePb", tag = "14")]
+    pub source: i32,
+    #[prost(uint64, tag = "15")]
+    pub settled_at: u64,
+    #[prost(string, repeated, tag = "16")]
+    pub evidence: Vec<String>,
+    /// `complete`, `grant`, `cancelled`, or a code; empty while it runs.
+    #[prost(string, tag = "17")]
+    pub ended: String,
+    #[prost(string, tag = "18")]
+    pub text: String,
+    /// Findings as JSON documents.
+    #[prost(string, repeated, tag = "19")]
+    pub findings: Vec<String>,
+    #[prost(bool, tag = "20")]
+    pub truncated: bool,
+    /// The highest total that was reported (not counted); it never falls.
+    #[prost(message, required, tag = "21")]
+    pub reported: CostPb,
+    /// A void call's proof.
+    #[prost(enumeration = "crate::record::ProofPb", tag = "22")]
+    pub proof: i32,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, prost::Enumeration)]
+#[repr(i32)]
+pub enum Phase {
+    Reserved = 0,
+    Running = 1,
+    Settled = 2,
+    Void = 3,
+}
+
+impl Stream {
+    #[must_use]
+    pub fn tenant(&self) -> TenantId {
+        TenantId::new(&self.accept.key.tenant)
+    }
+    #[must_use]
+    pub fn id(&self) -> StreamId {
+        StreamId::new(&self.accept.key.stream)
+    }
+    #[must_use]
+    pub fn level(&self) -> Level {
+        Level { limit: self.accept.limit.into(), settled: self.settled.into(), held: self.held.into() }
+    }
+    #[must_use]
+    pub fn limit(&self) -> Limit {
+        self.accept.limit.into()
+    }
+    #[must_use]
+    pub fn is_closed(&self) -> bool {
+        !self.closed.is_empty()
+    }
+    /// True while a call of it holds money.
+    #[must_use]
+    pub fn has_open_calls(&self) -> bool {
+        self.calls.iter().any(Call::is_open)
+    }
+    /// True when a dispatch of it may have left.
+    #[must_use]
+    pub fn had_intent(&self) -> bool {
+        self.calls.iter().any(|c| c.intent.is_some())
+    }
+    #[must_use]
+    pub fn call(&self, lane: u32) -> Option<&Call> {
+        self.calls.get((lane as usize).checked_sub(1)?)
+    }
+    pub(crate) fn call_mut(&mut self, lane: u32) -> Option<&mut Call> {
+        self.calls.get_mut((lane as usize).checked_sub(1)?)
+    }
+    #[must_use]
+    pub fn call_id(&self, lane: u32) -> CallId {
+        self.accept.key.call(lane)
+    }
+    #[must_use]
+    pub fn state(&self) -> TaskState {
+        match self.closed.as_str() {
+            "" if self.cancel => TaskState::Settling,
+            "" if self.had_intent() => TaskState::Running,
+            "" => TaskState::Queued,
+            closed => closed_state(closed),
+        }
+    }
+}
+
+/// Reads the state of a Close or a refusal.
+#[must_use]
+pub fn closed_state(text: &str) -> TaskState {
+    [TaskState::Done, TaskState::Provisional, TaskState::Failed, TaskState::Cancelled, TaskState::Refused]
+        .into_iter()
+        .find(|s| s.as_str() == text)
+        .unwrap_or_default()
+}
+
+impl Call {
+    #[must_use]
+    pub fn is_open(&self) -> bool {
+        matches!(self.phase(), Phase::Reserved | Phase::Running)
+    }
+    #[must_use]
+    pub fn hold(&self) -> Amount {
+        self.hold.into()
+    }
+    #[must_use]
+    pub fn booked(&self) -> Cost {
+        self.booked.into()
+    }
+    #[must_use]
+    pub fn agent(&self) -> AgentName {
+        AgentName::new(&self.reserve.agent)
+    }
+    /// True when its output ended without success, so that another lane may replace it.
+    #[must_use]
+    pub fn failed(&self) -> bool {
+        !self.is_open() && !matches!(self.ended.as_str(), "complete" | "grant" | "cancelled")
+    }
+    /// As the bill shows it.
+    #[must_use]
+    pub fn state(&self, stream_closed: bool) -> CallState {
+        match self.phase() {
+            Phase::Reserved => CallState::Reserved,
+            Phase::Running if stream_closed => CallState::Open,
+            Phase::Running => CallState::Running,
+            Phase::Settled => CallState::Settled,
+            Phase::Void => CallState::Void,
+        }
+    }
+}
