@@ -1,0 +1,292 @@
+//! One call inside the agent: its grant, its running total, and the frames that the router hasn't acknowledged yet.
+//! Holds no socket: the session copies from here what it sends.
+
+use super::session::Shared;
+use super::{ROOM_BYTES_MAX, StopReason, UNACKED_BYTES_MAX, Verdict};
+use crate::fragment;
+use atp_proto::content::{Dispatch, ListedCall};
+use atp_proto::{Amount, CallId, Cost, Flags, Frame, Text, codec, limits};
+use bytes::{Bytes, BytesMut};
+use std::collections::VecDeque;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use tokio::sync::Notify;
+use tokio::time::Instant;
+
+/// Shared by the handler's meter and the session.
+#[derive(Debug)]
+pub(crate) struct CallState {
+    pub(crate) id: CallId,
+    stream: Text,
+    pub(crate) deadline: Instant,
+    pub(crate) shared: Arc<Shared>,
+    inner: Mutex<Inner>,
+    /// Something changed that a waiter may care for: a stop, an acknowledgement.
+    changed: Notify,
+}
+
+#[derive(Debug)]
+struct Inner {
+    shard: u32,
+    epoch: u64,
+    grant: Amount,
+    last: bool,
+    total: Cost,
+    /// The msg_seq that the next frame gets.
+    next_seq: u64,
+    kept: VecDeque<Kept>,
+    kept_bytes: usize,
+    /// How many of `kept`, from the front, are on the present connection's way.
+    sent: usize,
+    /// In the session's list of calls with something to send.
+    listed: bool,
+    stop: Option<StopReason>,
+    /// msg_seq of the FIN or RST.
+    end: Option<u64>,
+    /// The handler vanished or the router forgot the call: nothing is sent any more.
+    silent: bool,
+    arena: BytesMut,
+}
+
+#[derive(Debug)]
+struct Kept {
+    msg_seq: u64,
+    /// Encoded frames, length prefixes included: all fragments of one message.
+    bytes: Bytes,
+}
+
+impl CallState {
+    pub(crate) fn new(dispatch: &Dispatch, deadline: Instant, shared: Arc<Shared>) -> Self {
+        let inner = Inner {
+            shard: dispatch.shard,
+            epoch: dispatch.epoch,
+            grant: dispatch.grant,
+            last: false,
+            total: Cost::default(),
+            next_seq: 1,
+            kept: VecDeque::new(),
+            kept_bytes: 0,
+            sent: 0,
+            listed: false,
+            stop: None,
+            end: None,
+            silent: false,
+            arena: BytesMut::new(),
+        };
+        Self {
+            id: dispatch.call_id,
+            stream: Text::from(dispatch.call_id.to_string()),
+            deadline,
+            shared,
+            inner: Mutex::new(inner),
+            changed: Notify::new(),
+        }
+    }
+
+    fn inner(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    // ---- for the meter ----------------------------------------------------------------------------------------------
+
+    /// Keeps one message and tells the session. `end` frames are kept whatever the backlog.
+    pub(crate) fn say(
+        self: &Arc<Self>,
+        flags: Flags,
+        kind: &'static str,
+        cost: Cost,
+        content: impl FnOnce(Cost) -> Bytes,
+    ) -> Verdict {
+        let is_end = flags.has(Flags::FIN) || flags.has(Flags::RST);
+        let mut inner = self.inner();
+        inner.total = inner.total.max(cost);
+        if inner.silent || inner.end.is_some() {
+            return Verdict::Stop(inner.stop.unwrap_or(StopReason::Cancelled));
+        }
+        if inner.stop == Some(StopReason::Backlog) && !is_end {
+            return Verdict::Stop(StopReason::Backlog);
+        }
+        let content = content(inner.total);
+        if !is_end && inner.kept_bytes + content.len() > UNACKED_BYTES_MAX {
+            inner.stop = Some(StopReason::Backlog);
+            self.changed.notify_waiters();
+            return Verdict::Stop(StopReason::Backlog);
+        }
+        let msg_seq = inner.next_seq;
+        inner.next_seq += 1;
+        let frame = Frame::raw(self.stream.clone(), msg_seq, flags, kind, content);
+        let arena = &mut inner.arena;
+        fragment::split(frame, limits::FRAGMENT_BYTES, |part| codec::encode(part, arena));
+        let bytes = arena.split().freeze();
+        inner.kept_bytes += bytes.len();
+        inner.kept.push_back(Kept { msg_seq, bytes });
+        if is_end {
+            (inner.end, inner.arena) = (Some(msg_seq), BytesMut::new());
+        }
+        let listed = std::mem::replace(&mut inner.listed, true);
+        let verdict = inner.verdict(self.deadline);
+        drop(inner);
+        if !listed {
+            self.shared.has_unsent(Arc::clone(self));
+        }
+        verdict
+    }
+
+    pub(crate) fn grant(&self) -> Amount {
+        self.inner().grant
+    }
+
+    pub(crate) fn total(&self) -> Cost {
+        self.inner().total
+    }
+
+    pub(crate) fn is_last(&self) -> bool {
+        self.inner().last
+    }
+
+    pub(crate) fn verdict(&self) -> Verdict {
+        self.inner().verdict(self.deadline)
+    }
+
+    /// Cancelled, out of time or over its backlog; the grant isn't asked.
+    pub(crate) fn stop_reason(&self) -> Option<StopReason> {
+        let inner = self.inner();
+        inner.stop.or_else(|| (Instant::now() >= self.deadline).then_some(StopReason::Deadline))
+    }
+
+    /// Resolves when `stop_reason` has one.
+    pub(crate) async fn stopped(&self) -> StopReason {
+        loop {
+            let changed = self.changed.notified();
+            tokio::pin!(changed);
+            changed.as_mut().enable();
+            if let Some(reason) = self.stop_reason() {
+                return reason;
+            }
+            tokio::select! {
+                () = changed => {}
+                () = tokio::time::sleep_until(self.deadline) => {}
+            }
+        }
+    }
+
+    /// Resolves when a producer that can wait should go on.
+    pub(crate) async fn room(&self) {
+        loop {
+            let bound = self.shared.room_of_call().min(ROOM_BYTES_MAX);
+            {
+                let inner = self.inner();
+                if inner.kept_bytes < bound || inner.stop.is_some() {
+                    return;
+                }
+            }
+            let changed = self.changed.notified();
+            tokio::pin!(changed);
+            changed.as_mut().enable();
+            {
+                let inner = self.inner();
+                if inner.kept_bytes < bound || inner.stop.is_some() {
+                    return;
+                }
+            }
+            tokio::select! {
+                () = changed => {}
+                () = tokio::time::sleep_until(self.deadline) => return,
+            }
+        }
+    }
+
+    // ---- for the session --------------------------------------------------------------------------------------------
+
+    /// Copies what isn't sent yet while `take` has room; true when nothing is left.
+    pub(crate) fn send(&self, mut take: impl FnMut(&[u8]) -> bool) -> bool {
+        let mut inner = self.inner();
+        while inner.sent < inner.kept.len() {
+            let at = inner.sent;
+            inner.sent += 1;
+            if !take(&inner.kept[at].bytes) && inner.sent < inner.kept.len() {
+                return false;
+            }
+        }
+        inner.listed = false;
+        true
+    }
+
+    /// All that isn't acknowledged counts as not sent; true when there is something.
+    pub(crate) fn unsend(&self) -> bool {
+        let mut inner = self.inner();
+        inner.sent = 0;
+        inner.listed = !inner.kept.is_empty();
+        inner.listed
+    }
+
+    /// Drops what the router has; true when that was the end of the call.
+    pub(crate) fn acknowledge(&self, msg_seq: u64) -> bool {
+        let mut inner = self.inner();
+        while inner.kept.front().is_some_and(|kept| kept.msg_seq <= msg_seq) {
+            if let Some(kept) = inner.kept.pop_front() {
+                inner.kept_bytes -= kept.bytes.len();
+                inner.sent = inner.sent.saturating_sub(1);
+            }
+        }
+        // More than was ever said: the router has settled this call and wants to hear no more of it.
+        let forgotten = msg_seq >= inner.next_seq;
+        if forgotten && inner.end.is_none() {
+            inner.silent = true;
+            inner.stop.get_or_insert(StopReason::Cancelled);
+        }
+        let ended = forgotten || inner.end.is_some_and(|end| end <= msg_seq);
+        drop(inner);
+        self.changed.notify_waiters();
+        ended
+    }
+
+    /// True when the message was for this epoch or a later one, which counts from now on.
+    pub(crate) fn raise(&self, shard: u32, epoch: u64) -> bool {
+        let mut inner = self.inner();
+        if shard != inner.shard || epoch < inner.epoch {
+            return false;
+        }
+        inner.epoch = epoch;
+        true
+    }
+
+    /// The whole grant, as stated last.
+    pub(crate) fn set_grant(&self, grant: Amount, last: bool) {
+        let mut inner = self.inner();
+        (inner.grant, inner.last) = (grant, last);
+    }
+
+    pub(crate) fn stop(&self, reason: StopReason) {
+        self.inner().stop.get_or_insert(reason);
+        self.changed.notify_waiters();
+    }
+
+    /// The handler is gone without an outcome: the call stays listed as running until the router forgets it.
+    pub(crate) fn vanish(&self) {
+        self.inner().silent = true;
+    }
+
+    pub(crate) fn listed(&self) -> ListedCall {
+        let inner = self.inner();
+        ListedCall {
+            call_id: self.id,
+            shard: inner.shard,
+            epoch: inner.epoch,
+            msg_seq: inner.next_seq - 1,
+            cost: inner.total,
+            done: inner.end.is_some(),
+        }
+    }
+}
+
+impl Inner {
+    fn verdict(&self, deadline: Instant) -> Verdict {
+        if let Some(reason) = self.stop {
+            return Verdict::Stop(reason);
+        }
+        if !self.total.amount().is_ok_and(|spent| spent.fits(self.grant)) {
+            return Verdict::Stop(StopReason::Grant);
+        }
+        if Instant::now() >= deadline { Verdict::Stop(StopReason::Deadline) } else { Verdict::Go }
+    }
+}

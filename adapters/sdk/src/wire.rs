@@ -1,0 +1,188 @@
+//! One connection: frames over a byte stream, reads and coalesced writes driven by one task, and the hello.
+//! Knows nothing of streams, tasks or calls.
+
+use crate::dial::{BoxedIo, Dialer};
+use crate::error::Error;
+use atp_proto::code::WireError;
+use atp_proto::codec;
+use atp_proto::content::{Hello, HelloAck, Role};
+use atp_proto::frame::kind;
+use atp_proto::{Flags, Frame};
+use bytes::{Buf, BytesMut};
+use std::future::poll_fn;
+use std::io;
+use std::pin::Pin;
+use std::task::Poll;
+use std::time::Duration;
+use tokio::io::AsyncWrite;
+use tokio::time::{Instant, timeout};
+use tokio_util::io::poll_read_buf;
+
+/// No more is put into the write buffer while it holds this much.
+pub(crate) const WRITE_BYTES: usize = 256 * 1024;
+const READ_BYTES: usize = 128 * 1024;
+
+pub(crate) struct Wire {
+    io: BoxedIo,
+    read: BytesMut,
+    write: BytesMut,
+    flush: bool,
+}
+
+/// What a turn of the connection brought.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Turn {
+    Read,
+    Wrote,
+    Closed,
+}
+
+impl Wire {
+    pub(crate) fn new(io: BoxedIo) -> Self {
+        Self { io, read: BytesMut::new(), write: BytesMut::new(), flush: false }
+    }
+
+    pub(crate) fn push(&mut self, frame: &Frame) {
+        codec::encode(frame, &mut self.write);
+    }
+
+    /// Appends frames that are encoded already.
+    pub(crate) fn push_encoded(&mut self, bytes: &[u8]) {
+        self.write.extend_from_slice(bytes);
+    }
+
+    pub(crate) fn has_room(&self) -> bool {
+        self.write.len() < WRITE_BYTES
+    }
+
+    pub(crate) fn is_flushed(&self) -> bool {
+        self.write.is_empty() && !self.flush
+    }
+
+    /// The next whole frame of what was read.
+    pub(crate) fn take(&mut self) -> Result<Option<Frame>, WireError> {
+        Ok(codec::decode(&mut self.read)?.map(|received| received.frame))
+    }
+
+    /// Writes what waits and reads what came; resolves when either moved. Safe to drop and call again. With `read` false
+    /// nothing is read: the peer feels it.
+    pub(crate) async fn turn(&mut self, read: bool) -> io::Result<Turn> {
+        poll_fn(|cx| {
+            let mut wrote = false;
+            while !self.write.is_empty() {
+                match Pin::new(&mut self.io).poll_write(cx, &self.write) {
+                    Poll::Ready(Ok(0)) => return Poll::Ready(Err(io::ErrorKind::WriteZero.into())),
+                    Poll::Ready(Ok(n)) => {
+                        self.write.advance(n);
+                        (wrote, self.flush) = (true, true);
+                    }
+                    Poll::Ready(Err(e)) => return Poll::Ready(Err(e)),
+                    Poll::Pending => break,
+                }
+            }
+            if self.flush && self.write.is_empty() {
+                if let Poll::Ready(done) = Pin::new(&mut self.io).poll_flush(cx) {
+                    done?;
+                    self.flush = false;
+                }
+            }
+            if read {
+                self.read.reserve(READ_BYTES);
+                if let Poll::Ready(n) = poll_read_buf(Pin::new(&mut self.io), cx, &mut self.read) {
+                    return Poll::Ready(n.map(|n| if n == 0 { Turn::Closed } else { Turn::Read }));
+                }
+            }
+            if wrote { Poll::Ready(Ok(Turn::Wrote)) } else { Poll::Pending }
+        })
+        .await
+    }
+
+    /// Writes everything and closes the sending side; errors no longer matter.
+    pub(crate) async fn close(mut self) {
+        let all = async {
+            while !self.is_flushed() {
+                if self.turn(false).await.is_err() {
+                    return;
+                }
+            }
+            let _ = poll_fn(|cx| Pin::new(&mut self.io).poll_shutdown(cx)).await;
+        };
+        let _ = timeout(Duration::from_secs(1), all).await;
+    }
+}
+
+/// Dials and says hello.
+///
+/// # Errors
+/// `Unreachable` for the transport and the time-out, `Auth` or `Refused` for the router's no.
+pub(crate) async fn open(
+    dialer: &Dialer,
+    role: Role,
+    token: Option<&str>,
+    within: Duration,
+) -> Result<(Wire, HelloAck), Error> {
+    let attempt = async {
+        let io = dialer.dial().await.map_err(|e| Error::Unreachable(format!("{dialer}: {e}")))?;
+        let mut wire = Wire::new(io);
+        let hello = Hello { minor_max: 1, role, token: token.map(str::to_owned) };
+        wire.push(&Frame::json("", 0, Flags::SYN, kind::HELLO, &hello));
+        loop {
+            while let Some(frame) = wire.take().map_err(|e| Error::Protocol(e.to_string()))? {
+                if let Some(answer) = hello_answer(&frame)? {
+                    return Ok((wire, answer));
+                }
+            }
+            let lost = |e: &dyn std::fmt::Display| Error::Unreachable(format!("{dialer}: {e}"));
+            match wire.turn(true).await {
+                Ok(Turn::Closed) => return Err(lost(&"closed before it answered the hello")),
+                Ok(Turn::Read | Turn::Wrote) => {}
+                Err(e) => return Err(lost(&e)),
+            }
+        }
+    };
+    timeout(within, attempt)
+        .await
+        .unwrap_or_else(|_| Err(Error::Unreachable(format!("{dialer}: no answer within {} ms", within.as_millis()))))
+}
+
+fn hello_answer(frame: &Frame) -> Result<Option<HelloAck>, Error> {
+    match &*frame.kind {
+        kind::HELLO => frame.read().map(Some).map_err(|e| Error::Protocol(e.message)),
+        kind::ERROR => Err(frame.read::<WireError>().map_or_else(|e| Error::Protocol(e.message), Error::of_connection)),
+        _ => Ok(None),
+    }
+}
+
+/// When to send a heartbeat, and when silence means that the connection is lost (ATP-4).
+pub(crate) struct Pulse {
+    every: Duration,
+    next: Instant,
+    heard: Instant,
+}
+
+impl Pulse {
+    pub(crate) fn new(heartbeat_ms: u64) -> Self {
+        let every = Duration::from_millis(heartbeat_ms.clamp(10, 3_600_000));
+        let now = Instant::now();
+        Self { every, next: now + every, heard: now }
+    }
+
+    pub(crate) fn heard(&mut self) {
+        self.heard = Instant::now();
+    }
+
+    /// The next moment at which `beat` has something to do.
+    pub(crate) fn due(&self) -> Instant {
+        self.next
+    }
+
+    /// True while the peer isn't lost; sends a heartbeat when one is due.
+    pub(crate) fn beat(&mut self, wire: &mut Wire) -> bool {
+        let now = Instant::now();
+        if now >= self.next {
+            self.next = now + self.every;
+            wire.push(&Frame::heartbeat(false));
+        }
+        now < self.heard + self.every * 3
+    }
+}
