@@ -6,6 +6,8 @@ pub mod codec;
 pub mod content;
 pub mod frame;
 pub mod id;
+pub mod json;
+mod lenient;
 pub mod limits;
 pub mod money;
 pub mod reassembly;
