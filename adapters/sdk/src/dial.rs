@@ -111,12 +111,12 @@ fn authority_with_port(authority: &str) -> Result<String, &'static str> {
         return Err("has more than a host and a port");
     }
     let (host, port) = match authority.rsplit_once(':') {
-        Some((host, _)) if host.contains(':') && !host.ends_with(']') => {
-            return Err("needs brackets around an IPv6 address");
-        }
         Some((host, port)) if !port.contains(']') => (host, port),
         _ => (authority, "7443"),
     };
+    if host.contains(':') && !(host.starts_with('[') && host.ends_with(']')) {
+        return Err("needs brackets around an IPv6 address");
+    }
     if host.is_empty() {
         return Err("names no host");
     }

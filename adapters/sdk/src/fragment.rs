@@ -1,7 +1,8 @@
 //! Large messages as fragments and back, for an ordered byte stream: a fragment out of order is a gap, not held.
 
 use atp_proto::limits::MESSAGE_BYTES_MAX;
-use atp_proto::{Flags, Frame, Text};
+use atp_proto::reassembly::fragment;
+use atp_proto::{Flags, Frame};
 use bytes::BytesMut;
 
 /// Calls `each` with the frame, or with its fragments when the content is longer than `fragment_bytes`.
@@ -9,18 +10,8 @@ pub(crate) fn split(frame: Frame, fragment_bytes: usize, mut each: impl FnMut(&F
     if frame.content.len() <= fragment_bytes {
         return each(&frame);
     }
-    let mut content = frame.content.clone();
-    let mut part = frame;
-    let flags = part.flags;
-    for frag_seq in 0.. {
-        part.frag_seq = frag_seq;
-        part.content = content.split_to(fragment_bytes.min(content.len()));
-        part.flags = if content.is_empty() { flags } else { flags.with(Flags::MORE) };
-        each(&part);
-        if content.is_empty() {
-            return;
-        }
-        (part.kind, part.meta, part.content_type, part.extra) = (Text::EMPTY, None, Text::EMPTY, None);
+    for part in &fragment(frame, fragment_bytes) {
+        each(part);
     }
 }
 

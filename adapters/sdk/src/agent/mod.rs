@@ -33,6 +33,7 @@
 
 pub(crate) mod call;
 pub mod meter;
+pub mod offline;
 mod session;
 mod table;
 

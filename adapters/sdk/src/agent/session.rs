@@ -462,7 +462,7 @@ fn failed(code: Code, message: &str) -> Outcome {
 }
 
 /// Says the last word of a call, with a cost that never falls behind what the meter saw.
-fn conclude(state: &Arc<CallState>, outcome: Outcome) {
+pub(super) fn conclude(state: &Arc<CallState>, outcome: Outcome) {
     match outcome {
         Outcome::Final(mut end) => {
             state.say(Flags::FIN, kind::RESULT_FINAL, end.cost, |total| {
