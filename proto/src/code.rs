@@ -84,9 +84,9 @@ pub struct WireError {
     pub used: Option<u64>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub retry_after_ms: Option<u64>,
-    /// RFC 3339, UTC.
+    /// RFC 3339, UTC. Boxed: errors stay below the size that `Result` carries cheaply.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub reset_at: Option<String>,
+    pub reset_at: Option<Box<str>>,
     #[serde(default)]
     pub fatal: Fatal,
     /// False: nothing was accepted or judged, the same frame may come again and be admitted then.

@@ -1,5 +1,7 @@
 //! Money and tokens: integers, checked operations only. Overflow is an error, never a wrap.
 
+#![expect(clippy::should_implement_trait, reason = "the operators can't answer with an error, and these must")]
+
 use serde::{Deserialize, Deserializer, Serialize};
 use std::fmt;
 

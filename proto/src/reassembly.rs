@@ -54,6 +54,10 @@ impl From<Received> for Message {
 
 /// What became of a frame that was fed.
 #[derive(Clone, Debug, PartialEq)]
+#[expect(
+    clippy::large_enum_variant,
+    reason = "the large one is the common one, and a box would be an allocation a message"
+)]
 pub enum Fed {
     /// The next message. Others may have waited for it: call `next_ready` until it has none.
     Ready(Message),

@@ -138,7 +138,7 @@ fn atp_1_5_entries_are_counted_before_they_are_made() {
 }
 
 #[test]
-fn atp_2_3_the_checksum_is_of_the_body() {
+fn atp_2_4_the_checksum_is_of_the_body() {
     let frame = Frame::raw("s", 1, Flags::SYN, "task.submit", Bytes::from_static(b"{}"));
     let mut out = BytesMut::new();
     encode_into(&frame, EncodeOptions { checksum: true }, &mut out);
@@ -157,7 +157,7 @@ fn atp_2_3_the_checksum_is_of_the_body() {
 }
 
 #[test]
-fn atp_2_4_only_wire_version_1_is_spoken() {
+fn atp_2_5_only_wire_version_1_is_spoken() {
     for v in [0, 2, u32::MAX] {
         let error = refused(&pb::Body { v, ..body() });
         assert!(error.code == Code::Proto && error.message.starts_with("v:"), "{error}");
@@ -166,7 +166,7 @@ fn atp_2_4_only_wire_version_1_is_spoken() {
 }
 
 #[test]
-fn atp_2_5_flags_keep_their_rules() {
+fn atp_2_6_flags_keep_their_rules() {
     let numbered = |flags: Flags| pb::Body { flags: flags.0, ..body() };
     let unnumbered = |flags: Flags| pb::Body { flags: flags.0, msg_seq: 0, ..body() };
     let taken = |b: pb::Body| decode_body(b.encode_to_vec().into());
@@ -190,7 +190,7 @@ fn atp_2_5_flags_keep_their_rules() {
 }
 
 #[test]
-fn atp_2_6_a_wrong_field_is_named() {
+fn atp_2_7_a_wrong_field_is_named() {
     let cases: [(&str, pb::Body); 5] = [
         ("qos:", pb::Body { qos: 4, ..body() }),
         ("stream_id:", pb::Body { stream_id: "a b".into(), ..body() }),
@@ -220,7 +220,7 @@ fn atp_2_6_a_wrong_field_is_named() {
 }
 
 #[test]
-fn atp_2_7_unknown_fields_are_ignored() {
+fn atp_2_3_unknown_fields_are_ignored() {
     let mut bytes = body().encode_to_vec();
     bytes.extend([0x98, 0x06, 1, 0x9a, 0x06, 2, 7, 7, 0x9d, 0x06, 0, 0, 0, 0, 0x99, 0x06, 0, 0, 0, 0, 0, 0, 0, 0]);
     assert_eq!(decode_body(bytes.into()).unwrap(), decode_body(body().encode_to_vec().into()).unwrap());

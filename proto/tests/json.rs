@@ -12,7 +12,7 @@ use proptest::prelude::*;
 use serde_json::{Value, json};
 
 fn value(frame: &Frame) -> Value {
-    serde_json::from_str(&to_json(View::new(frame))).unwrap()
+    serde_json::from_str(&to_json(View::new(frame))).expect("a view is JSON")
 }
 
 fn refused(text: &str) -> String {
@@ -43,7 +43,7 @@ proptest! {
 }
 
 #[test]
-fn atp_6_2_names_are_those_of_the_contract() {
+fn atp_6_1_names_are_those_of_the_contract() {
     let text = r#"{"v":1,"session_id":"s-7","stream_id":"k-6f1d.1","msg_seq":1,"frag_seq":0,"flags":["SYN"],"qos":"silver","ttl":8,
       "window":{"max_parallel":4,"max_tokens":80000,"max_usd_micros":500000},
       "meta":{"task_type":"code_review","languages":["rust"],"traceparent":"00-1","idempotency_key":"pr-17"},
@@ -77,7 +77,7 @@ fn atp_6_2_names_are_those_of_the_contract() {
 }
 
 #[test]
-fn atp_6_3_content_is_the_document_or_base64() {
+fn atp_6_2_content_is_the_document_or_base64() {
     let text = |frame: &Frame| value(frame)["payload"].clone();
     let pretty =
         Frame::raw("s", 1, Flags::NONE, "agent.log", Bytes::from_static(b"{\n \"text\":\"a\\nb\",\r\n \"n\":1.10}"));

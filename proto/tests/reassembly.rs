@@ -29,7 +29,7 @@ fn feed(inbound: &mut Inbound, frame: Frame) -> Result<Fed, WireError> {
 fn deliver(inbound: &mut Inbound, frames: impl IntoIterator<Item = Frame>) -> Vec<Message> {
     let mut out = Vec::new();
     for frame in frames {
-        if let Fed::Ready(message) = feed(inbound, frame).unwrap() {
+        if let Fed::Ready(message) = feed(inbound, frame).expect("every frame is taken") {
             out.push(message);
             out.extend(std::iter::from_fn(|| inbound.next_ready()));
         }
@@ -54,7 +54,7 @@ fn permutations(n: usize) -> Vec<Vec<usize>> {
 }
 
 #[test]
-fn atp_4_1_every_order_of_a_few_fragments_yields_the_same() {
+fn atp_4_6_every_order_of_a_few_fragments_yields_the_same() {
     // Three messages: fragments 3, 1 (empty), 2.
     let messages = [message(1, "abcdef"), message(2, ""), message(3, "gh")];
     let sizes = [2, 1, 1];
@@ -73,7 +73,7 @@ proptest! {
     /// Shuffled, with duplicates before and after: the same messages once, bodies as sent, and what is missing at any
     /// time is exactly what the rest of the frames brings.
     #[test]
-    fn atp_4_2_duplicates_are_harmless(
+    fn atp_4_8_duplicates_are_harmless(
         contents in prop::collection::vec(any::bytes(40), 1..12),
         size in 1..20usize,
         after in prop_oneof![Just(0u64), any::<u32>().prop_map(u64::from)],
@@ -121,7 +121,7 @@ proptest! {
 
     /// Anything at all: no panic, the bounds hold, delivery is in order, and a refusal changes nothing.
     #[test]
-    fn atp_4_3_nothing_breaks_the_bounds(frames in prop::collection::vec(
+    fn atp_4_5_nothing_breaks_the_bounds(frames in prop::collection::vec(
         (0..70u64, 0..6u32, any::<bool>(), any::bytes(3)), 0..60)) {
         let mut inbound = Inbound::default();
         let mut last = 0;
@@ -149,7 +149,7 @@ proptest! {
     }
 
     #[test]
-    fn atp_4_4_a_split_message_is_whole_again(frame in any::frame(), size in 0..50usize) {
+    fn atp_4_6_a_split_message_is_whole_again(frame in any::frame(), size in 0..50usize) {
         let frame = Frame { msg_seq: 1, frag_seq: 0, flags: Flags(frame.flags.0 & !(Flags::MORE.0 | Flags::CTRL.0)), ..frame };
         let frames = fragment(frame.clone(), size);
         prop_assert!(frames.iter().all(|f| f.content.len() <= size.max(1)));
@@ -159,7 +159,7 @@ proptest! {
 }
 
 #[test]
-fn atp_4_5_contradicting_fragments_are_refused() {
+fn atp_4_6_contradicting_fragments_are_refused() {
     let cases: [(&str, Vec<Frame>, Frame); 8] = [
         ("two lasts, the second later", vec![piece(1, 1, false, "b")], piece(1, 2, false, "c")),
         ("two lasts, the second earlier", vec![piece(1, 2, false, "b")], piece(1, 1, false, "c")),
@@ -183,7 +183,7 @@ fn atp_4_5_contradicting_fragments_are_refused() {
 }
 
 #[test]
-fn atp_4_6_a_gap_holds_so_many_messages() {
+fn atp_4_5_a_gap_holds_so_many_messages() {
     let mut inbound = Inbound::after(10);
     let last = 11 + GAP_MESSAGES_MAX as u64;
     for seq in 12..=last {
@@ -198,7 +198,7 @@ fn atp_4_6_a_gap_holds_so_many_messages() {
 }
 
 #[test]
-fn atp_4_7_a_gap_holds_so_many_bytes_and_what_fills_it_is_always_taken() {
+fn atp_4_5_a_gap_holds_so_many_bytes_and_what_fills_it_is_always_taken() {
     let content = |n: usize| Bytes::from(vec![b'x'; n]);
     let charge = |f: &Frame| Received::from_frame(f.clone()).body.len() + FRAGMENT_OVERHEAD;
     let mut inbound = Inbound::default();
@@ -223,7 +223,7 @@ fn atp_4_7_a_gap_holds_so_many_bytes_and_what_fills_it_is_always_taken() {
 }
 
 #[test]
-fn atp_4_8_a_message_has_at_most_so_many_bytes_and_fragments() {
+fn atp_4_6_a_message_has_at_most_so_many_bytes_and_fragments() {
     let content = Bytes::from(vec![b'x'; MESSAGE_BYTES_MAX]);
     let mut inbound = Inbound::default();
     assert!(deliver(&mut inbound, [piece(1, 0, true, content.clone())]).is_empty());
@@ -240,7 +240,7 @@ fn atp_4_8_a_message_has_at_most_so_many_bytes_and_fragments() {
 }
 
 #[test]
-fn atp_4_9_what_is_missing_is_named() {
+fn atp_4_7_what_is_missing_is_named() {
     let mut inbound = Inbound::after(4);
     let named = |i: &Inbound| i.missing().into_iter().map(|o| (o.msg_seq, o.frag, o.missing)).collect::<Vec<_>>();
     assert!(deliver(&mut inbound, [piece(5, 0, true, "a"), piece(5, 1, true, "b")]).is_empty());
@@ -260,7 +260,7 @@ fn atp_4_9_what_is_missing_is_named() {
 }
 
 #[test]
-fn atp_4_10_a_delivered_message_is_a_duplicate_once() {
+fn atp_4_8_a_delivered_message_is_a_duplicate_once() {
     let mut inbound = Inbound::after(5000);
     assert_eq!(feed(&mut inbound, message(5000, "x")), Ok(Fed::Duplicate(5000)));
     assert_eq!(feed(&mut inbound, message(1, "x")), Ok(Fed::Duplicate(1)));
