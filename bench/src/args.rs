@@ -1,0 +1,144 @@
+//! The flags of `atp bench`, with their bounds.
+
+use clap::{Parser, ValueEnum};
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+/// Load a router on loopback and measure it.
+#[derive(Clone, Debug, Parser)]
+#[command(
+    name = "atp bench",
+    after_help = "Examples:\n  atp bench relay                          1 KiB chunks a second beside a bare relay\n  atp bench tasks --rates 500,2000 --seconds 5\n  atp bench idle --streams 20000\n  atp bench relay --json --plot relay.svg"
+)]
+pub struct BenchArgs {
+    /// What to measure
+    #[arg(value_enum, value_name = "SCENARIO")]
+    pub scenario: Scenario,
+    /// Settings of the router to measure
+    #[arg(long, value_enum, value_delimiter = ',', value_name = "LINES", default_value = "off,on,durable")]
+    pub lines: Vec<Line>,
+    /// Seconds of measuring per line (tasks: per line and rate)
+    #[arg(long, value_name = "S", default_value_t = 10, value_parser = clap::value_parser!(u64).range(1..=600))]
+    pub seconds: u64,
+    /// The seconds of `relay` are split over this many rounds; each runs every line, so that noise hits all alike
+    #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u64).range(1..=20))]
+    pub rounds: u64,
+    /// Streams at once [default: relay 256, idle 10000]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..=100_000))]
+    pub streams: Option<u64>,
+    /// Connections of clients and as many of agents
+    #[arg(long, value_name = "N", default_value_t = 4, value_parser = clap::value_parser!(u64).range(1..=64))]
+    pub connections: u64,
+    /// Bytes of a chunk's JSON document
+    #[arg(long, value_name = "N", default_value_t = 1024, value_parser = clap::value_parser!(u64).range(256..=65_536))]
+    pub chunk_bytes: u64,
+    /// Tasks a second, open loop
+    #[arg(long, value_delimiter = ',', value_name = "N,N", default_value = "500,1000,2000,4000", value_parser = clap::value_parser!(u64).range(1..=1_000_000))]
+    pub rates: Vec<u64>,
+    /// Measure the router at this native address, as it is configured, instead of starting routers
+    #[arg(long, value_name = "HOST:PORT")]
+    pub router: Option<SocketAddr>,
+    /// The process of `--router`, for CPU and memory
+    #[arg(long, value_name = "PID", requires = "router")]
+    pub pid: Option<u32>,
+    /// Where the routers keep their logs while they are measured [default: the system's temporary directory]
+    #[arg(long, value_name = "DIR")]
+    pub dir: Option<PathBuf>,
+    /// Write the figures as a plot
+    #[arg(long, value_name = "FILE.svg")]
+    pub plot: Option<PathBuf>,
+    /// One JSON document on stdout and nothing else
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Scenario {
+    /// 1 KiB chunks of long calls, from agents through the router to clients
+    Relay,
+    /// Whole small tasks of one call at fixed rates: latency from the intended start to the bill
+    Tasks,
+    /// Memory per stream that waits
+    Idle,
+    /// The bare relay that `relay` starts beside the router
+    #[value(hide = true)]
+    BareRelay,
+}
+
+/// What the measured router has to do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Line {
+    /// Accounts and windows without limits; log `async`
+    Off,
+    /// Limits, so that reservations and slices are checked; log `async`
+    On,
+    /// Limits; log `fsync`
+    Durable,
+}
+
+impl Line {
+    pub(crate) const fn name(self) -> &'static str {
+        match self {
+            Self::Off => "limits off",
+            Self::On => "reservations on",
+            Self::Durable => "durable",
+        }
+    }
+
+    pub(crate) const fn has_limits(self) -> bool {
+        !matches!(self, Self::Off)
+    }
+
+    pub(crate) const fn durability(self) -> &'static str {
+        match self {
+            Self::Off | Self::On => "async",
+            Self::Durable => "fsync",
+        }
+    }
+}
+
+impl BenchArgs {
+    /// # Errors
+    /// Names the flag that doesn't go with the others.
+    pub(crate) fn check(&self) -> anyhow::Result<()> {
+        anyhow::ensure!(!self.lines.is_empty(), "--lines: name at least one of off, on, durable");
+        anyhow::ensure!(!self.rates.is_empty(), "--rates: name at least one rate");
+        let per_connection = self.streams().div_ceil(self.connections);
+        anyhow::ensure!(
+            self.scenario == Scenario::Idle || per_connection <= crate::client::STREAMS_PER_CONNECTION as u64,
+            "--streams: {per_connection} on each connection, at most {} go; give more --connections",
+            crate::client::STREAMS_PER_CONNECTION
+        );
+        Ok(())
+    }
+
+    pub(crate) fn streams(&self) -> u64 {
+        self.streams.unwrap_or(if self.scenario == Scenario::Idle { 10_000 } else { 256 })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parsed(args: &[&str]) -> Result<BenchArgs, clap::Error> {
+        BenchArgs::try_parse_from(std::iter::once("atp bench").chain(args.iter().copied()))
+    }
+
+    #[test]
+    fn bounds_are_kept() {
+        assert!(parsed(&["relay", "--seconds", "600"]).is_ok() && parsed(&["relay", "--seconds", "601"]).is_err());
+        assert!(parsed(&["relay", "--streams", "0"]).is_err());
+        assert!(parsed(&["relay", "--pid", "1"]).is_err(), "a process without its router");
+        let args = parsed(&["relay", "--streams", "1025", "--connections", "1"]).expect("parses");
+        assert!(args.check().is_err());
+        let args = parsed(&["relay", "--streams", "900", "--connections", "1"]).expect("parses");
+        assert!(args.check().is_ok());
+    }
+
+    #[test]
+    fn lists_are_split_at_commas() {
+        let args = parsed(&["tasks", "--lines", "off,durable", "--rates", "1,20"]).expect("parses");
+        assert_eq!((args.lines, args.rates), (vec![Line::Off, Line::Durable], vec![1, 20]));
+    }
+}
