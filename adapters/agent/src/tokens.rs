@@ -1,0 +1,65 @@
+//! How many tokens a text is, without a provider's tokenizer: an upper and a lower count. The upper one guards the grant,
+//! the lower one is what a running total may say without ever having to fall when the provider reports.
+
+/// A count that real tokenizers hardly exceed: words of up to five letters and each digit or sign are one token, longer
+/// words one per five letters, other scripts two tokens per three bytes.
+#[must_use]
+pub(crate) fn upper(text: &str) -> u64 {
+    let (mut tokens, mut letters, mut foreign_bytes, mut blanks) = (0_u64, 0_u64, 0_u64, 0_u64);
+    for c in text.chars() {
+        if c.is_ascii_alphabetic() {
+            (letters, blanks) = (letters + 1, 0);
+            continue;
+        }
+        tokens += letters.div_ceil(5);
+        letters = 0;
+        match c {
+            // A single blank belongs to the word behind it; runs of them are tokens of their own.
+            ' ' => {
+                blanks += 1;
+                tokens += u64::from(blanks % 4 == 2);
+            }
+            c if c.is_ascii() => (tokens, blanks) = (tokens + 1, 0),
+            c => (foreign_bytes, blanks) = (foreign_bytes + c.len_utf8() as u64, 0),
+        }
+    }
+    tokens + u64::from(blanks > 0) + letters.div_ceil(5) + (foreign_bytes * 2).div_ceil(3)
+}
+
+/// A count that real tokenizers hardly stay below: long words and indentation can be one token each.
+#[must_use]
+pub(crate) fn lower(text: &str) -> u64 {
+    (text.len() as u64).div_ceil(12)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_counts_enclose_what_tokenizers_say() {
+        // (text, the fewest and the most tokens that vocabularies of different sizes make of it)
+        for (text, few, many) in [
+            ("", 0, 0),
+            ("Hello, world!", 4, 4),
+            ("The quick brown fox jumps over the lazy dog.", 10, 10),
+            ("    if grams < BANDS[i].0 {\n        return Some(BANDS[i].1);\n    }\n", 21, 27),
+            ("internationalization", 2, 2),
+            ("1234567890", 4, 10),
+        ] {
+            assert!(lower(text) <= few, "{text}: {} > {few}", lower(text));
+            assert!(upper(text) >= many, "{text}: {} < {many}", upper(text));
+        }
+        assert!(upper("日本語") >= 6 && upper("🌟") >= 3);
+    }
+
+    #[test]
+    fn pieces_never_count_less_than_the_whole() {
+        let text = "Review this: let x = values[10..=20].iter().sum::<u64>();  // grün";
+        for cut in (0..=text.len()).filter(|n| text.is_char_boundary(*n)) {
+            // A piece of output counts as one token at least.
+            let piece = |part: &str| upper(part).max(u64::from(!part.is_empty()));
+            assert!(piece(&text[..cut]) + piece(&text[cut..]) >= upper(text));
+        }
+    }
+}
