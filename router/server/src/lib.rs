@@ -1,1 +1,21 @@
+//! The router's shell: sockets, tasks, the log and the HTTP surface around the core. Decides nothing about streams or money.
 
+mod agent_task;
+mod clients;
+pub mod config;
+mod connection;
+mod http;
+mod identity;
+mod inbox;
+mod listen;
+pub mod log;
+mod metric;
+mod outbox;
+mod router;
+mod shard_task;
+mod time;
+pub mod verify;
+
+pub use config::Config;
+pub use identity::{Anonymous, DEFAULT_TENANT};
+pub use router::{Router, StartError, recover_state};

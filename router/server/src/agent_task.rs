@@ -1,0 +1,256 @@
+//! The owner task of each `Agent`, by handle, living across reconnects, and the list of them.
+//! Never touches money; a call's frames go past it, straight to the shard.
+
+use crate::inbox::{Inbox, ToShard};
+use crate::outbox::Outbox;
+use crate::time::Clocks;
+use atp_core::agent::Agent;
+use atp_core::message::{AgentEffect, AgentInput, FromAgent, Machine, ToAgent};
+use atp_core::settings::Settings;
+use atp_proto::content::{AgentStatus, Capabilities};
+use atp_proto::limits::UNSENT_FULL_MS;
+use atp_proto::{AgentName, Code, ConnId, Frame, WireError};
+use std::collections::{BTreeMap, VecDeque};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use tokio::sync::{mpsc, oneshot};
+use tokio::time::Instant;
+use tokio_util::task::TaskTracker;
+
+/// Messages that may wait for one agent's task.
+const MESSAGES_MAX: usize = 1024;
+
+/// One message to the owner task of an agent.
+pub(crate) enum AgentMessage {
+    /// Hello and capabilities are read. `up` is answered when the shard has been told, so that no frame overtakes it.
+    Connected {
+        conn: ConnId,
+        capabilities: Box<Capabilities>,
+        outbox: Outbox,
+        up: oneshot::Sender<()>,
+    },
+    Status {
+        conn: ConnId,
+        status: AgentStatus,
+    },
+    Alive {
+        conn: ConnId,
+    },
+    Disconnected {
+        conn: ConnId,
+    },
+    Shard(Vec<ToAgent>),
+    Settings(Arc<Settings>),
+}
+
+/// The way to one agent's task.
+#[derive(Clone)]
+pub(crate) struct AgentHandle {
+    pub(crate) queue: mpsc::Sender<AgentMessage>,
+    /// Unix milliseconds of its last sign of life; 0: none.
+    last_heartbeat_ms: Arc<AtomicU64>,
+}
+
+/// All agents of this process.
+#[derive(Clone)]
+pub(crate) struct Agents {
+    list: Arc<Mutex<BTreeMap<AgentName, AgentHandle>>>,
+    settings: Arc<Mutex<Arc<Settings>>>,
+    inbox: Inbox,
+    clocks: Clocks,
+    tasks: TaskTracker,
+    agents_max: usize,
+}
+
+impl Agents {
+    pub(crate) fn new(
+        settings: Arc<Settings>,
+        inbox: Inbox,
+        clocks: Clocks,
+        tasks: TaskTracker,
+        agents_max: usize,
+    ) -> Self {
+        let (list, settings) = (Arc::default(), Arc::new(Mutex::new(settings)));
+        Self { list, settings, inbox, clocks, tasks, agents_max }
+    }
+
+    /// The agent's task, started if it doesn't run yet.
+    ///
+    /// # Errors
+    /// ELIMIT when there are too many handles.
+    pub(crate) fn of(&self, name: &AgentName) -> Result<AgentHandle, WireError> {
+        let mut list = self.list.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(handle) = list.get(name) {
+            return Ok(handle.clone());
+        }
+        if list.len() >= self.agents_max {
+            return Err(WireError::new(
+                Code::Limit,
+                "agents: this router has no room for another agent handle (limits.agents)",
+            )
+            .used(list.len() as u64, self.agents_max as u64)
+            .scope(format!("agent:{name}")));
+        }
+        let (sender, queue) = mpsc::channel(MESSAGES_MAX);
+        let handle = AgentHandle { queue: sender, last_heartbeat_ms: Arc::default() };
+        let settings = self.settings.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let machine = Agent::new(name.clone(), settings, self.clocks.now());
+        let task = AgentTask {
+            machine,
+            queue,
+            inbox: self.inbox.clone(),
+            clocks: self.clocks,
+            last_heartbeat_ms: handle.last_heartbeat_ms.clone(),
+            connections: BTreeMap::new(),
+        };
+        self.tasks.spawn(task.run());
+        list.insert(name.clone(), handle.clone());
+        Ok(handle)
+    }
+
+    /// Unix milliseconds of the agent's last sign of life.
+    pub(crate) fn last_heartbeat_ms(&self, name: &AgentName) -> Option<u64> {
+        let list = self.list.lock().unwrap_or_else(PoisonError::into_inner);
+        list.get(name).map(|h| h.last_heartbeat_ms.load(Ordering::Relaxed)).filter(|ms| *ms > 0)
+    }
+
+    /// Hands new settings to every agent.
+    pub(crate) async fn set_settings(&self, settings: &Arc<Settings>) {
+        *self.settings.lock().unwrap_or_else(PoisonError::into_inner) = settings.clone();
+        let handles: Vec<AgentHandle> =
+            self.list.lock().unwrap_or_else(PoisonError::into_inner).values().cloned().collect();
+        for handle in handles {
+            let _ = handle.queue.send(AgentMessage::Settings(settings.clone())).await;
+        }
+    }
+
+    /// Ends every agent's task once its queue is empty.
+    pub(crate) fn close(&self) {
+        self.list.lock().unwrap_or_else(PoisonError::into_inner).clear();
+    }
+}
+
+/// A connection of this agent: the newest, and older ones until they are closed.
+struct Connection {
+    outbox: Outbox,
+    /// Frames that the outbox had no room for. They share their content with the shard's memory.
+    waiting: VecDeque<Frame>,
+    full_since: Option<Instant>,
+}
+
+struct AgentTask {
+    machine: Agent,
+    queue: mpsc::Receiver<AgentMessage>,
+    inbox: Inbox,
+    clocks: Clocks,
+    last_heartbeat_ms: Arc<AtomicU64>,
+    connections: BTreeMap<ConnId, Connection>,
+}
+
+impl AgentTask {
+    async fn run(mut self) {
+        let mut batch = Vec::with_capacity(64);
+        loop {
+            let timeout = self.machine.poll_timeout().map(|at| self.clocks.instant(at));
+            let waiting = self.connections.values().find(|c| !c.waiting.is_empty()).map(|c| c.outbox.clone());
+            tokio::select! {
+                n = self.queue.recv_many(&mut batch, 256) => if n == 0 { return },
+                () = sleep_until(timeout), if timeout.is_some() => {}
+                () = room_or_a_second(waiting.as_ref()), if waiting.is_some() => {}
+            }
+            let now = self.clocks.now();
+            if self.machine.poll_timeout().is_some_and(|at| at <= now.mono_ms) {
+                self.machine.handle_timeout(now);
+            }
+            let mut ups = Vec::new();
+            for message in batch.drain(..) {
+                match message {
+                    AgentMessage::Connected { conn, capabilities, outbox, up } => {
+                        self.connections
+                            .insert(conn, Connection { outbox, waiting: VecDeque::new(), full_since: None });
+                        self.alive(now.wall_ms);
+                        self.machine.handle(now, AgentInput::Connected { conn, capabilities });
+                        ups.push(up);
+                    }
+                    AgentMessage::Status { conn, status } => {
+                        self.machine.handle(now, AgentInput::Status { conn, status });
+                    }
+                    AgentMessage::Alive { conn } => {
+                        self.alive(now.wall_ms);
+                        self.machine.handle(now, AgentInput::Alive { conn });
+                    }
+                    AgentMessage::Disconnected { conn } => {
+                        self.connections.remove(&conn);
+                        self.machine.handle(now, AgentInput::Disconnected { conn });
+                    }
+                    AgentMessage::Shard(messages) => {
+                        for message in messages {
+                            self.machine.handle(now, AgentInput::Shard(message));
+                        }
+                    }
+                    AgentMessage::Settings(settings) => self.machine.set_settings(settings),
+                }
+            }
+            let told = self.drain();
+            if !told.is_empty() && self.inbox.send(256 * told.len(), ToShard::Agent(told)).await.is_err() {
+                return;
+            }
+            for up in ups {
+                let _ = up.send(());
+            }
+        }
+    }
+
+    fn alive(&self, wall_ms: u64) {
+        self.last_heartbeat_ms.store(wall_ms, Ordering::Relaxed);
+    }
+
+    /// Carries out what the machine wants; returns what the shard is told.
+    fn drain(&mut self) -> Vec<FromAgent> {
+        let mut told = Vec::new();
+        while let Some(effect) = self.machine.poll_effect() {
+            match effect {
+                AgentEffect::Send { conn, frame } => {
+                    if let Some(connection) = self.connections.get_mut(&conn) {
+                        connection.waiting.push_back(frame);
+                    }
+                }
+                AgentEffect::Close { conn, error } => {
+                    if let Some(mut connection) = self.connections.remove(&conn) {
+                        connection.outbox.send(&mut connection.waiting);
+                        connection.outbox.close(Some(error));
+                    }
+                }
+                AgentEffect::ToShard { shard: _, message } => told.push(message),
+            }
+        }
+        for connection in self.connections.values_mut().filter(|c| !c.waiting.is_empty()) {
+            connection.outbox.send(&mut connection.waiting);
+            if connection.waiting.is_empty() {
+                connection.full_since = None;
+                continue;
+            }
+            let full_since = *connection.full_since.get_or_insert_with(Instant::now);
+            if full_since.elapsed().as_millis() >= u128::from(UNSENT_FULL_MS) {
+                connection.waiting.clear();
+                let error =
+                    WireError::new(Code::Limit, "unsent bytes: the agent took nothing for 10 s while 8 MiB waited");
+                connection.outbox.close(Some(error));
+            }
+        }
+        told
+    }
+}
+
+async fn room_or_a_second(outbox: Option<&Outbox>) {
+    if let Some(outbox) = outbox {
+        let _ = tokio::time::timeout(std::time::Duration::from_secs(1), outbox.room()).await;
+    }
+}
+
+pub(crate) async fn sleep_until(at: Option<Instant>) {
+    match at {
+        Some(at) => tokio::time::sleep_until(at).await,
+        None => std::future::pending().await,
+    }
+}

@@ -1,0 +1,194 @@
+//! The configuration: one YAML file as typed values. `table` knows every key, `tree` reads the text.
+
+use crate::identity::Anonymous;
+use atp_core::settings::Settings;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::path::PathBuf;
+
+/// A configuration that can be started.
+#[derive(Clone, Debug)]
+pub struct Config {
+    pub listen: Listen,
+    /// What others are told to dial; empty: the address that is bound.
+    pub advertise: Option<String>,
+    pub data_dir: PathBuf,
+    pub durability: Durability,
+    pub anonymous: Anonymous,
+    /// What the core reads.
+    pub settings: Settings,
+    /// Adapters that the router's process starts itself.
+    pub agents: Vec<AgentEntry>,
+    pub limits: ShellLimits,
+    pub log_format: LogFormat,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Listen {
+    pub atp: SocketAddr,
+    pub http: SocketAddr,
+    /// Plain sockets off loopback are wanted in so many words.
+    pub insecure: bool,
+}
+
+/// When an entry counts as durable.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Durability {
+    /// After `fdatasync`.
+    #[default]
+    Fsync,
+    /// After the write; synced every few ms. For development.
+    Async,
+}
+
+/// How the process's own log lines look.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum LogFormat {
+    #[default]
+    Text,
+    Json,
+}
+
+/// An entry of `agents:`: the flags of `atp agent KIND`.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct AgentEntry {
+    pub kind: String,
+    pub name: String,
+    pub model: Option<String>,
+    pub base_url: Option<String>,
+    pub api_key: Option<String>,
+    pub max_parallel: Option<u32>,
+    pub task_types: Vec<String>,
+    pub prices: Option<String>,
+    pub cwd: Option<PathBuf>,
+    /// The program of kind `command`, with its arguments.
+    pub argv: Vec<String>,
+    pub script: Option<PathBuf>,
+    pub timeout_ms: Option<u64>,
+}
+
+/// Bounds of the shell.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ShellLimits {
+    /// Bytes that may wait for the shard.
+    pub inbox_bytes: u32,
+    /// Native connections at once.
+    pub connections: usize,
+    pub http_connections: usize,
+    pub streams_per_connection: usize,
+    /// Agent handles.
+    pub agents: usize,
+    pub heartbeat_ms: u64,
+    /// Bytes of a segment of the log.
+    pub segment_bytes: u64,
+}
+
+impl Default for ShellLimits {
+    fn default() -> Self {
+        Self {
+            inbox_bytes: 64 * 1024 * 1024,
+            connections: 10_000,
+            http_connections: 1024,
+            streams_per_connection: atp_proto::limits::STREAMS_MAX,
+            agents: 1024,
+            heartbeat_ms: atp_proto::limits::HEARTBEAT_MS,
+            segment_bytes: 64 * 1024 * 1024,
+        }
+    }
+}
+
+impl Default for Config {
+    /// What an empty file says.
+    fn default() -> Self {
+        let loopback = IpAddr::V4(Ipv4Addr::LOCALHOST);
+        Self {
+            listen: Listen {
+                atp: SocketAddr::new(loopback, 7443),
+                http: SocketAddr::new(loopback, 7080),
+                insecure: false,
+            },
+            advertise: None,
+            data_dir: "./atp-data".into(),
+            durability: Durability::Fsync,
+            anonymous: Anonymous::Loopback,
+            settings: Settings::default(),
+            agents: Vec::new(),
+            limits: ShellLimits::default(),
+            log_format: LogFormat::Text,
+        }
+    }
+}
+
+/// What is wrong with a configuration, where, and what to do.
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct Problem {
+    /// From 1; 0: nowhere in the text.
+    pub line: u64,
+    pub column: u64,
+    pub field: String,
+    pub message: String,
+    pub fix: String,
+}
+
+impl std::fmt::Display for Problem {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        if self.line > 0 {
+            write!(f, "{}:{}: ", self.line, self.column)?;
+        }
+        write!(f, "{}: {}; {}", self.field, self.message, self.fix)
+    }
+}
+
+impl Problem {
+    fn nowhere(field: &str, message: impl Into<String>, fix: impl Into<String>) -> Self {
+        Self { line: 0, column: 0, field: field.into(), message: message.into(), fix: fix.into() }
+    }
+}
+
+impl Config {
+    /// The directory of the log.
+    #[must_use]
+    pub fn log_dir(&self) -> PathBuf {
+        self.data_dir.join("log")
+    }
+
+    /// What forbids a start, whoever made this configuration.
+    #[must_use]
+    pub fn problems(&self) -> Vec<Problem> {
+        let mut problems = Vec::new();
+        for (field, address) in [("listen.atp", self.listen.atp), ("listen.http", self.listen.http)] {
+            if !address.ip().is_loopback() && !self.listen.insecure {
+                let message = format!("{address} is not loopback, and this listener has no TLS");
+                let fix = "use 127.0.0.1, or set listen.insecure: true if everybody on that network may read and speak";
+                problems.push(Problem::nowhere(field, message, fix));
+            }
+        }
+        if self.anonymous == Anonymous::Never {
+            let fix = "use auth.anonymous: loopback; credentials come with a later version";
+            problems.push(Problem::nowhere(
+                "auth.anonymous",
+                "`never` leaves nobody in, because this version keeps no tokens",
+                fix,
+            ));
+        }
+        problems
+    }
+
+    /// Keys that differ and that a running router can't change.
+    pub(crate) fn fixed_that_differ(&self, new: &Self) -> Vec<Problem> {
+        let pairs = [
+            ("listen", self.listen != new.listen),
+            ("router", self.settings.router_id != new.settings.router_id || self.advertise != new.advertise),
+            ("data_dir", self.data_dir != new.data_dir),
+            ("log.durability", self.durability != new.durability),
+            ("auth.anonymous", self.anonymous != new.anonymous),
+            ("agents", self.agents != new.agents),
+            ("limits", self.limits != new.limits),
+        ];
+        let differ = pairs.into_iter().filter(|(_, differs)| *differs);
+        differ
+            .map(|(key, _)| {
+                Problem::nowhere(key, "differs from the running router's", "restart the router to change it")
+            })
+            .collect()
+    }
+}

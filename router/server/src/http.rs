@@ -1,0 +1,394 @@
+//! The HTTP surface: reads for the commands, `verify`, cancel, metrics and health. Asks the shard, never changes state itself.
+
+use crate::agent_task::Agents;
+use crate::config::Config;
+use crate::identity;
+use crate::inbox::{Inbox, ToShard};
+use crate::listen::Peer;
+use crate::router::Router as AtpRouter;
+use crate::shard_task::Health;
+use crate::verify;
+use atp_core::clock::rfc3339;
+use atp_core::message::{Answer, Input, LogRoom, Query, StreamAnswer};
+use atp_core::view::{AgentView, StreamView};
+use atp_proto::codec::{Received, encode_body};
+use atp_proto::content::TaskCancel;
+use atp_proto::frame::kind;
+use atp_proto::id::is_id;
+use atp_proto::limits::MESSAGE_BYTES_MAX;
+use atp_proto::{Code, ConnId, Flags, Frame, StreamId, TenantId, WireError};
+use axum::extract::{DefaultBodyLimit, Path, Query as Params, Request, State};
+use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
+use axum::middleware::{self, Next};
+use axum::response::{IntoResponse, Response};
+use axum::routing::{get, post};
+use axum::{Extension, Json, Router};
+use metrics_exporter_prometheus::PrometheusHandle;
+use serde::Deserialize;
+use serde_json::{Value, json};
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::sync::Arc;
+use tokio::sync::watch;
+
+/// Rows of one answer of `GET /v1/streams`.
+const PAGE: usize = 500;
+/// The connection that HTTP's own frames come from; native ones count from 1.
+const HTTP_CONN: ConnId = ConnId(0);
+
+/// What the handlers need.
+#[derive(Clone)]
+pub(crate) struct Site(Arc<Inner>);
+
+struct Inner {
+    inbox: Inbox,
+    agents: Agents,
+    health: watch::Receiver<Health>,
+    config: watch::Receiver<Arc<Config>>,
+    prometheus: PrometheusHandle,
+    log_dir: PathBuf,
+    atp: SocketAddr,
+    http: SocketAddr,
+}
+
+impl Site {
+    pub(crate) fn new(router: &AtpRouter, prometheus: PrometheusHandle, log_dir: PathBuf) -> Self {
+        Self(Arc::new(Inner {
+            inbox: router.inbox(),
+            agents: router.agents(),
+            health: router.health(),
+            config: router.config(),
+            prometheus,
+            log_dir,
+            atp: router.atp_addr(),
+            http: router.http_addr(),
+        }))
+    }
+
+    async fn ask(&self, query: Query) -> Result<Answer, Problem> {
+        self.0
+            .inbox
+            .ask(query)
+            .await
+            .ok_or_else(|| Problem(WireError::new(Code::Draining, "this router is stopping"), None))
+    }
+
+    async fn stream(&self, tenant: &TenantId, id: &str) -> Result<(StreamId, StreamAnswer), Problem> {
+        let stream = stream_id(id)?;
+        match self.ask(Query::Stream { tenant: tenant.clone(), stream: stream.clone() }).await? {
+            Answer::Stream(Some(answer)) => Ok((stream, answer)),
+            _ => Err(not_found(id)),
+        }
+    }
+}
+
+/// All routes.
+pub(crate) fn routes(site: Site) -> Router {
+    Router::new()
+        .route("/v1/streams", get(streams))
+        .route("/v1/streams/{id}", get(stream).delete(cancel))
+        .route("/v1/streams/{id}/bill", get(bill))
+        .route("/v1/fleet", get(fleet))
+        .route("/v1/accounts", get(accounts))
+        .route("/v1/accounts/{id}", get(account))
+        .route("/v1/agents", get(agents))
+        .route("/v1/agents/{name}", get(agent))
+        .route("/v1/verify", post(verify_now))
+        .layer(middleware::from_fn_with_state(site.clone(), authorise))
+        .route("/metrics", get(metrics))
+        .route("/livez", get(|| async { "ok\n" }))
+        .route("/readyz", get(readyz))
+        .fallback(|| async {
+            Problem(
+                WireError::new(Code::Proto, "no such path; see GET /v1/fleet, /v1/streams, /v1/accounts"),
+                Some(StatusCode::NOT_FOUND),
+            )
+        })
+        .method_not_allowed_fallback(|| async {
+            Problem(
+                WireError::new(Code::Proto, "this path doesn't take that method"),
+                Some(StatusCode::METHOD_NOT_ALLOWED),
+            )
+        })
+        .layer(DefaultBodyLimit::max(MESSAGE_BYTES_MAX))
+        .with_state(site)
+}
+
+/// Credential before anything else; a page of another origin may not speak for the person who looks at it.
+async fn authorise(
+    State(site): State<Site>,
+    Extension(peer): Extension<Peer>,
+    mut request: Request,
+    next: Next,
+) -> Response {
+    let headers = request.headers();
+    if let Some(origin) = headers.get(header::ORIGIN) {
+        let own = headers.get(header::HOST).and_then(|h| h.to_str().ok()).map(|h| format!("http://{h}"));
+        if origin.to_str().ok() != own.as_deref() {
+            let error = WireError::new(Code::Sec, "origin: pages of other origins can't use this router");
+            return Problem(error, None).into_response();
+        }
+    }
+    let anonymous = site.0.config.borrow().anonymous;
+    match identity::identify(anonymous, peer.0.ip().is_loopback(), token(headers)) {
+        Ok(tenant) => {
+            request.extensions_mut().insert(tenant);
+            next.run(request).await
+        }
+        Err(error) => Problem(error, None).into_response(),
+    }
+}
+
+fn token(headers: &HeaderMap) -> Option<&str> {
+    let bearer = headers.get(header::AUTHORIZATION).and_then(|v| v.to_str().ok());
+    let bearer = bearer.map(|v| v.strip_prefix("Bearer ").or_else(|| v.strip_prefix("bearer ")).unwrap_or(v));
+    bearer.or_else(|| headers.get("x-api-key").and_then(|v| v.to_str().ok()))
+}
+
+#[derive(Deserialize)]
+struct ListParams {
+    state: Option<String>,
+    cursor: Option<String>,
+}
+
+async fn streams(
+    State(site): State<Site>,
+    Extension(tenant): Extension<TenantId>,
+    Params(params): Params<ListParams>,
+) -> Result<Json<Value>, Problem> {
+    const STATES: [&str; 8] =
+        ["queued", "running", "settling", "done", "provisional", "failed", "cancelled", "refused"];
+    if let Some(state) = params.state.as_deref().filter(|s| !STATES.contains(s)) {
+        let message = format!("state: `{state}` is none of {}", STATES.join(", "));
+        return Err(Problem(WireError::proto(message), None));
+    }
+    let mut rows = list(&site, tenant).await?;
+    rows.retain(|row| params.state.as_deref().is_none_or(|state| row.state.as_str() == state));
+    rows.sort_by(|a, b| (&b.started_at, &b.stream_id).cmp(&(&a.started_at, &a.stream_id)));
+    if let Some(cursor) = &params.cursor {
+        let Some((started, id)) = cursor.split_once('~') else {
+            return Err(Problem(
+                WireError::proto("cursor: not one that this router gave; leave it out to begin anew"),
+                None,
+            ));
+        };
+        rows.retain(|row| (row.started_at.as_str(), row.stream_id.as_str()) < (started, id));
+    }
+    let more = rows.len() > PAGE;
+    rows.truncate(PAGE);
+    let cursor = rows.last().filter(|_| more).map(|row| format!("{}~{}", row.started_at, row.stream_id));
+    let mut answer = json!({ "streams": rows });
+    if let Some(cursor) = cursor {
+        answer["cursor"] = cursor.into();
+    }
+    Ok(Json(answer))
+}
+
+async fn list(site: &Site, tenant: TenantId) -> Result<Vec<StreamView>, Problem> {
+    match site.ask(Query::Streams { tenant }).await? {
+        Answer::Streams(rows) => Ok(rows),
+        _ => Err(mismatch()),
+    }
+}
+
+async fn stream(
+    State(site): State<Site>,
+    Extension(tenant): Extension<TenantId>,
+    Path(id): Path<String>,
+) -> Result<Json<Value>, Problem> {
+    let (stream, answer) = site.stream(&tenant, &id).await?;
+    let mut document = json!({ "stream_id": stream.as_str(), "state": answer.view.state, "bill": answer.bill });
+    let result = match answer.result {
+        Some(result) => Some(result),
+        None if answer.view.state.is_closed() => {
+            let dir = site.0.log_dir.clone();
+            let read =
+                tokio::task::spawn_blocking(move || verify::read_final(&dir, &tenant, &stream, answer.from)).await;
+            read.map_err(|_| mismatch())?.map_err(|e| Problem(WireError::new(Code::Log, e), None))?
+        }
+        None => None,
+    };
+    if let Some(result) = result {
+        document["state"] = json!(result.state);
+        document["result"] = json!(result.result);
+        document["consensus"] = json!(result.consensus);
+        if let Some(error) = result.error {
+            document["error"] = json!(error);
+        }
+    }
+    Ok(Json(document))
+}
+
+async fn bill(
+    State(site): State<Site>,
+    Extension(tenant): Extension<TenantId>,
+    Path(id): Path<String>,
+) -> Result<Response, Problem> {
+    let stream = stream_id(&id)?;
+    match site.ask(Query::Bill { tenant, stream }).await? {
+        Answer::Bill(Some(bill)) => Ok(Json(bill).into_response()),
+        _ => Err(not_found(&id)),
+    }
+}
+
+/// Asks a stream to stop; it ends with final and bill as always.
+async fn cancel(
+    State(site): State<Site>,
+    Extension(tenant): Extension<TenantId>,
+    Path(id): Path<String>,
+) -> Result<StatusCode, Problem> {
+    let (stream, answer) = site.stream(&tenant, &id).await?;
+    if !answer.view.state.is_closed() {
+        let frame = Frame::json(
+            stream.as_str(),
+            0,
+            Flags::NONE,
+            kind::TASK_CANCEL,
+            &TaskCancel { reason: Some("DELETE over HTTP".into()) },
+        );
+        let body = encode_body(&frame);
+        let input = Input::Client { conn: HTTP_CONN, tenant, received: Received { frame, body } };
+        site.0.inbox.send(256, ToShard::Input(Box::new(input))).await.map_err(|_| mismatch())?;
+    }
+    Ok(StatusCode::ACCEPTED)
+}
+
+async fn agent_rows(site: &Site) -> Result<Vec<AgentView>, Problem> {
+    let Answer::Agents(mut rows) = site.ask(Query::Agents).await? else { return Err(mismatch()) };
+    for row in &mut rows {
+        row.last_heartbeat_at = site.0.agents.last_heartbeat_ms(&row.name).map(rfc3339);
+    }
+    Ok(rows)
+}
+
+async fn agents(State(site): State<Site>) -> Result<Json<Value>, Problem> {
+    Ok(Json(json!({ "agents": agent_rows(&site).await? })))
+}
+
+async fn agent(State(site): State<Site>, Path(name): Path<String>) -> Result<Json<Value>, Problem> {
+    let row = agent_rows(&site).await?.into_iter().find(|row| row.name.as_str() == name);
+    row.map(|row| Json(json!({ "agents": [row] }))).ok_or_else(|| not_found(&name))
+}
+
+async fn account_rows(site: &Site) -> Result<Value, Problem> {
+    match site.ask(Query::Accounts).await? {
+        Answer::Accounts { position, accounts } => Ok(json!({ "position": position, "accounts": accounts })),
+        _ => Err(mismatch()),
+    }
+}
+
+async fn accounts(State(site): State<Site>) -> Result<Json<Value>, Problem> {
+    account_rows(&site).await.map(Json)
+}
+
+async fn account(State(site): State<Site>, Path(id): Path<String>) -> Result<Json<Value>, Problem> {
+    let mut all = account_rows(&site).await?;
+    let rows = all["accounts"].as_array_mut().ok_or_else(mismatch)?;
+    rows.retain(|row| row["account"] == id.as_str());
+    if rows.is_empty() { Err(not_found(&id)) } else { Ok(Json(all)) }
+}
+
+async fn fleet(State(site): State<Site>, Extension(tenant): Extension<TenantId>) -> Result<Json<Value>, Problem> {
+    let Answer::Verify(view) = site.ask(Query::Verify).await? else { return Err(mismatch()) };
+    let config = site.0.config.borrow().clone();
+    let accounts = account_rows(&site).await?["accounts"].take();
+    Ok(Json(json!({
+        "router": {
+            "id": &*config.settings.router_id,
+            "version": env!("CARGO_PKG_VERSION"),
+            "atp": config.advertise.clone().unwrap_or_else(|| site.0.atp.to_string()),
+            "http": site.0.http.to_string(),
+            "position": view.position,
+            "state_hash": view.state_hash,
+        },
+        "streams": list(&site, tenant).await?,
+        "agents": agent_rows(&site).await?,
+        "accounts": accounts,
+    })))
+}
+
+/// Folds the log up to the position of the live state, and compares.
+async fn verify_now(State(site): State<Site>) -> Result<Json<verify::Report>, Problem> {
+    let Answer::Verify(live) = site.ask(Query::Verify).await? else { return Err(mismatch()) };
+    let dir = site.0.log_dir.clone();
+    let report = tokio::task::spawn_blocking(move || verify::against_live(&dir, &live)).await;
+    report.map_err(|_| mismatch())?.map(Json).map_err(|e| Problem(WireError::new(Code::Log, e), None))
+}
+
+async fn metrics(State(site): State<Site>) -> impl IntoResponse {
+    site.0.prometheus.run_upkeep();
+    ([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], site.0.prometheus.render())
+}
+
+async fn readyz(State(site): State<Site>) -> impl IntoResponse {
+    let health = site.0.health.borrow().clone();
+    let ready = health.serving && health.failed.is_none() && health.room == LogRoom::Enough;
+    let log = match (&health.failed, health.room) {
+        (Some(why), _) => format!("failed: {why}"),
+        (None, LogRoom::Enough) => "ok".into(),
+        (None, LogRoom::Low | LogRoom::Last) => "nearly full: free space on the disk of data_dir".into(),
+    };
+    let status = if ready { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
+    let body =
+        json!({ "ready": ready, "log": log, "durable": health.durable, "wall_clock_minus_logged_ms": health.clock_ms });
+    (status, Json(body))
+}
+
+fn stream_id(id: &str) -> Result<StreamId, Problem> {
+    if is_id(id) {
+        Ok(StreamId::new(id))
+    } else {
+        Err(Problem(WireError::proto("stream id: 1 to 64 of A-Za-z0-9._-"), None))
+    }
+}
+
+fn not_found(what: &str) -> Problem {
+    let what: String = what.chars().take(64).collect();
+    Problem(
+        WireError::new(Code::Proto, format!("nothing here is called `{what}`, or it isn't yours")),
+        Some(StatusCode::NOT_FOUND),
+    )
+}
+
+fn mismatch() -> Problem {
+    Problem(WireError::new(Code::Draining, "this router is stopping"), None)
+}
+
+/// A refusal as `application/problem+json`.
+struct Problem(WireError, Option<StatusCode>);
+
+impl IntoResponse for Problem {
+    fn into_response(self) -> Response {
+        let Self(error, status) = self;
+        let status = status
+            .or_else(|| StatusCode::from_u16(error.code.http_status()).ok())
+            .unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
+        let not_found = status == StatusCode::NOT_FOUND || status == StatusCode::METHOD_NOT_ALLOWED;
+        let mut body = json!({
+            "type": format!("urn:atp:error:{}", if not_found { "NOT_FOUND" } else { error.code.as_str() }),
+            "title": status.canonical_reason().unwrap_or("error"),
+            "status": status.as_u16(),
+            "code": if not_found { "NOT_FOUND" } else { error.code.as_str() },
+            "judged": error.judged,
+            "detail": error.message,
+        });
+        let facts = [
+            ("scope", json!(error.scope)),
+            ("limit", json!(error.limit)),
+            ("used", json!(error.used)),
+            ("retry_after_ms", json!(error.retry_after_ms)),
+            ("reset_at", json!(error.reset_at)),
+        ];
+        for (name, fact) in facts {
+            if !fact.is_null() {
+                body[name] = fact;
+            }
+        }
+        let mut response = (status, Json(body)).into_response();
+        response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("application/problem+json"));
+        if let Some(ms) = error.retry_after_ms {
+            response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from(ms.div_ceil(1000)));
+        }
+        response
+    }
+}

@@ -1,0 +1,147 @@
+//! The way into a shard: one bounded queue, in bytes and in count. Senders wait while it is full; the shard never waits.
+
+use crate::outbox::Outbox;
+use atp_core::message::{Answer, FromAgent, Input, Query};
+use atp_core::settings::Settings;
+use atp_proto::codec::Received;
+use atp_proto::{AgentName, ConnId, StreamId, TenantId};
+use std::sync::Arc;
+use tokio::sync::{Semaphore, mpsc, oneshot};
+
+/// Messages that may wait; each is a batch of one read.
+const MESSAGES_MAX: usize = 4096;
+
+/// One message to the owner task of a shard.
+pub(crate) enum ToShard {
+    /// A client's connection opened; its frames follow.
+    Opened {
+        conn: ConnId,
+        tenant: TenantId,
+        outbox: Outbox,
+    },
+    /// What one read of a client's connection yielded.
+    Frames {
+        conn: ConnId,
+        frames: Vec<Received>,
+    },
+    /// The client's connection is gone.
+    Gone {
+        conn: ConnId,
+    },
+    /// What one read of an agent's connection yielded for its calls.
+    AgentFrames {
+        agent: AgentName,
+        frames: Vec<Received>,
+    },
+    /// What an `Agent` decided.
+    Agent(Vec<FromAgent>),
+    /// A replay was sent.
+    Replayed {
+        conn: ConnId,
+        tenant: TenantId,
+        stream: StreamId,
+        upto: u64,
+    },
+    /// A fact from the shell itself.
+    Input(Box<Input>),
+    /// A full outbox has room again.
+    Room {
+        conn: ConnId,
+    },
+    Ask {
+        query: Query,
+        reply: oneshot::Sender<Answer>,
+    },
+    Settings(Arc<Settings>),
+    Drain,
+}
+
+/// The sending half.
+#[derive(Clone)]
+pub(crate) struct Inbox {
+    queue: mpsc::Sender<(u32, ToShard)>,
+    room: Arc<Semaphore>,
+    bytes_max: u32,
+}
+
+/// The shard's half.
+pub(crate) struct Taking {
+    queue: mpsc::Receiver<(u32, ToShard)>,
+    room: Arc<Semaphore>,
+    bytes_max: u32,
+}
+
+/// The owner task has ended; nothing is accepted any more.
+#[derive(Debug)]
+pub(crate) struct ShardGone;
+
+/// An inbox of at most `bytes_max` waiting bytes.
+pub(crate) fn inbox(bytes_max: u32) -> (Inbox, Taking) {
+    let (sender, queue) = mpsc::channel(MESSAGES_MAX);
+    let room = Arc::new(Semaphore::new(bytes_max as usize));
+    (Inbox { queue: sender, room: room.clone(), bytes_max }, Taking { queue, room, bytes_max })
+}
+
+/// What a received frame weighs while it waits.
+pub(crate) fn weight(received: &Received) -> usize {
+    256 + received.body.len()
+}
+
+impl Inbox {
+    /// Waits for room, then queues the message. A message larger than the whole inbox takes all of it.
+    pub(crate) async fn send(&self, weight: usize, message: ToShard) -> Result<(), ShardGone> {
+        let weight = u32::try_from(weight).unwrap_or(u32::MAX).clamp(1, self.bytes_max);
+        self.room.acquire_many(weight).await.map_err(|_| ShardGone)?.forget();
+        self.queue.send((weight, message)).await.map_err(|_| ShardGone)
+    }
+
+    /// Asks the shard; `None` when it has ended.
+    pub(crate) async fn ask(&self, query: Query) -> Option<Answer> {
+        let (reply, answer) = oneshot::channel();
+        self.send(256, ToShard::Ask { query, reply }).await.ok()?;
+        answer.await.ok()
+    }
+}
+
+impl Taking {
+    /// Takes up to `max` messages; 0 when every sender is gone.
+    pub(crate) async fn take(&mut self, into: &mut Vec<(u32, ToShard)>, max: usize) -> usize {
+        self.queue.recv_many(into, max).await
+    }
+
+    /// Gives back the room of what was taken.
+    pub(crate) fn release(&self, weight: usize) {
+        self.room.add_permits(weight);
+    }
+
+    pub(crate) fn bytes(&self) -> usize {
+        (self.bytes_max as usize).saturating_sub(self.room.available_permits())
+    }
+}
+
+impl Drop for Taking {
+    fn drop(&mut self) {
+        self.room.close();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn n_bytes_fit_and_one_more_waits() {
+        let (inbox, mut taking) = inbox(1000);
+        inbox.send(999, ToShard::Drain).await.expect("open");
+        inbox.send(1, ToShard::Drain).await.expect("open");
+        assert_eq!(taking.bytes(), 1000);
+        let more = tokio::time::timeout(std::time::Duration::from_secs(1), inbox.send(1, ToShard::Drain)).await;
+        assert!(more.is_err(), "byte 1001 waits");
+        let mut taken = Vec::new();
+        assert_eq!(taking.take(&mut taken, 10).await, 2);
+        taking.release(taken.iter().map(|(w, _)| *w as usize).sum());
+        inbox.send(1001, ToShard::Drain).await.expect("a larger message takes the whole inbox");
+        drop(taking);
+        assert!(inbox.send(1, ToShard::Drain).await.is_err());
+    }
+}

@@ -1,0 +1,143 @@
+//! Names and labels of `/metrics`, in one place. Labels are bounded: no stream ids, payload types from a fixed list.
+
+use atp_core::message::Metric;
+use atp_proto::frame::kind;
+use metrics::{Counter, counter, gauge, histogram};
+use metrics_exporter_prometheus::{PrometheusBuilder, PrometheusHandle};
+use std::sync::OnceLock;
+
+static HANDLE: OnceLock<PrometheusHandle> = OnceLock::new();
+
+/// Installs the process's recorder at the first call; later calls return the same one.
+pub(crate) fn install() -> PrometheusHandle {
+    HANDLE
+        .get_or_init(|| {
+            let seconds =
+                [1e-5, 1e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 1e-2, 2.5e-2, 5e-2, 0.1, 0.25, 0.5, 1.0, 5.0, 30.0, 120.0];
+            let recorder = PrometheusBuilder::new()
+                .set_buckets(&seconds)
+                .and_then(|b| {
+                    let name = metrics_exporter_prometheus::Matcher::Full("atp_estimate_error_ratio".into());
+                    b.set_buckets_for_metric(name, &[0.1, 0.25, 0.5, 0.75, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0, 4.0, 10.0])
+                })
+                .expect("the bucket lists aren't empty")
+                .build_recorder();
+            let handle = recorder.handle();
+            // Another recorder of the embedding program stays; `/metrics` is empty then.
+            let _ = metrics::set_global_recorder(recorder);
+            handle
+        })
+        .clone()
+}
+
+const TYPES: [&str; 20] = [
+    kind::TASK_SUBMIT,
+    kind::TASK_ANSWER,
+    kind::TASK_CANCEL,
+    kind::RESULT_PARTIAL,
+    kind::RESULT_PROVISIONAL,
+    kind::RESULT_FINAL,
+    kind::AGENT_LOG,
+    kind::DISPATCH,
+    kind::AGENT_CANCEL,
+    kind::HELLO,
+    kind::CAPABILITIES,
+    kind::ACCEPTED,
+    kind::RESUME,
+    kind::BILL,
+    kind::STATUS,
+    kind::BUDGET_UPDATE,
+    kind::ACK,
+    kind::ERROR,
+    "none",
+    "other",
+];
+
+/// Frames of one connection and direction, counted without a lock and added up once per batch.
+pub(crate) struct FrameCounts {
+    counters: [Option<Counter>; TYPES.len()],
+    counts: [u32; TYPES.len()],
+    direction: &'static str,
+}
+
+impl FrameCounts {
+    pub(crate) fn new(direction: &'static str) -> Self {
+        Self { counters: [const { None }; TYPES.len()], counts: [0; TYPES.len()], direction }
+    }
+
+    pub(crate) fn count(&mut self, kind_of_frame: &str) {
+        // The frame that comes a million times is looked for first.
+        let at = match kind_of_frame {
+            kind::RESULT_PARTIAL => 3,
+            "" => TYPES.len() - 2,
+            other => TYPES.iter().position(|t| *t == other).unwrap_or(TYPES.len() - 1),
+        };
+        self.counts[at] += 1;
+    }
+
+    pub(crate) fn flush(&mut self) {
+        for (at, count) in self.counts.iter_mut().enumerate() {
+            if *count > 0 {
+                let counter = self.counters[at].get_or_insert_with(
+                    || counter!("atp_frames_total", "direction" => self.direction, "type" => TYPES[at]),
+                );
+                counter.increment(u64::from(*count));
+                *count = 0;
+            }
+        }
+    }
+}
+
+/// A frame, message or task that was let go, by reason.
+pub(crate) fn dropped(reason: &'static str) {
+    counter!("atp_dropped_total", "reason" => reason).increment(1);
+}
+
+#[allow(clippy::cast_precision_loss)] // a gauge is a float by its nature; money never comes back from here
+pub(crate) fn record(metric: Metric) {
+    match metric {
+        Metric::Admission { outcome, code } => {
+            counter!("atp_admission_total", "outcome" => outcome, "code" => code).increment(1);
+        }
+        Metric::Settled {
+            account,
+            agent,
+            model,
+            usd_micros,
+            in_tokens,
+            out_tokens,
+            estimated_usd_micros,
+            duration_ms,
+        } => {
+            let (account, agent, model) = (account.to_string(), agent.to_string(), model.to_string());
+            counter!("atp_settled_usd_micros_total", "account" => account, "agent" => agent, "model" => model.clone())
+                .increment(usd_micros);
+            if estimated_usd_micros > 0 {
+                histogram!("atp_estimate_error_ratio").record(usd_micros as f64 / estimated_usd_micros as f64);
+            }
+            for (kind, tokens) in [("input", in_tokens), ("output", out_tokens)] {
+                let labels = [("gen_ai_token_type", kind.to_owned()), ("gen_ai_request_model", model.clone())];
+                histogram!("gen_ai_client_token_usage", &labels).record(tokens as f64);
+            }
+            histogram!("gen_ai_client_operation_duration_seconds", "gen_ai_request_model" => model)
+                .record(duration_ms as f64 / 1000.0);
+        }
+        Metric::FirstToken { agent: _, model, ms } => {
+            histogram!("gen_ai_server_time_to_first_token_seconds", "gen_ai_request_model" => model.to_string())
+                .record(ms as f64 / 1000.0);
+        }
+        Metric::Redelivered => counter!("atp_redelivered_total").increment(1),
+        Metric::Dropped { reason } => dropped(reason),
+        Metric::StreamsOpen { qos, n } => gauge!("atp_streams_open", "qos" => qos.as_str()).set(n as f64),
+        Metric::CallsInFlight { agent, n } => {
+            gauge!("atp_calls_in_flight", "agent" => agent.to_string()).set(n as f64);
+        }
+        Metric::Account { account, held_usd_micros, remaining_usd_micros } => {
+            let account = account.to_string();
+            gauge!("atp_reserved_usd_micros", "account" => account.clone()).set(held_usd_micros as f64);
+            if let Some(remaining) = remaining_usd_micros {
+                gauge!("atp_budget_remaining_usd_micros", "account" => account).set(remaining as f64);
+            }
+        }
+    }
+}

@@ -1,0 +1,295 @@
+//! What waits to be written to one connection: bounded in bytes, written in one go per batch.
+//! It never blocks the one who sends: a full outbox refuses, and says when there is room again.
+
+use crate::metric::FrameCounts;
+use atp_proto::codec;
+use atp_proto::limits::{UNSENT_BYTES_MAX, UNSENT_FULL_MS};
+use atp_proto::{Code, Flags, Frame, WireError};
+use bytes::BytesMut;
+use std::collections::VecDeque;
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::time::Duration;
+use tokio::io::{AsyncWrite, AsyncWriteExt};
+use tokio::sync::{Notify, mpsc};
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+
+/// Batches that may wait; a batch is one drain of a state machine.
+const BATCHES_MAX: usize = 4096;
+/// Encoded bytes that are handed to the socket at once.
+const WRITE_BYTES: usize = 256 * 1024;
+
+enum Out {
+    One(Frame),
+    Many(Vec<Frame>),
+    Close(Option<Box<WireError>>),
+}
+
+/// The sending half; clones share the bound.
+#[derive(Clone)]
+pub(crate) struct Outbox {
+    queue: mpsc::Sender<Out>,
+    gauge: Arc<Gauge>,
+}
+
+struct Gauge {
+    unsent: AtomicUsize,
+    /// Milliseconds since `origin` plus one when a frame was first refused; 0: there is room.
+    full_since: AtomicU64,
+    origin: Instant,
+    room: Notify,
+    closed: CancellationToken,
+}
+
+/// The writing half.
+pub(crate) struct Writer {
+    queue: mpsc::Receiver<Out>,
+    gauge: Arc<Gauge>,
+}
+
+/// What a frame weighs while it waits, about its encoded size. A heartbeat weighs nothing: batches bound those.
+pub(crate) fn weight(frame: &Frame) -> usize {
+    if frame.flags.has(Flags::HB) { 0 } else { 96 + frame.content.len() + frame.stream_id.len() }
+}
+
+/// A new outbox; `closed` is cancelled when nothing more will be written.
+pub(crate) fn outbox(closed: CancellationToken) -> (Outbox, Writer) {
+    let (sender, queue) = mpsc::channel(BATCHES_MAX);
+    let gauge = Arc::new(Gauge {
+        unsent: AtomicUsize::new(0),
+        full_since: AtomicU64::new(0),
+        origin: Instant::now(),
+        room: Notify::new(),
+        closed,
+    });
+    (Outbox { queue: sender, gauge: gauge.clone() }, Writer { queue, gauge })
+}
+
+impl Outbox {
+    /// Queues the frames from the front as long as there is room; what stays in `frames` wasn't taken.
+    pub(crate) fn send(&self, frames: &mut VecDeque<Frame>) {
+        if self.is_closed() {
+            frames.clear();
+        }
+        let mut room = UNSENT_BYTES_MAX.saturating_sub(self.gauge.unsent.load(Ordering::Acquire));
+        let (mut taken, mut bytes) = (0, 0);
+        for frame in frames.iter() {
+            let weight = weight(frame);
+            if weight > room {
+                break;
+            }
+            (room, taken, bytes) = (room - weight, taken + 1, bytes + weight);
+        }
+        if taken > 0 {
+            let Ok(permit) = self.queue.try_reserve() else {
+                if self.queue.is_closed() {
+                    frames.clear();
+                } else {
+                    self.gauge.mark_full();
+                }
+                return;
+            };
+            self.gauge.unsent.fetch_add(bytes, Ordering::AcqRel);
+            if taken == 1 {
+                permit.send(Out::One(frames.pop_front().expect("one was taken")));
+            } else {
+                permit.send(Out::Many(frames.drain(..taken).collect()));
+            }
+        }
+        if !frames.is_empty() {
+            self.gauge.mark_full();
+        }
+    }
+
+    /// Queues one frame; false: there is no room.
+    pub(crate) fn send_one(&self, frame: Frame) -> bool {
+        let mut frames = VecDeque::from([frame]);
+        self.send(&mut frames);
+        frames.is_empty()
+    }
+
+    /// Writes what waits, then the error if there is one, then closes. A full outbox is closed at once.
+    pub(crate) fn close(&self, error: Option<WireError>) {
+        if self.queue.try_send(Out::Close(error.map(Box::new))).is_err() {
+            self.gauge.closed.cancel();
+        }
+    }
+
+    /// True when at least half of the bytes are free.
+    pub(crate) fn has_room(&self) -> bool {
+        self.gauge.unsent.load(Ordering::Acquire) <= UNSENT_BYTES_MAX / 2
+            && self.gauge.full_since.load(Ordering::Acquire) == 0
+    }
+
+    pub(crate) fn is_closed(&self) -> bool {
+        self.gauge.closed.is_cancelled()
+    }
+
+    pub(crate) fn unsent_bytes(&self) -> usize {
+        self.gauge.unsent.load(Ordering::Acquire)
+    }
+
+    /// Waits until `has_room`, or the connection is closed.
+    pub(crate) async fn room(&self) {
+        loop {
+            let room = self.gauge.room.notified();
+            if self.has_room() || self.is_closed() {
+                return;
+            }
+            tokio::select! {
+                () = room => {}
+                () = self.gauge.closed.cancelled() => return,
+            }
+        }
+    }
+}
+
+impl Gauge {
+    fn mark_full(&self) {
+        let now = 1 + u64::try_from(self.origin.elapsed().as_millis()).unwrap_or(u64::MAX - 1);
+        let _ = self.full_since.compare_exchange(0, now, Ordering::AcqRel, Ordering::Relaxed);
+    }
+
+    fn written(&self, bytes: usize) {
+        let before = self.unsent.fetch_sub(bytes, Ordering::AcqRel);
+        if before - bytes <= UNSENT_BYTES_MAX / 2 {
+            let was_full = self.full_since.load(Ordering::Acquire) != 0;
+            if was_full {
+                self.full_since.store(0, Ordering::Release);
+            }
+            if was_full || before > UNSENT_BYTES_MAX / 2 {
+                self.room.notify_waiters();
+            }
+        }
+    }
+
+    /// Resolves when the outbox has been full for too long.
+    async fn stuck(&self) {
+        loop {
+            let since = self.full_since.load(Ordering::Acquire);
+            let wait = match since {
+                0 => UNSENT_FULL_MS,
+                since => {
+                    let full =
+                        u64::try_from(self.origin.elapsed().as_millis()).unwrap_or(u64::MAX).saturating_sub(since - 1);
+                    if full >= UNSENT_FULL_MS {
+                        return;
+                    }
+                    UNSENT_FULL_MS - full
+                }
+            };
+            // A writer that stands still may become full at any time: look again at least every second.
+            tokio::time::sleep(Duration::from_millis(wait.min(1000))).await;
+        }
+    }
+}
+
+/// Why the writer ended.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum Ended {
+    /// It was asked to close, or nobody can send any more.
+    Closed,
+    /// The peer took nothing for too long.
+    Stuck,
+    Gone(io::ErrorKind),
+}
+
+impl Writer {
+    /// Writes until it is told to close. Sends a heartbeat every `heartbeat`.
+    pub(crate) async fn run(mut self, mut io: impl AsyncWrite + Unpin, heartbeat: Duration) -> Ended {
+        let closed = self.gauge.closed.clone();
+        let ended = self.write_all(&mut io, heartbeat).await;
+        if ended == Ended::Stuck {
+            // Best effort: the peer's window is closed, so this is for the one that wakes up just now.
+            let error = WireError::new(Code::Limit, "unsent bytes: the connection took nothing for 10 s while 8 MiB waited; resume its streams on a new one")
+                .used(self.gauge.unsent.load(Ordering::Acquire) as u64, UNSENT_BYTES_MAX as u64);
+            let mut bytes = BytesMut::new();
+            codec::encode(&connection_error(error), &mut bytes);
+            let _ = tokio::time::timeout(Duration::from_millis(100), io.write_all(&bytes)).await;
+        }
+        let _ = tokio::time::timeout(Duration::from_secs(1), io.shutdown()).await;
+        closed.cancel();
+        self.gauge.room.notify_waiters();
+        ended
+    }
+
+    async fn write_all(&mut self, io: &mut (impl AsyncWrite + Unpin), heartbeat: Duration) -> Ended {
+        let mut counts = FrameCounts::new("out");
+        let mut bytes = BytesMut::with_capacity(4096);
+        let mut batch = Vec::with_capacity(16);
+        let mut beat = tokio::time::interval_at(Instant::now() + heartbeat, heartbeat);
+        beat.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let closed = self.gauge.closed.clone();
+        let closed = closed.cancelled();
+        tokio::pin!(closed);
+        loop {
+            tokio::select! {
+                biased;
+                () = &mut closed => return Ended::Closed,
+                n = self.queue.recv_many(&mut batch, 64) => if n == 0 { return Ended::Closed },
+                _ = beat.tick() => batch.push(Out::One(Frame::heartbeat(false))),
+            }
+            let mut weighed = 0;
+            let mut close = false;
+            for out in batch.drain(..) {
+                let (one, many) = match out {
+                    Out::One(frame) => (Some(frame), Vec::new()),
+                    Out::Many(frames) => (None, frames),
+                    Out::Close(error) => {
+                        close = true;
+                        (error.map(|e| connection_error(*e)), Vec::new())
+                    }
+                };
+                for frame in one.into_iter().chain(many) {
+                    // The last error was never weighed in.
+                    weighed += if close { 0 } else { weight(&frame) };
+                    counts.count(&frame.kind);
+                    codec::encode(&frame, &mut bytes);
+                    if bytes.len() >= WRITE_BYTES {
+                        if let Err(ended) = self.flush(io, &mut bytes, &mut weighed).await {
+                            return ended;
+                        }
+                    }
+                }
+                if close {
+                    break;
+                }
+            }
+            counts.flush();
+            if let Err(ended) = self.flush(io, &mut bytes, &mut weighed).await {
+                return ended;
+            }
+            if close {
+                return Ended::Closed;
+            }
+            if bytes.capacity() > 2 * WRITE_BYTES {
+                bytes = BytesMut::with_capacity(4096);
+            }
+        }
+    }
+
+    async fn flush(
+        &self,
+        io: &mut (impl AsyncWrite + Unpin),
+        bytes: &mut BytesMut,
+        weighed: &mut usize,
+    ) -> Result<(), Ended> {
+        tokio::select! {
+            biased;
+            written = io.write_all(bytes) => written.map_err(|e| Ended::Gone(e.kind()))?,
+            () = self.gauge.stuck() => return Err(Ended::Stuck),
+            () = self.gauge.closed.cancelled() => return Err(Ended::Closed),
+        }
+        bytes.clear();
+        self.gauge.written(std::mem::take(weighed));
+        Ok(())
+    }
+}
+
+/// `RST control.error` on stream "": the connection is closed behind it.
+pub(crate) fn connection_error(error: WireError) -> Frame {
+    let error = error.fatal(atp_proto::code::Fatal::Connection);
+    Frame::json("", 0, Flags::RST, atp_proto::frame::kind::ERROR, &error)
+}

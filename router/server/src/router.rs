@@ -1,0 +1,366 @@
+//! Puts a router together: log, state, shard task, agents, listeners; drains and stops it. Installs no signal handler.
+
+use crate::agent_task::Agents;
+use crate::config::{Config, Durability, Problem};
+use crate::connection::Shared;
+use crate::inbox::{Inbox, ToShard, inbox};
+use crate::listen::{self, Doors};
+use crate::log::{self, LocalLog, LogError, Reader};
+use crate::shard_task::{Begin, Health, ShardTask};
+use crate::time::Clocks;
+use crate::{http, metric};
+use atp_core::message::{Answer, Query};
+use atp_core::record::{Checkpoint, Entry, Genesis, Record};
+use atp_core::shard::Shard;
+use atp_core::state::{FORMAT, State};
+use atp_proto::TenantId;
+use bytes::Bytes;
+use prost::Message;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
+use std::time::Duration;
+use tokio::io::DuplexStream;
+use tokio::net::TcpListener;
+use tokio::sync::{oneshot, watch};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+/// Bytes that wait in one direction of an in-memory connection.
+const MEMORY_BYTES: usize = 256 * 1024;
+
+/// Why a router doesn't start.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    #[error("{}", show(.0))]
+    Config(Vec<Problem>),
+    #[error("listen.{name}: cannot listen on {address}: {source}; stop what uses it, or choose another address")]
+    Listen { name: &'static str, address: SocketAddr, source: std::io::Error },
+    #[error("data_dir: {0}")]
+    Log(#[from] LogError),
+    #[error("data_dir: entry {position} of the log in {} can't be read: {what}", dir.display())]
+    Fold { dir: PathBuf, position: u64, what: String },
+    #[error("the log ended before the router served: {0}")]
+    Stopped(String),
+}
+
+fn show(problems: &[Problem]) -> String {
+    problems.iter().map(ToString::to_string).collect::<Vec<_>>().join("\n")
+}
+
+/// A running router. Dropping it ends its tasks without sealing the log; `stop` does it in order.
+pub struct Router {
+    atp: SocketAddr,
+    http: SocketAddr,
+    doors: Doors,
+    shared: Arc<Shared>,
+    health: watch::Receiver<Health>,
+    settings: watch::Sender<Arc<Config>>,
+    /// Cancelled when the shard's task is to end.
+    stop_shard: CancellationToken,
+    /// Cancelled when the listeners are to close.
+    stop_listening: CancellationToken,
+    ended: tokio::sync::Mutex<Option<oneshot::Receiver<Result<(), String>>>>,
+    outcome: watch::Sender<Option<Result<(), String>>>,
+    report: Vec<String>,
+}
+
+impl Router {
+    /// Opens the log, rebuilds the state, takes ownership (a new epoch, durable) and listens. Returns when it serves.
+    ///
+    /// # Errors
+    /// The configuration, an address that is in use, a log that can't be opened or read.
+    pub async fn start(config: Config) -> Result<Self, StartError> {
+        let problems = config.problems();
+        if !problems.is_empty() {
+            return Err(StartError::Config(problems));
+        }
+        let prometheus = metric::install();
+        // The addresses first: two routers started by mistake should not both touch the log.
+        let atp = bind("atp", config.listen.atp).await?;
+        let http = bind("http", config.listen.http).await?;
+        let (atp_addr, http_addr) = (address(&atp, config.listen.atp), address(&http, config.listen.http));
+
+        let dir = config.log_dir();
+        let options = log::Options {
+            dir: dir.clone(),
+            segment_bytes: config.limits.segment_bytes,
+            durability: match config.durability {
+                Durability::Fsync => log::Durability::Fsync,
+                Durability::Async => log::Durability::Async,
+            },
+        };
+        let opened = tokio::task::spawn_blocking(move || open(options)).await;
+        let (log, recovered, state) = opened.map_err(|e| StartError::Stopped(e.to_string()))??;
+        let report = recovered.report;
+        for fact in &report {
+            tracing::info!("log: {fact}");
+        }
+
+        let incarnation = uuid::Uuid::new_v4().simple().to_string()[..12].to_owned();
+        let clocks = Clocks::start();
+        let settings = Arc::new(config.settings.clone());
+        let genesis = (state.position() == 0).then(|| Genesis {
+            log_id: Bytes::copy_from_slice(&log.log_id()),
+            format: FORMAT,
+            shards: 1,
+            hash_seed: 0,
+        });
+        let shard = Shard::recover(settings.clone(), state, clocks.now(), &incarnation, genesis);
+
+        let (inbox, taking) = inbox(config.limits.inbox_bytes);
+        let tasks = TaskTracker::new();
+        let agents = Agents::new(settings, inbox.clone(), clocks, tasks.clone(), config.limits.agents);
+        let (health_sender, health) = watch::channel(Health::default());
+        let (stop_shard, stop_listening) = (CancellationToken::new(), CancellationToken::new());
+        let shared = Arc::new(Shared {
+            inbox: inbox.clone(),
+            agents: agents.clone(),
+            anonymous: config.anonymous,
+            incarnation,
+            heartbeat: Duration::from_millis(config.limits.heartbeat_ms),
+            streams_max: config.limits.streams_per_connection,
+            stopping: CancellationToken::new(),
+            tasks: tasks.clone(),
+        });
+        let task = ShardTask::new(Begin {
+            shard,
+            taking,
+            inbox: inbox.clone(),
+            log,
+            agents: agents.clone(),
+            clocks,
+            log_dir: dir.clone(),
+            health: health_sender,
+            streams_max: config.limits.streams_per_connection,
+            stop: stop_shard.clone(),
+            tasks: tasks.clone(),
+        });
+        let (told, ended) = oneshot::channel();
+        let stopping = shared.stopping.clone();
+        tokio::spawn(async move {
+            let outcome = task.run().await;
+            // Nothing may be served by a router that can't write.
+            stopping.cancel();
+            let _ = told.send(outcome);
+        });
+
+        let doors = Doors {
+            shared: shared.clone(),
+            next_conn: Arc::new(AtomicU64::new(1)),
+            connections_max: config.limits.connections,
+        };
+        let settings = watch::Sender::new(Arc::new(config));
+        let router = Self {
+            atp: atp_addr,
+            http: http_addr,
+            doors,
+            shared,
+            health,
+            settings,
+            stop_shard,
+            stop_listening,
+            ended: tokio::sync::Mutex::new(Some(ended)),
+            outcome: watch::Sender::new(None),
+            report,
+        };
+        router.serving().await?;
+        tasks.spawn(listen::native(atp, router.doors.clone(), router.stop_listening.clone()));
+        let site = http::Site::new(&router, prometheus, dir);
+        tasks.spawn(listen::http(
+            http,
+            http::routes(site),
+            router.stop_listening.clone(),
+            router.settings.borrow().limits.http_connections,
+        ));
+        Ok(router)
+    }
+
+    /// Waits until the own Epoch is durable.
+    async fn serving(&self) -> Result<(), StartError> {
+        let mut health = self.health.clone();
+        let served = health.wait_for(|h| h.serving || h.failed.is_some()).await;
+        match served {
+            Ok(h) if h.serving => Ok(()),
+            Ok(h) => Err(StartError::Stopped(h.failed.clone().unwrap_or_default())),
+            Err(_) => Err(StartError::Stopped("its task is gone".into())),
+        }
+    }
+
+    /// Where agents and clients connect.
+    #[must_use]
+    pub fn atp_addr(&self) -> SocketAddr {
+        self.atp
+    }
+
+    #[must_use]
+    pub fn http_addr(&self) -> SocketAddr {
+        self.http
+    }
+
+    /// What opening the log found, a fact per line.
+    #[must_use]
+    pub fn report(&self) -> &[String] {
+        &self.report
+    }
+
+    /// A framed connection in memory: the same code as behind TCP, counted as a loopback peer.
+    #[must_use]
+    pub fn connect_memory(&self) -> DuplexStream {
+        let (near, far) = tokio::io::duplex(MEMORY_BYTES);
+        self.doors.serve_memory(far);
+        near
+    }
+
+    /// A function that makes such connections for as long as it is kept.
+    #[must_use]
+    pub fn memory_door(&self) -> impl Fn() -> DuplexStream + Send + Sync + Clone + 'static {
+        let doors = self.doors.clone();
+        move || {
+            let (near, far) = tokio::io::duplex(MEMORY_BYTES);
+            doors.serve_memory(far);
+            near
+        }
+    }
+
+    /// Refuses new work with EDRAINING and returns when the running streams have ended.
+    pub async fn drain(&self) {
+        if self.shared.inbox.send(64, ToShard::Drain).await.is_err() {
+            return;
+        }
+        let tenant = TenantId::new(crate::identity::DEFAULT_TENANT);
+        while let Some(Answer::Streams(streams)) =
+            self.shared.inbox.ask(Query::Streams { tenant: tenant.clone() }).await
+        {
+            if streams.iter().all(|s| s.state.is_closed()) {
+                return;
+            }
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    }
+
+    /// Takes what may change while it runs: accounts, windows, tasks, prices. Other keys must stay as they are.
+    ///
+    /// # Errors
+    /// Names the keys that need a restart; the old configuration stays whole.
+    pub async fn reload(&self, config: Config) -> Result<(), Vec<Problem>> {
+        let mut problems = config.problems();
+        problems.extend(self.settings.borrow().fixed_that_differ(&config));
+        if !problems.is_empty() {
+            return Err(problems);
+        }
+        let settings = Arc::new(config.settings.clone());
+        self.settings.send_replace(Arc::new(config));
+        let _ = self.shared.inbox.send(64, ToShard::Settings(settings)).await;
+        Ok(())
+    }
+
+    /// Resolves when the router has ended by itself or was stopped.
+    ///
+    /// # Errors
+    /// Why it ended: the log failed. The process should say so and exit.
+    pub async fn wait(&self) -> Result<(), String> {
+        let mut ended = self.ended.lock().await;
+        if let Some(receiver) = ended.as_mut() {
+            let outcome = receiver.await.unwrap_or_else(|_| Err("the shard's task ended early".into()));
+            *ended = None;
+            self.outcome.send_replace(Some(outcome));
+        }
+        self.outcome.borrow().clone().unwrap_or(Ok(()))
+    }
+
+    /// Closes the listeners and connections, writes what is decided, seals the log.
+    ///
+    /// # Errors
+    /// The log failed before or while closing.
+    pub async fn stop(&self) -> Result<(), String> {
+        self.stop_listening.cancel();
+        self.shared.stopping.cancel();
+        self.stop_shard.cancel();
+        let outcome = self.wait().await;
+        self.shared.agents.close();
+        self.shared.tasks.close();
+        let _ = tokio::time::timeout(Duration::from_secs(5), self.shared.tasks.wait()).await;
+        outcome
+    }
+
+    pub(crate) fn inbox(&self) -> Inbox {
+        self.shared.inbox.clone()
+    }
+    pub(crate) fn agents(&self) -> Agents {
+        self.shared.agents.clone()
+    }
+    pub(crate) fn health(&self) -> watch::Receiver<Health> {
+        self.health.clone()
+    }
+    pub(crate) fn config(&self) -> watch::Receiver<Arc<Config>> {
+        self.settings.subscribe()
+    }
+}
+
+impl Drop for Router {
+    fn drop(&mut self) {
+        self.stop_listening.cancel();
+        self.shared.stopping.cancel();
+        self.stop_shard.cancel();
+    }
+}
+
+async fn bind(name: &'static str, address: SocketAddr) -> Result<TcpListener, StartError> {
+    TcpListener::bind(address).await.map_err(|source| StartError::Listen { name, address, source })
+}
+
+fn address(listener: &TcpListener, asked: SocketAddr) -> SocketAddr {
+    listener.local_addr().unwrap_or(asked)
+}
+
+fn open(options: log::Options) -> Result<(LocalLog, log::Recovered, State), StartError> {
+    let dir = options.dir.clone();
+    let (log, recovered) = LocalLog::open(options)?;
+    let state = if recovered.last_position == 0 { State::default() } else { recover_state(&dir)? };
+    Ok((log, recovered, state))
+}
+
+/// The fold of a log: its newest whole checkpoint, then every later entry.
+///
+/// # Errors
+/// Damage, or a record that can't be.
+pub fn recover_state(dir: &Path) -> Result<State, StartError> {
+    let reader = Reader::open(dir)?;
+    let fold = |position: u64, what: String| StartError::Fold { dir: dir.to_path_buf(), position, what };
+    let mut state = State::default();
+    let mut from = 1;
+    if let Some(first) = reader.newest_checkpoint()? {
+        let pieces = checkpoint(&reader, first, &fold)?;
+        state = State::from_checkpoint(&pieces).map_err(|e| fold(first, e.to_string()))?;
+        from = state.position() + 1;
+    }
+    for item in reader.entries(from) {
+        let (position, bytes) = item?;
+        let entry = Entry::decode(bytes).map_err(|e| fold(position, e.to_string()))?;
+        state.apply(position, &entry).map_err(|e| fold(position, e.to_string()))?;
+    }
+    Ok(state)
+}
+
+fn checkpoint(
+    reader: &Reader,
+    first: u64,
+    fold: &impl Fn(u64, String) -> StartError,
+) -> Result<Vec<Checkpoint>, StartError> {
+    let mut pieces: Vec<Checkpoint> = Vec::new();
+    for item in reader.entries(first) {
+        let (position, bytes) = item?;
+        let entry = Entry::decode(bytes).map_err(|e| fold(position, e.to_string()))?;
+        for record in entry.records {
+            if let Some(Record::Checkpoint(piece)) = record.record {
+                pieces.push(piece);
+            }
+        }
+        if pieces.last().is_some_and(|p| p.piece + 1 >= p.pieces) {
+            return Ok(pieces);
+        }
+    }
+    Err(fold(first, "the checkpoint is not whole".into()))
+}

@@ -1,0 +1,305 @@
+//! The owner task of a shard: takes a batch of inputs, reads the clocks once, lets the core decide, carries out the effects.
+//! Decides nothing itself but what the process's bounds demand. One task, no locks.
+
+use crate::agent_task::{AgentMessage, Agents, sleep_until};
+use crate::clients::Clients;
+use crate::inbox::{Inbox, Taking, ToShard};
+use crate::log::{Event, Events, LocalLog};
+use crate::metric;
+use crate::time::Clocks;
+use atp_core::clock::Now;
+use atp_core::message::{Answer, Effect, FromAgent, Input, LogRoom, Machine, ToAgent};
+use atp_core::shard::Shard;
+use atp_proto::AgentName;
+use bytes::Bytes;
+use metrics::{Gauge, Histogram, gauge, histogram};
+use std::collections::{BTreeMap, VecDeque};
+use std::path::PathBuf;
+use std::time::Duration;
+use tokio::sync::mpsc::error::TrySendError;
+use tokio::sync::{oneshot, watch};
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+/// Messages that are taken at once; the bytes are bounded by the inbox.
+const BATCH_MAX: usize = 64;
+/// How often an agent whose queue is full is tried again.
+const RETRY: Duration = Duration::from_millis(5);
+
+/// What others may know of the shard without asking it.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Health {
+    /// Serving: the own Epoch is durable.
+    pub(crate) serving: bool,
+    pub(crate) room: LogRoom,
+    pub(crate) durable: u64,
+    /// Why the router has stopped.
+    pub(crate) failed: Option<String>,
+    /// Wall clock minus logged time.
+    pub(crate) clock_ms: i64,
+}
+
+/// What the task needs to begin.
+pub(crate) struct Begin {
+    pub(crate) shard: Shard,
+    pub(crate) taking: Taking,
+    pub(crate) inbox: Inbox,
+    pub(crate) log: LocalLog,
+    pub(crate) agents: Agents,
+    pub(crate) clocks: Clocks,
+    pub(crate) log_dir: PathBuf,
+    pub(crate) health: watch::Sender<Health>,
+    pub(crate) streams_max: usize,
+    pub(crate) stop: CancellationToken,
+    pub(crate) tasks: TaskTracker,
+}
+
+pub(crate) struct ShardTask {
+    shard: Shard,
+    taking: Taking,
+    log: LocalLog,
+    events: Events,
+    agents: Agents,
+    clocks: Clocks,
+    health: watch::Sender<Health>,
+    stop: CancellationToken,
+    clients: Clients,
+    asked: BTreeMap<u64, oneshot::Sender<Answer>>,
+    next_ask: u64,
+    appends: Vec<(u64, Bytes, bool)>,
+    /// Last position and time of each append that isn't durable yet.
+    in_flight: VecDeque<(u64, Instant)>,
+    durable: u64,
+    /// Messages for agents, grouped; what an agent's full queue refused stays here and is tried again.
+    to_agents: BTreeMap<AgentName, Vec<ToAgent>>,
+    meters: Meters,
+}
+
+struct Meters {
+    append_seconds: Histogram,
+    batch_records: Histogram,
+    inbox_bytes: Gauge,
+}
+
+impl ShardTask {
+    pub(crate) fn new(begin: Begin) -> Self {
+        let durable = begin.shard.state().position();
+        Self {
+            clients: Clients::new(begin.streams_max, begin.inbox.clone(), begin.log_dir, begin.tasks),
+            shard: begin.shard,
+            taking: begin.taking,
+            events: begin.log.events(),
+            log: begin.log,
+            agents: begin.agents,
+            clocks: begin.clocks,
+            health: begin.health,
+            stop: begin.stop,
+            asked: BTreeMap::new(),
+            next_ask: 1,
+            appends: Vec::new(),
+            in_flight: VecDeque::new(),
+            durable,
+            to_agents: BTreeMap::new(),
+            meters: Meters {
+                append_seconds: histogram!("atp_log_append_seconds"),
+                batch_records: histogram!("atp_log_batch_records"),
+                inbox_bytes: gauge!("atp_shard_inbox_bytes"),
+            },
+        }
+    }
+
+    /// Runs until it is stopped or the log fails; the log is sealed and closed in the first case.
+    ///
+    /// # Errors
+    /// Why the log can't be written any more. Nothing may be served after that.
+    pub(crate) async fn run(mut self) -> Result<(), String> {
+        let ended = self.serve().await;
+        match ended {
+            Ok(()) => {
+                let log = self.log;
+                self.health.send_modify(|h| h.serving = false);
+                // Sealing waits for the disk.
+                let closed = tokio::task::spawn_blocking(move || log.close()).await;
+                closed.map_err(|e| e.to_string())?.map_err(|e| e.to_string())
+            }
+            Err(why) => {
+                self.health.send_modify(|h| {
+                    h.serving = false;
+                    h.failed = Some(why.clone());
+                });
+                Err(why)
+            }
+        }
+    }
+
+    async fn serve(&mut self) -> Result<(), String> {
+        // The Epoch of this owner.
+        self.drain().await?;
+        let mut batch = Vec::with_capacity(BATCH_MAX);
+        let stop = self.stop.clone();
+        let stopped = stop.cancelled();
+        tokio::pin!(stopped);
+        loop {
+            let timeout = self.shard.poll_timeout().map(|at| self.clocks.instant(at));
+            let retry = (!self.to_agents.is_empty()).then(|| Instant::now() + RETRY);
+            let event = tokio::select! {
+                biased;
+                event = self.events.next() => Some(event.ok_or("the log was closed under the shard")?),
+                _ = self.taking.take(&mut batch, BATCH_MAX) => None,
+                () = sleep_until(timeout), if timeout.is_some() => None,
+                () = sleep_until(retry), if retry.is_some() => None,
+                () = &mut stopped => return self.drain().await,
+            };
+            let now = self.clocks.now();
+            if let Some(event) = event {
+                self.news(now, event)?;
+                while let Some(event) = self.events.try_next() {
+                    self.news(now, event)?;
+                }
+            }
+            if self.shard.poll_timeout().is_some_and(|at| at <= now.mono_ms) {
+                self.shard.handle_timeout(now);
+            }
+            if !batch.is_empty() {
+                self.meters.inbox_bytes.set(self.taking.bytes() as f64);
+                let mut weight = 0;
+                for (w, message) in batch.drain(..) {
+                    weight += w as usize;
+                    self.message(now, message).await;
+                }
+                self.taking.release(weight);
+            }
+            self.drain().await?;
+        }
+    }
+
+    fn news(&mut self, now: Now, event: Event) -> Result<(), String> {
+        match event {
+            Event::Durable { position } => {
+                let at = Instant::now();
+                while self.in_flight.front().is_some_and(|(last, _)| *last <= position) {
+                    let (_, since) = self.in_flight.pop_front().expect("looked at just now");
+                    self.meters.append_seconds.record((at - since).as_secs_f64());
+                }
+                self.meters.batch_records.record((position - self.durable) as f64);
+                self.durable = position;
+                self.shard.handle(now, Input::Durable { position });
+                let clock_ms = i64::try_from(now.wall_ms)
+                    .unwrap_or(i64::MAX)
+                    .saturating_sub_unsigned(self.shard.state().logged_ms());
+                self.health.send_if_modified(|h| {
+                    let first = !h.serving;
+                    (h.serving, h.durable, h.clock_ms) = (true, position, clock_ms);
+                    first
+                });
+            }
+            Event::Room(room) => {
+                if room != LogRoom::Enough {
+                    tracing::warn!(
+                        ?room,
+                        "the disk of the log is nearly full; new work is refused until there is room"
+                    );
+                }
+                self.health.send_modify(|h| h.room = room);
+                self.shard.handle(now, Input::LogRoom(room));
+            }
+            Event::NewSegment => self.shard.handle(now, Input::Checkpoint),
+            Event::Failed(error) => {
+                return Err(format!("the log failed, so nothing is acknowledged any more: {error}"));
+            }
+        }
+        Ok(())
+    }
+
+    async fn message(&mut self, now: Now, message: ToShard) {
+        match message {
+            ToShard::Opened { conn, tenant, outbox } => self.clients.open(conn, tenant, outbox),
+            ToShard::Frames { conn, frames } => self.clients.frames(&mut self.shard, now, conn, frames),
+            ToShard::Gone { conn } => {
+                self.clients.gone(conn);
+                self.shard.handle(now, Input::ConnGone { conn });
+            }
+            ToShard::AgentFrames { agent, frames } => {
+                for received in frames {
+                    let frame = FromAgent::Frame { agent: agent.clone(), received };
+                    self.shard.handle(now, Input::Agent(frame));
+                }
+            }
+            ToShard::Agent(messages) => {
+                for message in messages {
+                    self.shard.handle(now, Input::Agent(message));
+                }
+            }
+            ToShard::Replayed { conn, tenant, stream, upto } => {
+                self.shard.handle(now, Input::Replayed { conn, tenant, stream, upto });
+            }
+            ToShard::Input(input) => self.shard.handle(now, *input),
+            ToShard::Room { conn } => self.clients.catch_up(&mut self.shard, now, conn),
+            ToShard::Ask { query, reply } => {
+                let id = self.next_ask;
+                self.next_ask += 1;
+                self.asked.insert(id, reply);
+                self.shard.handle(now, Input::Query { id, query });
+            }
+            ToShard::Settings(settings) => {
+                self.shard.set_settings(settings.clone());
+                let agents = self.agents.clone();
+                tokio::spawn(async move { agents.set_settings(&settings).await });
+            }
+            ToShard::Drain => self.shard.handle(now, Input::Drain),
+        }
+    }
+
+    /// Carries out every effect: entries to the log in one append, frames grouped by connection, messages by agent.
+    async fn drain(&mut self) -> Result<(), String> {
+        while let Some(effect) = self.shard.poll_effect() {
+            match effect {
+                Effect::Send { conn, frame } => self.clients.send(conn, frame),
+                Effect::Append { position, entry, checkpoint } => self.appends.push((position, entry, checkpoint)),
+                Effect::ToAgent { agent, message } => self.to_agents.entry(agent).or_default().push(message),
+                Effect::Replay { conn, tenant, stream, from, after, upto } => {
+                    self.clients.flush_one(conn);
+                    self.clients.replay(conn, tenant, stream, from, after, upto);
+                }
+                Effect::Close { conn, error } => self.clients.close(conn, error),
+                Effect::Answer { id, answer } => {
+                    if let Some(reply) = self.asked.remove(&id) {
+                        // Whoever asked may have gone; that is no fault.
+                        let _ = reply.send(answer);
+                    }
+                }
+                Effect::Metric(metric) => metric::record(metric),
+            }
+        }
+        if let Some((last, _, _)) = self.appends.last() {
+            self.in_flight.push_back((*last, Instant::now()));
+            let entries = std::mem::take(&mut self.appends);
+            self.log.append(entries).await.map_err(|e| format!("the log takes no entries: {e}"))?;
+        }
+        self.clients.flush();
+        self.tell_agents();
+        Ok(())
+    }
+
+    fn tell_agents(&mut self) {
+        self.to_agents.retain(|name, messages| {
+            let handle = match self.agents.of(name) {
+                Ok(handle) => handle,
+                Err(error) => {
+                    tracing::warn!(agent = %name, %error, "no room for the agent's task; it is told nothing");
+                    return false;
+                }
+            };
+            match handle.queue.try_send(AgentMessage::Shard(std::mem::take(messages))) {
+                Ok(()) | Err(TrySendError::Closed(_)) => false,
+                Err(TrySendError::Full(back)) => {
+                    if let AgentMessage::Shard(back) = back {
+                        *messages = back;
+                    }
+                    true
+                }
+            }
+        });
+    }
+}

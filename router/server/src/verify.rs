@@ -1,0 +1,201 @@
+//! Proof from the log: the fold up to a position against the live state, and offline against what the log itself records
+//! (checkpoint hashes, bills of closed streams). Only reads.
+
+use crate::log::Reader;
+use atp_core::record::{CostPb, Entry, Key, Record, hex};
+use atp_core::state::{FOLD_VERSION, State};
+use atp_core::view::{AccountView, VerifyView};
+use atp_proto::content::{Bill, Final};
+use atp_proto::{StreamId, TenantId};
+use prost::Message;
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+use std::collections::BTreeMap;
+use std::path::Path;
+
+/// The object of `atp verify`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Report {
+    pub log: String,
+    pub position: u64,
+    pub records: u64,
+    pub shards: u32,
+    pub accounts: u64,
+    pub streams: u64,
+    pub open_reservations: u64,
+    pub differences: Vec<Difference>,
+    pub state_hash: String,
+    pub ok: bool,
+}
+
+/// One value that differs: as the log gives it, and as the live state (or the record that was compared) has it.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Difference {
+    pub account: String,
+    pub field: String,
+    pub log: Value,
+    pub live: Value,
+}
+
+/// Folds the log up to the live state's position and compares account by account.
+///
+/// # Errors
+/// The log can't be read up to there.
+pub fn against_live(dir: &Path, live: &VerifyView) -> Result<Report, String> {
+    let mut state = State::default();
+    let records = fold(dir, Some(live.position), &mut state, |_, _, _| {})?;
+    let folded = state.verify_view();
+    let mut differences = Vec::new();
+    let mut differ = |account: &str, field: &str, log: Value, live: Value| {
+        if log != live {
+            differences.push(Difference { account: account.into(), field: field.into(), log, live });
+        }
+    };
+    differ("", "state_hash", json!(folded.state_hash), json!(live.state_hash));
+    differ("", "epoch", json!(folded.epoch), json!(live.epoch));
+    differ("", "streams", json!(folded.streams), json!(live.streams));
+    differ("", "open_reservations", json!(folded.open_reservations), json!(live.open_reservations));
+    let rows = |view: &VerifyView| -> BTreeMap<(String, String), AccountView> {
+        view.accounts.iter().map(|a| ((a.account.clone(), a.window_id.clone()), a.clone())).collect()
+    };
+    let (log_rows, live_rows) = (rows(&folded), rows(live));
+    for key in log_rows.keys().chain(live_rows.keys().filter(|k| !log_rows.contains_key(*k))) {
+        let fields = |row: Option<&AccountView>| match row {
+            None => [Value::Null, Value::Null, Value::Null],
+            Some(row) => [json!(row.limit), json!(row.settled), json!(row.held)],
+        };
+        let pairs = fields(log_rows.get(key)).into_iter().zip(fields(live_rows.get(key)));
+        for (field, (log, live)) in ["limit", "settled", "held"].into_iter().zip(pairs) {
+            differ(&format!("{}/{}", key.0, key.1), field, log, live);
+        }
+    }
+    Ok(report(dir, &state, records, differences))
+}
+
+/// Folds a whole log and compares with what it records of itself: each checkpoint's hash, each bill's settled amount.
+///
+/// # Errors
+/// The log can't be read, or holds a record that can't be.
+pub fn offline_verify(dir: &Path) -> Result<Report, String> {
+    let hashes = checkpoint_hashes(dir)?;
+    let mut differences = Vec::new();
+    let mut settled: BTreeMap<Key, BTreeMap<u32, CostPb>> = BTreeMap::new();
+    let mut state = State::default();
+    let records = fold(dir, None, &mut state, |position, entry, state| {
+        if let Some(recorded) = hashes.get(&position) {
+            let log = state.hash();
+            let live = format!("{FOLD_VERSION}:{recorded}");
+            if !log.ends_with(recorded.as_str()) {
+                differences.push(Difference {
+                    account: String::new(),
+                    field: format!("state_hash at {position}"),
+                    log: json!(log),
+                    live: json!(live),
+                });
+            }
+        }
+        for record in entry.records.iter().filter_map(|r| r.record.as_ref()) {
+            match record {
+                Record::Settle(r) => {
+                    settled.entry(r.key.clone()).or_default().insert(r.lane, r.actual);
+                }
+                Record::Adjust(r) => {
+                    settled.entry(r.key.clone()).or_default().insert(r.lane, r.actual);
+                }
+                Record::Close(r) => {
+                    let calls = settled.get(&r.key);
+                    let sum =
+                        |part: fn(&CostPb) -> u64| calls.into_iter().flat_map(BTreeMap::values).map(part).sum::<u64>();
+                    let log =
+                        json!({ "tokens": sum(|c| c.in_tokens + c.out_tokens), "usd_micros": sum(|c| c.usd_micros) });
+                    let live = serde_json::from_slice::<Bill>(&r.bill).map_or(Value::Null, |bill| json!(bill.settled));
+                    if log != live {
+                        let field = format!("bill of stream {}", r.key.stream);
+                        differences.push(Difference { account: r.key.tenant.clone(), field, log, live });
+                    }
+                }
+                _ => {}
+            }
+        }
+    })?;
+    Ok(report(dir, &state, records, differences))
+}
+
+fn report(dir: &Path, state: &State, records: u64, differences: Vec<Difference>) -> Report {
+    let view = state.verify_view();
+    let accounts: std::collections::BTreeSet<&str> = view.accounts.iter().map(|a| a.account.as_str()).collect();
+    Report {
+        log: format!("local:{}", dir.display()),
+        position: view.position,
+        records,
+        shards: state.genesis().shards,
+        accounts: accounts.len() as u64,
+        streams: view.streams,
+        open_reservations: view.open_reservations,
+        ok: differences.is_empty(),
+        differences,
+        state_hash: view.state_hash,
+    }
+}
+
+/// Folds from the beginning, so that no checkpoint is believed. Returns the number of records.
+fn fold(
+    dir: &Path,
+    upto: Option<u64>,
+    state: &mut State,
+    mut each: impl FnMut(u64, &Entry, &State),
+) -> Result<u64, String> {
+    let reader = Reader::open(dir).map_err(|e| e.to_string())?;
+    let entries = match upto {
+        Some(upto) => reader.entries_between(1, upto),
+        None => reader.entries(1),
+    };
+    let mut records = 0;
+    for item in entries {
+        let (position, bytes) = item.map_err(|e| e.to_string())?;
+        let entry = Entry::decode(bytes).map_err(|e| format!("entry {position}: {e}"))?;
+        records += entry.records.len() as u64;
+        state.apply(position, &entry).map_err(|e| format!("entry {position}: {e}"))?;
+        each(position, &entry, state);
+    }
+    Ok(records)
+}
+
+/// By position of the fold: the hash that a checkpoint recorded of it.
+fn checkpoint_hashes(dir: &Path) -> Result<BTreeMap<u64, String>, String> {
+    let mut hashes = BTreeMap::new();
+    for item in Reader::open(dir).map_err(|e| e.to_string())?.entries(1) {
+        let (position, bytes) = item.map_err(|e| e.to_string())?;
+        let entry = Entry::decode(bytes).map_err(|e| format!("entry {position}: {e}"))?;
+        for record in entry.records {
+            if let Some(Record::Checkpoint(r)) = record.record {
+                // A fold of another version hashes otherwise.
+                if r.piece == 0 && r.fold_version == FOLD_VERSION {
+                    hashes.insert(r.position, hex(&r.hash));
+                }
+            }
+        }
+    }
+    Ok(hashes)
+}
+
+/// The final of a closed stream, read behind the position where the stream begins.
+pub(crate) fn read_final(dir: &Path, tenant: &TenantId, stream: &StreamId, from: u64) -> Result<Option<Final>, String> {
+    let key = Key::new(tenant, stream);
+    for item in Reader::open(dir).map_err(|e| e.to_string())?.entries(from) {
+        let (position, bytes) = item.map_err(|e| e.to_string())?;
+        let entry = Entry::decode(bytes).map_err(|e| format!("entry {position}: {e}"))?;
+        for record in entry.records {
+            match record.record {
+                Some(Record::Close(close)) if close.key == key => {
+                    return serde_json::from_slice(&close.result)
+                        .map(Some)
+                        .map_err(|e| format!("entry {position}: result: {e}"));
+                }
+                Some(Record::Deny(deny)) if deny.key == key => return Ok(None),
+                _ => {}
+            }
+        }
+    }
+    Ok(None)
+}
