@@ -79,10 +79,13 @@ pub struct WireError {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub scope: Option<String>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(deserialize_with = "crate::lenient::lenient")]
     pub limit: Option<u64>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(deserialize_with = "crate::lenient::lenient")]
     pub used: Option<u64>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(deserialize_with = "crate::lenient::lenient")]
     pub retry_after_ms: Option<u64>,
     /// RFC 3339, UTC. Boxed: errors stay below the size that `Result` carries cheaply.
     #[serde(default, skip_serializing_if = "Option::is_none")]

@@ -37,14 +37,19 @@ pub struct HelloAck {
     pub minor: u32,
     pub session_id: String,
     pub limits: HelloLimits,
+    #[serde(deserialize_with = "crate::lenient::lenient")]
     pub heartbeat_ms: u64,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct HelloLimits {
+    #[serde(deserialize_with = "crate::lenient::lenient")]
     pub frame_bytes: u64,
+    #[serde(deserialize_with = "crate::lenient::lenient")]
     pub fragment_bytes: u64,
+    #[serde(deserialize_with = "crate::lenient::lenient")]
     pub message_bytes: u64,
+    #[serde(deserialize_with = "crate::lenient::lenient")]
     pub streams: u64,
 }
 
@@ -54,12 +59,14 @@ pub struct Resume {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub token: Option<String>,
     #[serde(default)]
+    #[serde(deserialize_with = "crate::lenient::lenient")]
     pub after: u64,
 }
 
 /// `control.ack`, router to sender: all up to `msg_seq` is durable here.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Ack {
+    #[serde(deserialize_with = "crate::lenient::lenient")]
     pub msg_seq: u64,
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub open: Vec<OpenMessage>,
@@ -68,6 +75,7 @@ pub struct Ack {
 /// A message of which something is missing; no range means the whole message.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct OpenMessage {
+    #[serde(deserialize_with = "crate::lenient::lenient")]
     pub msg_seq: u64,
     /// Fragments that are here.
     #[serde(default)]
@@ -96,6 +104,7 @@ pub struct Submit {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub strategy: Option<String>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(deserialize_with = "crate::lenient::lenient")]
     pub deadline_ms: Option<u64>,
     /// False: refused at once instead of queued.
     #[serde(default = "yes")]
@@ -295,6 +304,7 @@ pub struct BillCall {
     pub model: String,
     pub state: CallState,
     pub estimate: EstimateView,
+    #[serde(deserialize_with = "crate::lenient::lenient")]
     pub k_ppm: u64,
     pub guarded: Amount,
     pub grant: Amount,
@@ -323,6 +333,7 @@ pub struct EstimateView {
     pub sd_usd_micros: UsdMicros,
     /// `declared`, `class_default` (later: `preflight`, `statistics`, `registry`).
     pub source: String,
+    #[serde(deserialize_with = "crate::lenient::lenient")]
     pub samples: u64,
 }
 
@@ -358,10 +369,13 @@ pub struct ModelInfo {
     pub id: String,
     /// micro-USD per million tokens, as the agent declares it; used where the price book lacks the model.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(deserialize_with = "crate::lenient::lenient")]
     pub in_usd_micros_per_mtok: Option<u64>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(deserialize_with = "crate::lenient::lenient")]
     pub out_usd_micros_per_mtok: Option<u64>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(deserialize_with = "crate::lenient::lenient")]
     pub context_tokens: Option<u64>,
 }
 
@@ -387,7 +401,9 @@ pub struct EstimateFigures {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Variance {
+    #[serde(deserialize_with = "crate::lenient::lenient")]
     pub tokens: u64,
+    #[serde(deserialize_with = "crate::lenient::lenient")]
     pub usd_micros: u64,
 }
 
@@ -449,6 +465,7 @@ pub struct Capabilities {
     pub worst_case: Option<Amount>,
     /// How long the upstream dedupes a repeated upstream key; 0: it doesn't.
     #[serde(default)]
+    #[serde(deserialize_with = "crate::lenient::lenient")]
     pub idempotent_for_ms: u64,
     /// `counted` usage is booked this much up; absent 100,000 (10 %).
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -493,9 +510,11 @@ impl Default for Capabilities {
 pub struct ListedCall {
     pub call_id: CallId,
     pub shard: u32,
+    #[serde(deserialize_with = "crate::lenient::lenient")]
     pub epoch: u64,
     /// The last msg_seq that the agent sent on this call's stream.
     #[serde(default)]
+    #[serde(deserialize_with = "crate::lenient::lenient")]
     pub msg_seq: u64,
     #[serde(default)]
     pub cost: Cost,
@@ -508,6 +527,7 @@ pub struct ListedCall {
 pub struct Dispatch {
     pub call_id: CallId,
     pub shard: u32,
+    #[serde(deserialize_with = "crate::lenient::lenient")]
     pub epoch: u64,
     pub upstream_key: String,
     #[serde(default)]
@@ -521,7 +541,9 @@ pub struct Dispatch {
     pub grant: Amount,
     /// The provider's `max_tokens`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(deserialize_with = "crate::lenient::lenient")]
     pub max_output_tokens: Option<u64>,
+    #[serde(deserialize_with = "crate::lenient::lenient")]
     pub deadline_ms: u64,
     /// True: a question to an agent that may run this call already. It goes on, or answers `proof: not_called`.
     #[serde(default, skip_serializing_if = "is_default")]
@@ -533,6 +555,7 @@ pub struct Dispatch {
 pub struct BudgetUpdate {
     pub call_id: CallId,
     pub shard: u32,
+    #[serde(deserialize_with = "crate::lenient::lenient")]
     pub epoch: u64,
     pub grant: Amount,
     /// No more will come.
@@ -545,6 +568,7 @@ pub struct BudgetUpdate {
 pub struct AgentCancel {
     pub call_id: CallId,
     pub shard: u32,
+    #[serde(deserialize_with = "crate::lenient::lenient")]
     pub epoch: u64,
     #[serde(default)]
     pub reason: String,
@@ -595,13 +619,14 @@ impl Finish {
 
 /// `FIN agent.result.final`, agent to router. `text` is the last increment: what the partials had not.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(from = "AgentFinalIn")]
 pub struct AgentFinal {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub text: Option<String>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub findings: Option<Vec<serde_json::Value>>,
-    /// 0..1 in ppm.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    /// 0..1 in ppm; on the wire the decimal `confidence`.
+    #[serde(rename = "confidence", skip_serializing_if = "Option::is_none", serialize_with = "decimal")]
     pub confidence_ppm: Option<u32>,
     #[serde(default)]
     pub cost: Cost,
@@ -609,6 +634,34 @@ pub struct AgentFinal {
     pub usage_source: UsageSource,
     #[serde(default)]
     pub finish: Finish,
+}
+
+/// What is taken for an `AgentFinal`: `confidence` as a decimal, or `confidence_ppm`.
+#[derive(Deserialize, Default)]
+#[serde(default)]
+struct AgentFinalIn {
+    text: Option<String>,
+    findings: Option<Vec<serde_json::Value>>,
+    confidence: Option<crate::json::Ppm>,
+    #[serde(deserialize_with = "crate::lenient::lenient")]
+    confidence_ppm: Option<u32>,
+    cost: Cost,
+    usage_source: UsageSource,
+    finish: Finish,
+}
+
+impl From<AgentFinalIn> for AgentFinal {
+    fn from(v: AgentFinalIn) -> Self {
+        let confidence_ppm = v.confidence.map(|ratio| ratio.0).or(v.confidence_ppm);
+        let AgentFinalIn { text, findings, cost, usage_source, finish, .. } = v;
+        Self { text, findings, confidence_ppm, cost, usage_source, finish }
+    }
+}
+
+/// Six digits are exact: the nearest float of a decimal prints as that decimal.
+#[expect(clippy::ref_option, reason = "serde's signature")]
+fn decimal<S: serde::Serializer>(ppm: &Option<u32>, s: S) -> Result<S::Ok, S::Error> {
+    ppm.map(|ppm| f64::from(ppm) / 1e6).serialize(s)
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -627,6 +680,7 @@ pub struct AgentError {
     #[serde(default)]
     pub message: String,
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(deserialize_with = "crate::lenient::lenient")]
     pub retry_after_ms: Option<u64>,
     /// What the call cost until it failed; absent without proof: unknown.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -666,5 +720,48 @@ pub struct AgentStatus {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub suggested_window: Option<WindowView>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(deserialize_with = "crate::lenient::lenient")]
     pub retry_after_ms: Option<u64>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::frame::{Flags, Frame};
+
+    fn read<T: serde::de::DeserializeOwned>(content: &'static str) -> Result<T, WireError> {
+        Frame::raw("s", 1, Flags::NONE, "k", bytes::Bytes::from_static(content.as_bytes())).read()
+    }
+
+    #[test]
+    fn atp_3_3_null_is_absent_and_numbers_may_be_strings() {
+        let submit: Submit = read(
+            r#"{"task":"t","agents":null,"budget":{"tokens":"5","usd_micros":null},"deadline_ms":"7","wait":null}"#,
+        )
+        .unwrap();
+        assert_eq!((submit.deadline_ms, submit.budget.tokens, submit.wait), (Some(7), Some(Tokens(5)), true));
+        assert!(submit.agents.is_empty() && submit.budget.usd_micros.is_none());
+    }
+
+    #[test]
+    fn atp_3_3_what_is_wrong_is_named() {
+        let message = |e: Result<Submit, WireError>| e.map_err(|e| (e.code, e.message)).unwrap_err();
+        let (code, text) = message(read(r#"{"task":"t","budget":{"tokens":-1}}"#));
+        assert!(code == Code::Proto && text.starts_with("k: budget.tokens: "), "{text}");
+        assert!(message(read(r#"{"task":null}"#)).1.starts_with("k: "));
+        assert!(message(read("{")).1.starts_with("k: "));
+    }
+
+    #[test]
+    fn confidence_is_a_decimal_on_the_wire() {
+        for ppm in [0, 1, 900_000, 333_333, 1_000_000] {
+            let end = AgentFinal { confidence_ppm: Some(ppm), ..AgentFinal::default() };
+            let text = serde_json::to_string(&end).unwrap();
+            assert!(text.contains("\"confidence\":"), "{text}");
+            assert_eq!(serde_json::from_str::<AgentFinal>(&text).unwrap(), end);
+        }
+        let end: AgentFinal = read(r#"{"confidence_ppm":5,"text":null,"cost":null}"#).unwrap();
+        assert_eq!(end.confidence_ppm, Some(5));
+        assert!(read::<AgentFinal>(r#"{"confidence":1.5}"#).unwrap_err().message.contains("confidence"));
+    }
 }

@@ -249,11 +249,42 @@ impl Frame {
         Self { flags: if answer { flags.with(Flags::ACK) } else { flags }, ..Self::default() }
     }
 
-    /// Reads the content as `T`; unknown fields are ignored.
+    /// Reads the content as `T`; unknown fields are ignored, `null` is absent.
     ///
     /// # Errors
     /// EPROTO naming the payload type, the field and what is wrong with it.
     pub fn read<T: serde::de::DeserializeOwned>(&self) -> Result<T, WireError> {
-        serde_json::from_slice(&self.content).map_err(|e| WireError::proto(format!("{}: {e}", &*self.kind)))
+        serde_json::from_slice(&self.content).or_else(|_| self.read_again())
+    }
+
+    /// The slow way: without the nulls that no type expects, or with the name of the field that is wrong.
+    fn read_again<T: serde::de::DeserializeOwned>(&self) -> Result<T, WireError> {
+        let mut json = serde_json::Deserializer::from_slice(&self.content);
+        let error = match serde_path_to_error::deserialize::<_, T>(&mut json) {
+            Ok(_) => "goes on behind its end".to_owned(),
+            Err(e) if e.path().iter().next().is_none() => e.inner().to_string(),
+            Err(e) => format!("{}: {}", e.path(), e.inner()),
+        };
+        if let Ok(mut document) = serde_json::from_slice::<serde_json::Value>(&self.content)
+            && strip_nulls(&mut document)
+            && let Ok(content) = serde_json::from_value(document)
+        {
+            return Ok(content);
+        }
+        Err(WireError::proto(format!("{}: {error}", self.kind)))
+    }
+}
+
+/// Takes the members that are `null` out of every object; true when there was one.
+fn strip_nulls(value: &mut serde_json::Value) -> bool {
+    match value {
+        serde_json::Value::Object(members) => {
+            let before = members.len();
+            members.retain(|_, v| !v.is_null());
+            let found = before != members.len();
+            members.values_mut().fold(found, |found, v| strip_nulls(v) | found)
+        }
+        serde_json::Value::Array(list) => list.iter_mut().fold(false, |found, v| strip_nulls(v) | found),
+        _ => false,
     }
 }

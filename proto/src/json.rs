@@ -352,11 +352,13 @@ pub fn unhex(text: &str) -> Option<Vec<u8>> {
 
 // ---- ratios ---------------------------------------------------------------------------------------------------------
 
-struct Ppm(u32);
+/// A decimal of JSON as parts per million.
+pub(crate) struct Ppm(pub(crate) u32);
 
 impl<'de> Deserialize<'de> for Ppm {
     fn deserialize<D: Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
-        let raw = <&RawValue>::deserialize(d)?.get();
+        let raw = Box::<RawValue>::deserialize(d)?;
+        let raw = raw.get();
         let text = raw.strip_prefix('"').and_then(|t| t.strip_suffix('"')).unwrap_or(raw);
         parse_ppm(text).map(Self).map_err(serde::de::Error::custom)
     }
