@@ -23,6 +23,7 @@ pub(crate) async fn run(args: &BenchArgs) -> anyhow::Result<Report> {
     let mut rows = Vec::new();
     for line in &args.lines {
         for (state, agent_is_there) in [("waiting", false), ("running", true)] {
+            eprintln!("{}: {} streams {state}", line.name(), args.streams());
             let target = Target::start(args, *line).await?;
             let mut ends = JoinSet::new();
             let (sent, received) = (Arc::new(Sent::default()), Arc::new(Received::default()));

@@ -38,8 +38,9 @@ pub(crate) async fn run(args: &BenchArgs) -> anyhow::Result<Report> {
     let chunk_bytes = usize::try_from(args.chunk_bytes)?;
     let mut bare_samples = Vec::new();
     let mut samples = vec![Vec::new(); args.lines.len()];
-    for _ in 0..args.rounds {
+    for round in 1..=args.rounds {
         let bare = bare::measure(args.connections, args.streams(), chunk_bytes, WARM_UP, time).await?;
+        eprintln!("round {round}: bare relay {:.0}/s", bare.frames_per_second);
         bare_samples.push(Sample {
             frames_per_second: bare.frames_per_second,
             bytes_per_second: bare.bytes_per_second,
@@ -52,6 +53,7 @@ pub(crate) async fn run(args: &BenchArgs) -> anyhow::Result<Report> {
         });
         for (line, samples) in args.lines.iter().zip(&mut samples) {
             let sample = measure(args, *line, time).await?;
+            eprintln!("round {round}: {} {:.0}/s", line.name(), sample.frames_per_second);
             samples.push(Sample { ratio: sample.frames_per_second / bare.frames_per_second, ..sample });
         }
     }

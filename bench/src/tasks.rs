@@ -36,6 +36,7 @@ pub(crate) async fn run(args: &BenchArgs) -> anyhow::Result<Report> {
         let measured = async {
             load(args, &target, *line, WARM_UP_RATE, Duration::from_secs(1)).await?;
             for rate in &args.rates {
+                eprintln!("{}: {rate} tasks a second", line.name());
                 rows.push(load(args, &target, *line, *rate, Duration::from_secs(args.seconds)).await?);
             }
             anyhow::Ok(())
