@@ -4,7 +4,7 @@
 use super::session::Shared;
 use super::{ROOM_BYTES_MAX, StopReason, UNACKED_BYTES_MAX, Verdict};
 use crate::fragment;
-use atp_proto::content::{Dispatch, ListedCall};
+use atp_proto::content::{Dispatch, ListedCall, UsageSource};
 use atp_proto::{Amount, CallId, Cost, Flags, Frame, Text, codec, limits};
 use bytes::{Bytes, BytesMut};
 use std::collections::VecDeque;
@@ -30,7 +30,10 @@ struct Inner {
     epoch: u64,
     grant: Amount,
     last: bool,
+    /// The highest total so far, counted or reported: what the grant is compared with.
     total: Cost,
+    /// The highest that a provider reported: no final falls behind it.
+    reported: Cost,
     /// The msg_seq that the next frame gets.
     next_seq: u64,
     kept: VecDeque<Kept>,
@@ -62,6 +65,7 @@ impl CallState {
             grant: dispatch.grant,
             last: false,
             total: Cost::default(),
+            reported: Cost::default(),
             next_seq: 1,
             kept: VecDeque::new(),
             kept_bytes: 0,
@@ -94,18 +98,24 @@ impl CallState {
         flags: Flags,
         kind: &'static str,
         cost: Cost,
+        source: UsageSource,
         content: impl FnOnce(Cost) -> Bytes,
     ) -> Verdict {
         let is_end = flags.has(Flags::FIN) || flags.has(Flags::RST);
         let mut inner = self.inner();
         inner.total = inner.total.max(cost);
+        if source == UsageSource::Reported {
+            inner.reported = inner.reported.max(cost);
+        }
         if inner.silent || inner.end.is_some() {
             return Verdict::Stop(inner.stop.unwrap_or(StopReason::Cancelled));
         }
         if inner.stop == Some(StopReason::Backlog) && !is_end {
             return Verdict::Stop(StopReason::Backlog);
         }
-        let content = content(inner.total);
+        // A report at the end may undercut what was counted on the way.
+        let stated = if is_end && source == UsageSource::Reported { inner.reported } else { inner.total };
+        let content = content(stated);
         if !is_end && inner.kept_bytes + content.len() > UNACKED_BYTES_MAX {
             inner.stop = Some(StopReason::Backlog);
             self.changed.notify_waiters();

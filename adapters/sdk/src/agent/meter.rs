@@ -3,6 +3,7 @@
 
 use super::call::CallState;
 use super::{StopReason, Verdict};
+use atp_proto::content::UsageSource;
 use atp_proto::frame::kind;
 use atp_proto::{Amount, Cost, Flags};
 use bytes::Bytes;
@@ -23,6 +24,12 @@ struct Partial<'a> {
     #[serde(skip_serializing_if = "Option::is_none")]
     findings: Option<Vec<serde_json::Value>>,
     cost: Cost,
+    #[serde(skip_serializing_if = "is_reported")]
+    usage_source: UsageSource,
+}
+
+fn is_reported(source: &UsageSource) -> bool {
+    *source == UsageSource::Reported
 }
 
 impl Meter {
@@ -30,16 +37,38 @@ impl Meter {
     /// call, its prompt included; a lower one than before is held at the highest. Doesn't wait: the frame is kept until
     /// the router acknowledges it.
     pub fn emit(&self, text: Option<&str>, findings: Option<Vec<serde_json::Value>>, cost_total: Cost) -> Verdict {
-        self.call.say(Flags::NONE, kind::RESULT_PARTIAL, cost_total, |cost| {
+        self.partial(text, findings, cost_total, UsageSource::Reported)
+    }
+
+    /// The same where the adapter counted itself, because the provider reports only at its end. A final whose usage is
+    /// reported may then be lower.
+    pub fn emit_counted(
+        &self,
+        text: Option<&str>,
+        findings: Option<Vec<serde_json::Value>>,
+        cost_total: Cost,
+    ) -> Verdict {
+        self.partial(text, findings, cost_total, UsageSource::Counted)
+    }
+
+    fn partial(
+        &self,
+        text: Option<&str>,
+        findings: Option<Vec<serde_json::Value>>,
+        cost_total: Cost,
+        usage_source: UsageSource,
+    ) -> Verdict {
+        self.call.say(Flags::NONE, kind::RESULT_PARTIAL, cost_total, usage_source, |cost| {
             let mut json = Vec::with_capacity(96 + text.map_or(0, |text| text.len() + text.len() / 16));
-            serde_json::to_writer(&mut json, &Partial { text, findings, cost }).expect("a Vec takes all bytes");
+            let partial = Partial { text, findings, cost, usage_source };
+            serde_json::to_writer(&mut json, &partial).expect("a Vec takes all bytes");
             json.into()
         })
     }
 
     /// Sends `content` as a partial just as it is, whatever it says: faults and tests of the wire.
     pub fn emit_unchecked(&self, content: Bytes) -> Verdict {
-        self.call.say(Flags::NONE, kind::RESULT_PARTIAL, Cost::default(), |_| content)
+        self.call.say(Flags::NONE, kind::RESULT_PARTIAL, Cost::default(), UsageSource::Reported, |_| content)
     }
 
     /// The whole of what this call may spend, as stated last.

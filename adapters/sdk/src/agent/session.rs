@@ -11,7 +11,7 @@ use crate::fragment::{Joined, Joiner};
 use crate::wire::{Pulse, Turn, Wire, open};
 use atp_proto::code::{Fatal, WireError};
 use atp_proto::content::{
-    Ack, AgentCancel, AgentError, AgentStatus, BudgetUpdate, Capabilities, Dispatch, Proof, Role, Status,
+    Ack, AgentCancel, AgentError, AgentStatus, BudgetUpdate, Capabilities, Dispatch, Proof, Role, Status, UsageSource,
 };
 use atp_proto::frame::kind;
 use atp_proto::{CallId, Code, Cost, Flags, Frame, limits};
@@ -465,13 +465,13 @@ fn failed(code: Code, message: &str) -> Outcome {
 pub(super) fn conclude(state: &Arc<CallState>, outcome: Outcome) {
     match outcome {
         Outcome::Final(mut end) => {
-            state.say(Flags::FIN, kind::RESULT_FINAL, end.cost, |total| {
+            state.say(Flags::FIN, kind::RESULT_FINAL, end.cost, end.usage_source, |total| {
                 end.cost = total;
                 json(&end)
             });
         }
         Outcome::Error(mut error) => {
-            state.say(Flags::RST, kind::ERROR, error.cost.unwrap_or_default(), |total| {
+            state.say(Flags::RST, kind::ERROR, error.cost.unwrap_or_default(), UsageSource::Counted, |total| {
                 error.cost = error.cost.map(|_| total);
                 // What was emitted disproves it.
                 error.proof = error.proof.filter(|_| total == Cost::default());
