@@ -3,6 +3,7 @@
 pub mod account;
 pub mod agent;
 pub mod clock;
+pub mod estimate;
 pub mod message;
 pub mod price;
 pub mod record;

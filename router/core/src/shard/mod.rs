@@ -1,0 +1,411 @@
+//! A shard: the owner of streams, money and the merge of answers. One change at a time, then drain. This file takes inputs,
+//! keeps what they decide in one entry, and holds back every effect until the entries before it are durable; the work on a
+//! stream lives in the files beside it.
+
+mod answer;
+mod client;
+mod closing;
+mod lane;
+mod purchase;
+mod seat;
+
+use crate::clock::{Clock, Now};
+use crate::message::{Effect, FromAgent, Input, LogRoom, Machine, Metric, Position, ToAgent};
+use crate::record::{AnyRecord, Checkpoint, Entry, Epoch, Genesis, Record};
+use crate::settings::Settings;
+use crate::state::{Output, State};
+use crate::stream::{Phase, Stream};
+use atp_proto::content::Ack;
+use atp_proto::frame::{Flags, kind};
+use atp_proto::{AgentName, CallId, ConnId, Frame, StreamId, TenantId};
+use client::{Bucket, Pending};
+use closing::Stopping;
+use lane::LiveCall;
+use prost::Message;
+use purchase::{Bid, Book};
+use seat::Seat;
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::sync::Arc;
+
+/// Slots and dispatches that weren't answered are asked for again this often.
+const REPEAT_MS: u64 = 1_000;
+/// How much later the owner's deadline of a call is than the agent's.
+const OWNER_LATER_MS: u64 = 5_000;
+
+/// When to look again at something; a timer that has lost its reason does nothing.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Timer {
+    /// What a stream still asks for: slots, agents, money.
+    Ask(u64),
+    Deadline(u64),
+    /// Lanes that were asked to stop have had their time.
+    Stop(u64),
+    Call(CallId),
+    /// An account's window ends.
+    Roll(String),
+    /// A client's message waits behind a gap.
+    Gap(ConnId, StreamId),
+    /// An agent's message waits behind a gap.
+    CallGap(CallId),
+    Owner(AgentName),
+}
+
+/// What the memory holds of an open stream beside the fold.
+struct Live {
+    subscribers: Vec<ConnId>,
+    /// The last frames that were sent, for a connection that catches up.
+    recent: VecDeque<Frame>,
+    bid: Option<Bid>,
+    wants: client::Wants,
+    deadline_at: u64,
+    /// When it asks again for what it lacks.
+    ask_at: u64,
+    stopping: Option<Stopping>,
+    /// Agents that the money had no room for, and why.
+    left_out: Vec<String>,
+}
+
+/// One shard's machine. See `message` for what goes in and what comes out.
+pub struct Shard {
+    settings: Arc<Settings>,
+    state: State,
+    clock: Clock,
+    now_ms: u64,
+    epoch: u64,
+    durable: Position,
+    room: LogRoom,
+    draining: bool,
+    entry: Option<Vec<AnyRecord>>,
+    fresh: Vec<Effect>,
+    held: VecDeque<(Position, Effect)>,
+    out: VecDeque<Effect>,
+    live: BTreeMap<u64, Live>,
+    calls: BTreeMap<CallId, LiveCall>,
+    /// Calls that are asked a slot for and not reserved.
+    bids: BTreeMap<CallId, u64>,
+    seats: BTreeMap<AgentName, Seat>,
+    books: BTreeMap<String, Book>,
+    pending: BTreeMap<(ConnId, StreamId), Pending>,
+    denials: BTreeMap<TenantId, Bucket>,
+    /// Slots in use per agent, as far as this shard's calls go.
+    in_flight: BTreeMap<AgentName, u32>,
+    timers: BTreeSet<(u64, Timer)>,
+    acks: BTreeMap<CallId, u64>,
+    acks_held: (Position, BTreeMap<CallId, u64>),
+}
+
+impl Shard {
+    /// Takes over what the log says. Appends [Genesis and] Epoch; nothing is revealed before they are durable. `genesis` is
+    /// for an empty log only.
+    #[must_use]
+    pub fn recover(
+        settings: Arc<Settings>,
+        state: State,
+        now: Now,
+        incarnation: &str,
+        genesis: Option<Genesis>,
+    ) -> Self {
+        let clock = Clock::start(now, state.logged_ms());
+        let durable = state.position();
+        let mut shard = Self {
+            settings,
+            state,
+            clock,
+            now_ms: now.mono_ms,
+            epoch: durable + 1,
+            durable,
+            room: LogRoom::Enough,
+            draining: false,
+            entry: None,
+            fresh: Vec::new(),
+            held: VecDeque::new(),
+            out: VecDeque::new(),
+            live: BTreeMap::new(),
+            calls: BTreeMap::new(),
+            bids: BTreeMap::new(),
+            seats: BTreeMap::new(),
+            books: BTreeMap::new(),
+            pending: BTreeMap::new(),
+            denials: BTreeMap::new(),
+            in_flight: BTreeMap::new(),
+            timers: BTreeSet::new(),
+            acks: BTreeMap::new(),
+            acks_held: (0, BTreeMap::new()),
+        };
+        if let Some(genesis) = genesis.filter(|_| durable == 0) {
+            shard.record(Record::Genesis(genesis));
+        }
+        let epoch = Epoch {
+            log_id: shard.state.log_id().clone(),
+            shard: shard.settings.shard,
+            owner: shard.settings.router_id.to_string(),
+            incarnation: incarnation.into(),
+        };
+        shard.record(Record::Epoch(epoch));
+        shard.rebuild();
+        shard.commit();
+        shard
+    }
+
+    /// The volatile part, from the fold: queues, deadlines (begun anew), calls whose agent has to be asked.
+    fn rebuild(&mut self) {
+        let open: Vec<u64> =
+            self.state.streams().filter(|(_, s)| !s.is_closed() || s.has_open_calls()).map(|(no, _)| no).collect();
+        let mut agents = BTreeSet::new();
+        for no in open {
+            let Some(stream) = self.state.stream(no) else { continue };
+            let lanes: Vec<u32> = stream.calls.iter().filter(|c| c.is_open()).map(|c| c.reserve.lane).collect();
+            if !stream.is_closed() {
+                let live = self.new_live(stream);
+                self.timer(live.deadline_at, Timer::Deadline(no));
+                self.live.insert(no, live);
+                self.timer(self.now_ms, Timer::Ask(no));
+            }
+            for lane in lanes {
+                agents.extend(self.adopt(no, lane));
+            }
+        }
+        for agent in agents {
+            self.timer(self.now_ms, Timer::Owner(agent));
+        }
+        let configured = self.settings.accounts.keys().map(|t| t.as_str().to_owned());
+        let mut accounts: BTreeSet<String> = self.state.accounts.keys().cloned().chain(configured).collect();
+        accounts.insert("default".into());
+        accounts.into_iter().for_each(|account| self.rolled(&account));
+    }
+
+    fn new_live(&self, stream: &Stream) -> Live {
+        Live {
+            subscribers: Vec::new(),
+            recent: VecDeque::new(),
+            bid: None,
+            wants: client::Wants::of(&stream.submit),
+            deadline_at: self.now_ms + stream.accept.deadline_ms,
+            ask_at: 0,
+            stopping: None,
+            left_out: Vec::new(),
+        }
+    }
+
+    pub fn set_settings(&mut self, settings: Arc<Settings>) {
+        self.settings = settings;
+    }
+
+    /// The fold, ahead of what is durable.
+    #[must_use]
+    pub fn state(&self) -> &State {
+        &self.state
+    }
+
+    #[must_use]
+    pub fn epoch(&self) -> u64 {
+        self.epoch
+    }
+
+    /// Wall clock minus logged time, in milliseconds.
+    #[must_use]
+    pub fn clock_behind_ms(&self) -> i64 {
+        self.clock.behind_ms()
+    }
+
+    // ---- records and effects ----------------------------------------------------------------------------------------
+
+    /// Adds a record to this input's entry and folds it.
+    fn record(&mut self, record: Record) {
+        self.record_output(record, None);
+    }
+
+    fn record_output(&mut self, record: Record, output: Option<Output>) {
+        if self.entry.is_none() {
+            self.state.begin(self.clock.logged_ms()).expect("logged time never goes back");
+            self.entry = Some(Vec::new());
+        }
+        let kind = record.kind();
+        if let Err(e) = self.state.apply_record(&record, output) {
+            panic!("a decision broke the record grammar, {kind}: {e}");
+        }
+        if let Some(entry) = &mut self.entry {
+            entry.push(record.into());
+        }
+    }
+
+    /// What one input decided becomes one entry; what it reveals waits for it.
+    fn commit(&mut self) {
+        if let Some(records) = self.entry.take() {
+            let checkpoint =
+                matches!(records.first().and_then(|r| r.record.as_ref()), Some(Record::Checkpoint(c)) if c.piece == 0);
+            let entry = Entry { at_ms: self.clock.logged_ms(), records };
+            self.state.end();
+            let position = self.state.position();
+            self.out.push_back(Effect::Append { position, entry: entry.encode_to_vec().into(), checkpoint });
+        }
+        let position = self.state.position();
+        for effect in self.fresh.drain(..) {
+            self.held.push_back((position, effect));
+        }
+        self.release();
+    }
+
+    fn release(&mut self) {
+        while self.held.front().is_some_and(|(position, _)| *position <= self.durable) {
+            self.out.extend(self.held.pop_front().map(|(_, effect)| effect));
+        }
+        self.flush_acks();
+    }
+
+    /// `control.ack` once per group commit and stream: what was taken before the commit began is durable when it ends.
+    fn flush_acks(&mut self) {
+        loop {
+            if self.acks_held.0 > self.durable {
+                return;
+            }
+            for (call, msg_seq) in std::mem::take(&mut self.acks_held.1) {
+                if let Some(agent) = self.agent_of(&call) {
+                    let frame =
+                        Frame::json(call.to_string(), 0, Flags::NONE, kind::ACK, &Ack { msg_seq, open: Vec::new() });
+                    let message = ToAgent::Pass { shard: self.settings.shard, epoch: self.epoch, call, frame };
+                    self.out.push_back(Effect::ToAgent { agent, message });
+                }
+            }
+            if self.acks.is_empty() {
+                return;
+            }
+            self.acks_held = (self.state.position(), std::mem::take(&mut self.acks));
+        }
+    }
+
+    fn agent_of(&self, call: &CallId) -> Option<AgentName> {
+        let (no, lane) = self.state.call(call)?;
+        Some(self.state.stream(no)?.call(lane)?.agent())
+    }
+
+    fn effect(&mut self, effect: Effect) {
+        self.fresh.push(effect);
+    }
+
+    fn metric(&mut self, metric: Metric) {
+        self.fresh.push(Effect::Metric(metric));
+    }
+
+    fn send(&mut self, conn: ConnId, frame: Frame) {
+        self.fresh.push(Effect::Send { conn, frame });
+    }
+
+    fn to_agent(&mut self, agent: &AgentName, message: ToAgent) {
+        self.fresh.push(Effect::ToAgent { agent: agent.clone(), message });
+    }
+
+    /// Sends a numbered frame to all who follow the stream, and keeps it for those who catch up.
+    fn tell(&mut self, no: u64, frame: Frame) {
+        let keep = self.settings.limits.recent_frames;
+        let Some(live) = self.live.get_mut(&no) else { return };
+        for conn in &live.subscribers {
+            self.fresh.push(Effect::Send { conn: *conn, frame: frame.clone() });
+        }
+        live.recent.push_back(frame);
+        if live.recent.len() > keep {
+            live.recent.pop_front();
+        }
+    }
+
+    fn timer(&mut self, at: u64, timer: Timer) {
+        self.timers.insert((at, timer));
+    }
+
+    /// One repeat of `ask` per stream and second, whoever wished for it.
+    fn ask_later(&mut self, no: u64) {
+        let at = self.now_ms + REPEAT_MS;
+        if let Some(live) = self.live.get_mut(&no)
+            && live.ask_at <= self.now_ms
+        {
+            live.ask_at = at;
+            self.timer(at, Timer::Ask(no));
+        }
+    }
+
+    fn checkpoint(&mut self) {
+        let pieces: Vec<Checkpoint> = self.state.to_checkpoint(self.settings.shard);
+        for piece in pieces {
+            self.record(Record::Checkpoint(piece));
+            self.commit();
+        }
+    }
+
+    fn agent_message(&mut self, message: FromAgent) {
+        match message {
+            FromAgent::Up { agent, capabilities, status } => self.agent_up(agent, capabilities, status),
+            FromAgent::Down { agent, incarnation } => self.agent_down(&agent, &incarnation),
+            FromAgent::Status { agent, status } => self.agent_status(&agent, status),
+            FromAgent::Lent { agent, incarnation, call, epoch } => self.slot_lent(agent, incarnation, call, epoch),
+            FromAgent::Sent { call, epoch, .. } => self.dispatch_sent(call, epoch),
+            FromAgent::Unsent { call, epoch, .. } => self.dispatch_unsent(call, epoch),
+            FromAgent::Frame { agent, received } => self.agent_frame(&agent, received),
+        }
+    }
+
+    fn log_room(&mut self, room: LogRoom) {
+        self.room = room;
+        if room == LogRoom::Last {
+            let running: Vec<u64> = self.live.keys().copied().filter(|no| self.is_running(*no)).collect();
+            running.into_iter().for_each(|no| self.stop(no, Stopping::log(self.now_ms)));
+        }
+    }
+
+    fn is_running(&self, no: u64) -> bool {
+        self.state.stream(no).is_some_and(|s| s.calls.iter().any(|c| c.phase() == Phase::Running))
+    }
+
+    fn fire(&mut self, timer: Timer) {
+        match timer {
+            Timer::Ask(no) => self.ask_again(no),
+            Timer::Deadline(no) => self.deadline(no),
+            Timer::Stop(no) => self.stop_due(no),
+            Timer::Call(call) => self.call_due(call),
+            Timer::Roll(account) => self.rolled(&account),
+            Timer::Gap(conn, stream) => self.gap_due(conn, &stream),
+            Timer::CallGap(call) => self.call_gap_due(call),
+            Timer::Owner(agent) => self.announce(agent),
+        }
+    }
+}
+
+impl Machine for Shard {
+    type Input = Input;
+    type Effect = Effect;
+
+    fn handle(&mut self, now: Now, input: Input) {
+        self.now_ms = self.now_ms.max(now.mono_ms);
+        self.clock.tick(now);
+        match input {
+            Input::Client { conn, tenant, received } => self.client_frame(conn, tenant, received),
+            Input::ConnGone { conn } => self.conn_gone(conn),
+            Input::Agent(message) => self.agent_message(message),
+            Input::Durable { position } => self.durable = self.durable.max(position),
+            Input::LogRoom(room) => self.log_room(room),
+            Input::Replayed { conn, tenant, stream, upto } => self.replayed(conn, &tenant, &stream, upto),
+            Input::Query { id, query } => self.query(id, query),
+            Input::Checkpoint => self.checkpoint(),
+            Input::Drain => self.draining = true,
+        }
+        self.commit();
+    }
+
+    fn poll_effect(&mut self) -> Option<Effect> {
+        self.out.pop_front()
+    }
+
+    fn poll_timeout(&self) -> Option<u64> {
+        self.timers.first().map(|(at, _)| *at)
+    }
+
+    fn handle_timeout(&mut self, now: Now) {
+        self.now_ms = self.now_ms.max(now.mono_ms);
+        self.clock.tick(now);
+        while self.timers.first().is_some_and(|(at, _)| *at <= self.now_ms) {
+            if let Some((_, timer)) = self.timers.pop_first() {
+                self.fire(timer);
+                self.commit();
+            }
+        }
+    }
+}

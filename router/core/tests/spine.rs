@@ -1,0 +1,306 @@
+//! One task through the two machines, without a socket: a frame in, a bill out; a restart in the middle.
+
+use atp_core::agent::Agent;
+use atp_core::clock::Now;
+use atp_core::message::{AgentEffect, AgentInput, Answer, Effect, FromAgent, Input, Machine, Query, ToAgent};
+use atp_core::record::{Entry, Genesis};
+use atp_core::replay::StreamReplay;
+use atp_core::settings::Settings;
+use atp_core::shard::Shard;
+use atp_core::state::State;
+use atp_proto::codec::{Received, encode_body};
+use atp_proto::content::*;
+use atp_proto::frame::{Flags, kind};
+use atp_proto::{AgentName, Amount, ConnId, Cost, Frame, Limit, StreamId, TenantId, Tokens, UsdMicros};
+use prost::Message;
+use std::collections::VecDeque;
+use std::sync::Arc;
+
+const CLIENT: ConnId = ConnId(1);
+const AGENT: ConnId = ConnId(2);
+
+struct House {
+    settings: Arc<Settings>,
+    shard: Shard,
+    agent: Agent,
+    log: Vec<Entry>,
+    now: Now,
+    to_client: Vec<Frame>,
+    to_agent: VecDeque<Frame>,
+    answers: Vec<Answer>,
+}
+
+fn received(frame: Frame) -> Received {
+    let body = encode_body(&frame);
+    Received { frame, body }
+}
+
+impl House {
+    fn new() -> Self {
+        let settings = Arc::new(Settings::default());
+        let now = Now { mono_ms: 0, wall_ms: 1_700_000_000_000 };
+        let genesis = Genesis { log_id: vec![7; 16].into(), format: 1, shards: 1, hash_seed: 0 };
+        let shard = Shard::recover(settings.clone(), State::default(), now, "i1", Some(genesis));
+        let agent = Agent::new(AgentName::new("a"), settings.clone(), now);
+        let mut house = Self {
+            settings,
+            shard,
+            agent,
+            log: vec![],
+            now,
+            to_client: vec![],
+            to_agent: VecDeque::new(),
+            answers: vec![],
+        };
+        house.run();
+        house
+    }
+
+    /// Carries out effects until nothing moves; the log is durable at once.
+    fn run(&mut self) {
+        loop {
+            let mut moved = false;
+            while let Some(effect) = self.shard.poll_effect() {
+                moved = true;
+                match effect {
+                    Effect::Append { position, entry, .. } => {
+                        assert_eq!(position, self.log.len() as u64 + 1);
+                        self.log.push(Entry::decode(entry).unwrap());
+                        self.shard.handle(self.now, Input::Durable { position });
+                    }
+                    Effect::Send { frame, .. } => self.to_client.push(frame),
+                    Effect::ToAgent { message, .. } => self.agent.handle(self.now, AgentInput::Shard(message)),
+                    Effect::Replay { conn, tenant, stream, from, after, upto } => {
+                        let mut replay = StreamReplay::new(&tenant, &stream, after, upto);
+                        for (i, entry) in self.log.iter().enumerate().skip(from as usize) {
+                            self.to_client.extend(replay.feed(i as u64 + 1, entry));
+                        }
+                        self.shard.handle(self.now, Input::Replayed { conn, tenant, stream, upto });
+                    }
+                    Effect::Answer { answer, .. } => self.answers.push(answer),
+                    Effect::Close { error, .. } => panic!("{error}"),
+                    Effect::Metric(_) => {}
+                }
+            }
+            while let Some(effect) = self.agent.poll_effect() {
+                moved = true;
+                match effect {
+                    AgentEffect::Send { frame, .. } => self.to_agent.push_back(frame),
+                    AgentEffect::ToShard { message, .. } => self.shard.handle(self.now, Input::Agent(message)),
+                    AgentEffect::Close { error, .. } => panic!("{error}"),
+                }
+            }
+            if !moved {
+                return;
+            }
+        }
+    }
+
+    fn wait(&mut self, ms: u64) {
+        for _ in 0..ms / 100 {
+            self.now.mono_ms += 100;
+            self.now.wall_ms += 100;
+            self.shard.handle_timeout(self.now);
+            self.agent.handle_timeout(self.now);
+            self.agent.handle(self.now, AgentInput::Alive { conn: AGENT });
+            self.run();
+        }
+    }
+
+    fn connect(&mut self, calls: Vec<ListedCall>) {
+        let capabilities = Capabilities {
+            agent: AgentName::new("a"),
+            incarnation: "p1".into(),
+            max_parallel: 2,
+            models: vec![ModelInfo {
+                id: "m1".into(),
+                in_usd_micros_per_mtok: Some(1_000_000),
+                out_usd_micros_per_mtok: Some(4_000_000),
+                context_tokens: None,
+            }],
+            reach: Amount::new(20, 80),
+            calls,
+            ..Capabilities::default()
+        };
+        self.agent.handle(self.now, AgentInput::Connected { conn: AGENT, capabilities: Box::new(capabilities) });
+        self.run();
+    }
+
+    fn submit(&mut self, id: &str, submit: &Submit) {
+        let frame = Frame::json(id, 1, Flags::SYN, kind::TASK_SUBMIT, submit);
+        self.shard.handle(
+            self.now,
+            Input::Client { conn: CLIENT, tenant: TenantId::new("default"), received: received(frame) },
+        );
+        self.run();
+    }
+
+    fn says(&mut self, frame: Frame) {
+        let message = FromAgent::Frame { agent: AgentName::new("a"), received: received(frame) };
+        self.shard.handle(self.now, Input::Agent(message));
+        self.run();
+    }
+
+    fn dispatched(&mut self) -> Dispatch {
+        let frame = self.to_agent.pop_front().expect("a dispatch");
+        assert_eq!(&*frame.kind, kind::DISPATCH);
+        frame.read().unwrap()
+    }
+
+    fn restart(&mut self) {
+        let mut state = State::default();
+        for (i, entry) in self.log.iter().enumerate() {
+            state.apply(i as u64 + 1, entry).unwrap();
+        }
+        assert_eq!(state.hash(), self.shard.state().hash());
+        self.shard = Shard::recover(self.settings.clone(), state, self.now, "i2", None);
+        self.run();
+        let owner = ToAgent::Owner { shard: 0, epoch: self.shard.epoch() };
+        self.agent.handle(self.now, AgentInput::Shard(owner));
+        self.run();
+    }
+
+    fn kinds(&self) -> Vec<String> {
+        self.to_client.iter().filter(|f| f.msg_seq > 0).map(|f| f.kind.to_string()).collect()
+    }
+}
+
+fn partial(call: &Dispatch, seq: u64, text: &str, out: u64) -> Frame {
+    let cost = Cost { in_tokens: Tokens(70), out_tokens: Tokens(out), usd_micros: UsdMicros(0) };
+    let content = AgentPartial { text: Some(text.into()), cost, ..AgentPartial::default() };
+    Frame::json(call.call_id.to_string(), seq, Flags::NONE, kind::RESULT_PARTIAL, &content)
+}
+
+fn last(call: &Dispatch, seq: u64, out: u64) -> Frame {
+    let cost = Cost { in_tokens: Tokens(70), out_tokens: Tokens(out), usd_micros: UsdMicros(0) };
+    Frame::json(
+        call.call_id.to_string(),
+        seq,
+        Flags::FIN,
+        kind::RESULT_FINAL,
+        &AgentFinal { cost, ..AgentFinal::default() },
+    )
+}
+
+fn task(text: &str) -> Submit {
+    Submit { task: text.into(), ..Submit::default() }
+}
+
+#[test]
+fn a_frame_in_a_bill_out() {
+    let mut house = House::new();
+    house.connect(vec![]);
+    house.submit("s1", &task("hi"));
+    let call = house.dispatched();
+    assert_eq!((call.task.as_str(), call.go_on), ("hi", false));
+    house.says(partial(&call, 1, "one ", 10));
+    house.says(partial(&call, 2, "two", 20));
+    house.says(last(&call, 3, 25));
+    assert_eq!(
+        house.kinds(),
+        [
+            "control.accepted",
+            "agent.result.partial",
+            "agent.result.partial",
+            "agent.result.partial",
+            "agent.result.final",
+            "control.bill"
+        ]
+    );
+    let bill: Bill = house.to_client.last().unwrap().read().unwrap();
+    assert_eq!(bill.settled, Amount::new(95, 170));
+    assert_eq!((bill.held, bill.calls[0].source), (Amount::ZERO, Some(Source::Reported)));
+    let answer: Final = house.to_client[house.to_client.len() - 2].read().unwrap();
+    assert_eq!((answer.state, answer.result.text.as_str()), (TaskState::Done, "one two"));
+    // The same SYN again gets the same frames again, out of the log.
+    let first: Vec<Frame> = house.to_client.drain(..).filter(|f| f.msg_seq > 0).collect();
+    house.submit("s1", &task("hi"));
+    let again: Vec<Frame> = house.to_client.drain(..).filter(|f| f.msg_seq > 0).collect();
+    assert_eq!(first, again);
+    house.shard.handle(house.now, Input::Query { id: 1, query: Query::Verify });
+    house.run();
+    assert!(matches!(house.answers.last(), Some(Answer::Verify(v)) if v.open_reservations == 0));
+}
+
+#[test]
+fn a_restart_in_mid_answer_loses_nothing() {
+    let mut house = House::new();
+    house.connect(vec![]);
+    house.submit("s1", &task("hi"));
+    let call = house.dispatched();
+    house.says(partial(&call, 1, "one ", 10));
+    house.restart();
+    house.wait(200);
+    let asked: Vec<Dispatch> = house.to_agent.drain(..).filter_map(|f| f.read().ok()).collect();
+    assert!(asked.iter().any(|d| d.go_on && d.call_id == call.call_id && d.epoch > call.epoch), "{asked:?}");
+    house.says(partial(&call, 2, "two", 20));
+    house.says(last(&call, 3, 25));
+    house.to_client.clear();
+    house.submit("s1", &task("hi"));
+    assert_eq!(house.kinds().len(), 6);
+    let bill: Bill = house.to_client.last().unwrap().read().unwrap();
+    assert_eq!(bill.settled, Amount::new(95, 170));
+}
+
+#[test]
+fn the_grant_grows_in_slices_up_to_the_budget() {
+    let mut house = House::new();
+    house.connect(vec![]);
+    let budget = Limit { tokens: Some(Tokens(3_000)), usd_micros: Some(UsdMicros(1_000_000)) };
+    house.submit("s1", &Submit { budget, ..task("hi") });
+    let call = house.dispatched();
+    assert_eq!(call.grant.tokens, Tokens(65 + 1_000 + 500));
+    let mut grant = call.grant;
+    for seq in 1..=12 {
+        house.says(partial(&call, seq, "x", seq * 200));
+        while let Some(frame) = house.to_agent.pop_front() {
+            if &*frame.kind == kind::BUDGET_UPDATE {
+                let update: BudgetUpdate = frame.read().unwrap();
+                assert!(grant.fits(update.grant));
+                grant = update.grant;
+            }
+        }
+    }
+    assert_eq!(grant.tokens, Tokens(3_000));
+}
+
+#[test]
+fn what_can_never_be_paid_is_refused_at_once_and_for_good() {
+    let mut house = House::new();
+    house.connect(vec![]);
+    let poor = Submit { budget: Limit { tokens: Some(Tokens(10)), usd_micros: None }, ..task("hi") };
+    house.submit("s1", &poor);
+    let refusal = house.to_client.pop().unwrap();
+    assert!(refusal.flags.has(Flags::RST));
+    let error: atp_proto::WireError = refusal.read().unwrap();
+    assert_eq!((error.code, error.judged), (atp_proto::Code::Budget, true));
+    house.restart();
+    house.submit("s1", &poor);
+    assert_eq!(house.to_client.pop().unwrap().read::<atp_proto::WireError>().unwrap(), error);
+    assert!(house.to_agent.iter().all(|f| &*f.kind != kind::DISPATCH));
+}
+
+#[test]
+fn a_lost_agent_settles_at_hold_and_reach_and_is_replaced() {
+    let mut house = House::new();
+    house.connect(vec![]);
+    house.submit("s1", &task("hi"));
+    let call = house.dispatched();
+    house.agent.handle(house.now, AgentInput::Disconnected { conn: AGENT });
+    house.run();
+    house.wait(16_000);
+    house.connect(vec![]);
+    house.wait(1_500);
+    let second = loop {
+        let next = house.dispatched();
+        if next.call_id != call.call_id {
+            break next;
+        }
+    };
+    house.says(last(&second, 1, 5));
+    let bill: Bill = house.to_client.last().unwrap().read().unwrap();
+    assert_eq!(bill.calls[0].source, Some(Source::UnknownAtHold));
+    assert_eq!(bill.calls[0].actual.usd_micros.0, call.grant.usd_micros.0 + 80);
+    assert_eq!(bill.calls[1].retry_of, Some(call.call_id));
+    assert_eq!(StreamId::new("s1").as_str(), bill.stream_id);
+}
