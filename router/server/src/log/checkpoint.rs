@@ -1,0 +1,96 @@
+//! Finds the newest checkpoint whose pieces are all there. The one place where the log looks into entries.
+
+use super::block::CHECKPOINT;
+use super::{LogError, Reader};
+use atp_core::record::{Checkpoint, Entry, Record};
+use bytes::Bytes;
+use prost::Message;
+
+/// A whole checkpoint in a log.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Found {
+    /// Of its first piece.
+    pub(super) position: u64,
+    /// Of all pieces.
+    pub(super) bytes: u64,
+    /// The block that holds the first piece.
+    pub(super) segment: u64,
+    pub(super) offset: u64,
+}
+
+impl Reader {
+    /// The position of the first piece of the newest checkpoint that is whole; one whose pieces don't all follow each other
+    /// is passed over.
+    ///
+    /// # Errors
+    /// I/O, corruption on the way.
+    pub fn newest_checkpoint(&self) -> Result<Option<u64>, LogError> {
+        Ok(newest(self)?.map(|found| found.position))
+    }
+}
+
+pub(super) fn newest(reader: &Reader) -> Result<Option<Found>, LogError> {
+    for number in reader.segments().iter().rev() {
+        let segment = reader.segment(*number)?;
+        let (mut begun, mut offset) = (Vec::new(), 0);
+        while let Some(header) = segment.header(offset)? {
+            if header.flags & CHECKPOINT != 0 {
+                begun.push(offset);
+            }
+            offset += header.extent();
+        }
+        for offset in begun.into_iter().rev() {
+            let Some(block) = segment.block(offset)? else { continue };
+            let first_pieces: Vec<u64> = block
+                .entries()
+                .filter(|(position, entry)| {
+                    piece(entry).is_some_and(|piece| piece.piece == 0 && piece.position + 1 == *position)
+                })
+                .map(|(position, _)| position)
+                .collect();
+            for position in first_pieces.into_iter().rev() {
+                if let Some(bytes) = whole(reader, position)? {
+                    return Ok(Some(Found { position, bytes, segment: *number, offset }));
+                }
+            }
+        }
+    }
+    Ok(None)
+}
+
+/// The bytes of the checkpoint that begins at `position`, if all its pieces follow each other.
+fn whole(reader: &Reader, position: u64) -> Result<Option<u64>, LogError> {
+    let mut bytes = 0;
+    let mut first: Option<Checkpoint> = None;
+    for (n, entry) in (0_u32..).zip(reader.entries(position)) {
+        let (_, entry) = entry?;
+        let Some(piece) = piece(&entry) else { return Ok(None) };
+        let same = first.as_ref().is_none_or(|first| {
+            (first.position, first.epoch, first.pieces, &first.hash, &first.log_id)
+                == (piece.position, piece.epoch, piece.pieces, &piece.hash, &piece.log_id)
+        });
+        if !same || piece.piece != n {
+            return Ok(None);
+        }
+        bytes += entry.len() as u64;
+        if n + 1 == piece.pieces {
+            return Ok(Some(bytes));
+        }
+        first.get_or_insert(piece);
+    }
+    Ok(None)
+}
+
+/// The piece of a checkpoint that an entry is; `None`: it is something else.
+pub(super) fn piece(entry: &Bytes) -> Option<Checkpoint> {
+    let entry = Entry::decode(entry.clone()).ok()?;
+    entry.records.into_iter().find_map(|record| match record.record {
+        Some(Record::Checkpoint(piece)) => Some(piece),
+        _ => None,
+    })
+}
+
+/// What the checkpoint that begins with this entry will take, about: its pieces are of one size but for the last.
+pub(super) fn bytes_estimate(first_piece: &Bytes) -> u64 {
+    piece(first_piece).map_or(0, |piece| u64::from(piece.pieces) * first_piece.len() as u64)
+}

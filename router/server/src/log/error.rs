@@ -1,0 +1,53 @@
+//! What can go wrong with a log, told so that an operator knows the file and what to do.
+
+use super::LogId;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+/// An error of the log. All of them end the router's use of this log: none is worth a retry on the same handle.
+#[derive(Debug, thiserror::Error)]
+pub enum LogError {
+    #[error("cannot {doing} {}: {source}", path.display())]
+    Io { doing: &'static str, path: PathBuf, source: io::Error },
+    #[error("the log in {} is used by another router (it holds {}/lock); stop that one, or set another data_dir", dir.display(), dir.display())]
+    InUse { dir: PathBuf },
+    #[error("no log in {}: there is no segment like 0000000001.log; check the directory", dir.display())]
+    NoLog { dir: PathBuf },
+    /// Acknowledged bytes are damaged; nothing is cut or repaired.
+    #[error("the log is corrupt: {} at offset {offset}: {what}; restore the file from a copy", file.display())]
+    Corrupt { file: PathBuf, offset: u64, what: String },
+    #[error("{} at offset {offset} belongs to log {}, not to {}; remove the file that came from elsewhere", file.display(), hex(found), hex(expected))]
+    OtherLog { file: PathBuf, offset: u64, found: LogId, expected: LogId },
+    #[error("the log ends before entry {position}, which was durable; restore its last segments from a copy")]
+    Missing { position: u64 },
+    #[error("entry {position} has {bytes} bytes, the limit is {limit}")]
+    EntryTooBig { position: u64, bytes: usize, limit: usize },
+    /// The caller numbers entries otherwise than the log: a bug, nothing was written.
+    #[error("entry {found} was appended where entry {expected} is due")]
+    Position { expected: u64, found: u64 },
+    #[error("segment_bytes is {found}: it must be a multiple of 4096 and at least {min}")]
+    SegmentBytes { found: u64, min: u64 },
+    /// Fail-stop: a write or sync failed before, nothing is retried.
+    #[error("the log has stopped: {0}")]
+    Stopped(Arc<LogError>),
+    #[error("the log is closed")]
+    Closed,
+    /// The entries are whole, but what they say cannot be.
+    #[error("entry {position}: {what}")]
+    Entry { position: u64, what: String },
+}
+
+impl LogError {
+    pub(super) fn io(doing: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self {
+        let path = path.to_path_buf();
+        move |source| Self::Io { doing, path, source }
+    }
+    pub(super) fn corrupt(file: &Path, offset: u64, what: impl Into<String>) -> Self {
+        Self::Corrupt { file: file.to_path_buf(), offset, what: what.into() }
+    }
+}
+
+fn hex(id: &LogId) -> String {
+    atp_core::record::hex(id)
+}

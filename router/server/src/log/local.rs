@@ -1,0 +1,235 @@
+//! The handle of an open log: options, opening, appending, closing. One per directory; its threads do the work.
+
+use super::disk::{self, Disk, RealDisk};
+use super::queue::{Entry, Queue};
+use super::recovery::{self, Recovered};
+use super::spare::{self, Spares};
+use super::status::{Events, Status};
+use super::sync::Dirty;
+use super::writer::{Setup, Writer};
+use super::{LogError, LogId};
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use tokio::sync::watch;
+
+/// When an append counts as durable.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Durability {
+    /// After `fdatasync`.
+    #[default]
+    Fsync,
+    /// After the write; synced soon. For development: a power cut may take what was acknowledged.
+    Async,
+}
+
+/// How a log is opened.
+#[derive(Clone, Debug)]
+pub struct Options {
+    pub dir: PathBuf,
+    /// Size of a segment in bytes, a multiple of 4096.
+    pub segment_bytes: u64,
+    pub durability: Durability,
+}
+
+impl Options {
+    const SEGMENT_BYTES_MIN: u64 = 16 << 10;
+
+    /// Segments of 64 MiB, `fsync`.
+    pub fn new(dir: impl Into<PathBuf>) -> Self {
+        Self { dir: dir.into(), segment_bytes: 64 << 20, durability: Durability::Fsync }
+    }
+
+    fn check(&self) -> Result<(), LogError> {
+        if self.segment_bytes < Self::SEGMENT_BYTES_MIN || !self.segment_bytes.is_multiple_of(super::block::PAGE) {
+            return Err(LogError::SegmentBytes { found: self.segment_bytes, min: Self::SEGMENT_BYTES_MIN });
+        }
+        Ok(())
+    }
+}
+
+/// An open log: the exclusive right to append. Dropped without [`LocalLog::close`] it is closed too, errors unseen.
+#[derive(Debug)]
+pub struct LocalLog {
+    dir: PathBuf,
+    log_id: LogId,
+    queue: Arc<Queue>,
+    spares: Arc<Spares>,
+    dirty: Arc<Dirty>,
+    status: watch::Receiver<Status>,
+    durable_at_open: u64,
+    threads: Vec<JoinHandle<()>>,
+    /// Holds the writer's lock.
+    _lock: File,
+}
+
+impl LocalLog {
+    /// Takes the lock, cuts a torn tail, writes the last block anew; all that stands is durable when this returns. Makes
+    /// the directory and the log if there is none. Blocks for some milliseconds.
+    ///
+    /// # Errors
+    /// `InUse`, `Corrupt`, `OtherLog`, `SegmentBytes`, I/O.
+    pub fn open(options: Options) -> Result<(Self, Recovered), LogError> {
+        Self::open_on(options, Arc::new(RealDisk))
+    }
+
+    /// As `open`, on a disk of the caller's: how tests make it fail.
+    ///
+    /// # Errors
+    /// As `open`.
+    pub fn open_on(options: Options, disk: Arc<dyn Disk>) -> Result<(Self, Recovered), LogError> {
+        options.check()?;
+        let Options { dir, segment_bytes, durability } = options;
+        make_dir(&dir, &*disk)?;
+        let lock_path = dir.join("lock");
+        let lock = disk::lock(&lock_path).map_err(LogError::io("lock", &lock_path))?;
+        let Some(lock) = lock else { return Err(LogError::InUse { dir }) };
+
+        let mut end = recovery::recover(&dir, &*disk, uuid::Uuid::new_v4().into_bytes())?;
+        let recovered = end.recovered.clone();
+        let log_id = end.link.log_id;
+        let queue = Arc::new(Queue::new(end.link.next_position));
+        let ready = std::mem::take(&mut end.spares);
+        let next_number = ready.iter().map(|spare| spare.number).max().unwrap_or(end.segment.number) + 1;
+        let spares = Arc::new(Spares::new(ready));
+        let dirty = Arc::new(Dirty::default());
+        let (sender, status) =
+            watch::channel(Status { durable: recovered.last_position, ..Status::default() });
+        let setup = Setup {
+            dir: dir.clone(),
+            disk: disk.clone(),
+            durability,
+            segment_bytes,
+            queue: queue.clone(),
+            spares: spares.clone(),
+            dirty: dirty.clone(),
+            status: sender.clone(),
+            next_number,
+        };
+        let mut log = Self {
+            log_id,
+            queue: queue.clone(),
+            spares: spares.clone(),
+            dirty: dirty.clone(),
+            status,
+            durable_at_open: recovered.last_position,
+            threads: Vec::new(),
+            _lock: lock,
+            dir,
+        };
+        let started = log.start(Writer::new(setup, end), disk, durability, segment_bytes, sender);
+        started.map_err(LogError::io("start the threads of the log in", &log.dir))?;
+        Ok((log, recovered))
+    }
+
+    fn start(
+        &mut self,
+        writer: Writer,
+        disk: Arc<dyn Disk>,
+        durability: Durability,
+        segment_bytes: u64,
+        status: watch::Sender<Status>,
+    ) -> std::io::Result<()> {
+        self.threads.push(spare::spawn(self.spares.clone(), disk.clone(), self.dir.clone(), segment_bytes)?);
+        if durability == Durability::Async {
+            let (dirty, queue) = (self.dirty.clone(), self.queue.clone());
+            let failed = move |error| {
+                let error = Arc::new(error);
+                queue.stop(&error);
+                status.send_modify(|status| status.failed = Some(error.clone()));
+            };
+            let sync = std::thread::Builder::new().name("atp-log-sync".into());
+            self.threads.push(sync.spawn(move || dirty.run(&*disk, failed))?);
+        }
+        let thread = std::thread::Builder::new().name("atp-log".into());
+        self.threads.push(thread.spawn(move || writer.run())?);
+        Ok(())
+    }
+
+    /// Drawn when the log was made; Genesis repeats it.
+    #[must_use]
+    pub const fn log_id(&self) -> LogId {
+        self.log_id
+    }
+    #[must_use]
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// Queues entries (position, bytes, first piece of a checkpoint); `Event::Durable` says when they are durable. Waits
+    /// while 16 MiB are queued. Positions follow each other, so one task appends.
+    ///
+    /// # Errors
+    /// `Stopped` after a failure, `Closed`, `EntryTooBig`, `Position`; nothing was queued then.
+    pub async fn append(&self, entries: Vec<(u64, bytes::Bytes, bool)>) -> Result<(), LogError> {
+        self.queue.put(entries).await
+    }
+
+    /// As `append` without waiting: takes all of `entries` or, if there is no room (`Ok(false)`), none.
+    ///
+    /// # Errors
+    /// As `append`.
+    pub fn try_append(&self, entries: &mut Vec<Entry>) -> Result<bool, LogError> {
+        self.queue.offer(entries)
+    }
+
+    /// News of this log, from its opening on. Each call gives a stream of its own.
+    #[must_use]
+    pub fn events(&self) -> Events {
+        Events::new(self.status.clone(), self.durable_at_open)
+    }
+
+    /// Spare segments that wait, zero-filled.
+    #[must_use]
+    pub fn spares_ready(&self) -> usize {
+        self.spares.ready()
+    }
+
+    /// Writes what is queued, seals, syncs, and gives the lock back. Blocks until that is done.
+    ///
+    /// # Errors
+    /// `Stopped` if the log failed before or now.
+    pub fn close(mut self) -> Result<(), LogError> {
+        self.finish();
+        self.queue.stopped().map_or(Ok(()), |why| Err(LogError::Stopped(why)))
+    }
+
+    fn finish(&mut self) {
+        self.queue.close();
+        self.spares.close();
+        // The writer first: it still makes files dirty.
+        if let Some(writer) = self.threads.pop() {
+            join(writer);
+        }
+        self.dirty.close();
+        self.threads.drain(..).for_each(join);
+    }
+}
+
+fn join(thread: JoinHandle<()>) {
+    if let Err(panic) = thread.join() {
+        std::panic::resume_unwind(panic);
+    }
+}
+
+impl Drop for LocalLog {
+    fn drop(&mut self) {
+        self.queue.close();
+        self.spares.close();
+        while let Some(thread) = self.threads.pop() {
+            // The last one pushed is the writer; a panic was reported by its own thread.
+            let _ = thread.join();
+            self.dirty.close();
+        }
+    }
+}
+
+fn make_dir(dir: &Path, disk: &dyn Disk) -> Result<(), LogError> {
+    if dir.is_dir() {
+        return Ok(());
+    }
+    std::fs::create_dir_all(dir).map_err(LogError::io("create the directory", dir))?;
+    let parent = dir.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    disk.sync_dir(parent).map_err(LogError::io("sync the directory", parent))
+}
