@@ -1,5 +1,13 @@
 //! The configuration: one YAML file as typed values. `table` knows every key, `tree` reads the text.
 
+mod read;
+mod reference;
+mod table;
+mod tree;
+
+pub use read::{check, load, parse};
+pub use reference::{reference, schema};
+
 use crate::identity::Anonymous;
 use atp_core::settings::Settings;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
@@ -48,22 +56,13 @@ pub enum LogFormat {
     Json,
 }
 
-/// An entry of `agents:`: the flags of `atp agent KIND`.
+/// An entry of `agents:`: the flags of `atp agent KIND`, checked for name and form, as a JSON object for the adapters.
+/// Amounts and durations are texts in it, as they were written.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct AgentEntry {
-    pub kind: String,
-    pub name: String,
-    pub model: Option<String>,
-    pub base_url: Option<String>,
-    pub api_key: Option<String>,
-    pub max_parallel: Option<u32>,
-    pub task_types: Vec<String>,
-    pub prices: Option<String>,
-    pub cwd: Option<PathBuf>,
-    /// The program of kind `command`, with its arguments.
-    pub argv: Vec<String>,
-    pub script: Option<PathBuf>,
-    pub timeout_ms: Option<u64>,
+    pub line: u64,
+    pub column: u64,
+    pub fields: serde_json::Map<String, serde_json::Value>,
 }
 
 /// Bounds of the shell.

@@ -1,0 +1,156 @@
+//! The configuration, black box: defaults, every kind of mistake with line, field and fix, and the generated pages.
+
+use atp_proto::{Limit, TenantId, Tokens, UsdMicros};
+use atp_router::config::{Durability, Problem, check, parse, reference, schema};
+use atp_router::{Anonymous, Config};
+
+fn read(text: &str) -> Config {
+    parse(text, |_| None).unwrap_or_else(|problems| panic!("{problems:?}"))
+}
+
+fn problems(text: &str) -> Vec<Problem> {
+    let problems = parse(text, |_| None).err().unwrap_or_default();
+    for problem in &problems {
+        assert!(!problem.fix.is_empty(), "{problem:?} names no fix");
+    }
+    problems
+}
+
+/// The only problem of a text, as `line:column field`.
+fn only(text: &str) -> String {
+    let found = problems(text);
+    assert_eq!(found.len(), 1, "{found:?}");
+    format!("{}:{} {}", found[0].line, found[0].column, found[0].field)
+}
+
+#[test]
+fn an_empty_file_is_the_default() {
+    let (read, default) = (read(""), Config::default());
+    assert_eq!(format!("{:?}", read.settings), format!("{:?}", default.settings));
+    assert_eq!((read.listen, read.limits, &read.data_dir), (default.listen, default.limits, &default.data_dir));
+    assert_eq!((read.durability, read.anonymous), (Durability::Fsync, Anonymous::Loopback));
+    assert_eq!(problems("# only a comment\n"), []);
+}
+
+#[test]
+fn the_example_of_the_documentation_is_read() {
+    let config = read(
+        "listen: {atp: 127.0.0.1:0, http: '127.0.0.1:0', insecure: false, tls: {cert: , key: , client_ca: }}\n\
+         router: {id: r7, advertise: }\n\
+         log: {kind: local, format: , durability: async}\n\
+         store: {kind: memory, redis: {url: , prefix: atp}}\n\
+         windows:\n  stream: {max_parallel: 2, max_tokens: 7, max_usd: 0.10}\n\
+         accounts:\n  default: {usd: 1.5, per: hour}\n  acme: {usd: 20.00, tokens: 9, per: total}\n\
+         tasks: {deadline: 2h, agent_timeout: 500ms, retries: 0}\n\
+         agents:\n- {kind: openai, name: a.b, model: m, max_parallel: 3, prices: {in_usd_per_mtok: 0.15, out_usd_per_mtok: 1}}\n",
+    );
+    let limit = |tokens: Option<u64>, usd: u64| Limit { tokens: tokens.map(Tokens), usd_micros: Some(UsdMicros(usd)) };
+    assert_eq!(&*config.settings.router_id, "r7");
+    assert_eq!(config.durability, Durability::Async);
+    assert_eq!(config.settings.stream_window.limit, limit(Some(7), 100_000));
+    assert_eq!(config.settings.default_account.limit, limit(None, 1_500_000));
+    assert_eq!(config.settings.accounts[&TenantId::new("acme")].limit, limit(Some(9), 20_000_000));
+    assert_eq!(
+        (config.settings.deadline_ms, config.settings.agent_timeout_ms, config.settings.retries),
+        (7_200_000, 500, 0)
+    );
+    let agent = serde_json::Value::Object(config.agents[0].fields.clone());
+    let expected = serde_json::json!({"kind": "openai", "name": "a.b", "model": "m", "max_parallel": 3,
+        "prices": {"in_usd_per_mtok": "0.15", "out_usd_per_mtok": "1.00"}});
+    assert_eq!(agent, expected);
+}
+
+#[test]
+fn every_mistake_is_named_with_its_place() {
+    assert_eq!(only("lisen: {atp: 127.0.0.1:1}"), "1:1 lisen");
+    assert!(problems("lisen: {}")[0].fix.contains("`listen`"));
+    assert_eq!(only("listen:\n  atp: localhost"), "2:8 listen.atp");
+    assert_eq!(only("tasks:\n  deadline: 5 minutes"), "2:13 tasks.deadline");
+    assert_eq!(only("tasks: {deadline: 0s}"), "1:19 tasks.deadline");
+    assert_eq!(only("windows: {stream: {max_usd: -1}}"), "1:29 windows.stream.max_usd");
+    assert_eq!(only("windows: {stream: {max_usd: .nan}}"), "1:29 windows.stream.max_usd");
+    assert_eq!(only("windows: {stream: {max_usd: 1e3}}"), "1:29 windows.stream.max_usd");
+    assert_eq!(only("log: [local]"), "1:6 log");
+    assert_eq!(only("agents: {kind: openai}"), "1:9 agents");
+    assert_eq!(only("agents: [{kind: gpt, name: a}]"), "1:17 agents[0].kind");
+    assert_eq!(only("agents: [{kind: ollama, name: 'a b'}]"), "1:10 agents[0].name");
+    assert_eq!(only("router: {id: 'a b'}"), "1:14 router.id");
+    assert_eq!(only("router: {id: a}\nrouter: {id: b}"), "2:1 ");
+    assert_eq!(only("accounts: {'a b': {usd: 1}}"), "1:12 accounts.a b");
+    assert_eq!(only("prices: /no/such/file.json"), "1:9 prices");
+    assert_eq!(only("listen: {atp: ${ADDRESS}}"), "1:15 listen.atp");
+    assert_eq!(only("data_dir: [a"), "1:13 ");
+    assert_eq!(problems("a: 1\nb: 2\ntasks: {retries: x}").len(), 3, "all of them, not only the first");
+}
+
+#[test]
+fn what_a_later_version_can_do_is_refused_not_ignored() {
+    assert_eq!(only("log: {kind: kafka}"), "1:13 log.kind");
+    assert_eq!(only("store: {kind: redis}"), "1:15 store.kind");
+    assert_eq!(only("listen: {tls: {cert: a.pem}}"), "1:22 listen.tls.cert");
+    assert_eq!(only("shards: {count: 2}"), "1:17 shards.count");
+    assert_eq!(only("auth: {oidc: {issuer: x}}"), "1:23 auth.oidc.issuer");
+    assert_eq!(only("auth: {tokens_file: t}"), "1:21 auth.tokens_file");
+    assert_eq!(only("auth: {anonymous: never}"), "1:19 auth.anonymous");
+    assert_eq!(only("policy: policy.yaml"), "1:9 policy");
+    assert_eq!(only("accounts: {a: {ladder: [x]}}"), "1:24 accounts.a.ladder");
+    assert_eq!(only("tools: {http_get: {allow: [x]}}"), "1:27 tools.http_get.allow");
+    assert_eq!(
+        problems("tools: {fs_read: {root: }, http_get: {allow: []}}\nshards: {count: 1, lease: 5s}\nauth: {hmac: }"),
+        []
+    );
+}
+
+#[test]
+fn plain_sockets_off_loopback_are_asked_for_in_so_many_words() {
+    assert_eq!(only("listen: {atp: 0.0.0.0:7443}"), "1:15 listen.atp");
+    assert_eq!(problems("listen: {atp: 0.0.0.0:7443, insecure: true}"), []);
+}
+
+#[test]
+fn ranges_end_where_they_say() {
+    assert_eq!(problems("limits: {heartbeat: 100ms, connections: 1, segment_bytes: 1048576}"), []);
+    assert_eq!(only("limits: {heartbeat: 99ms}"), "1:21 limits.heartbeat");
+    assert_eq!(only("limits: {connections: 0}"), "1:23 limits.connections");
+    assert_eq!(only("limits: {segment_bytes: 1048577}"), "1:25 limits.segment_bytes");
+    assert_eq!(problems("windows: {agent: {max_parallel: 4096}}"), []);
+    assert_eq!(only("windows: {agent: {max_parallel: 4097}}"), "1:33 windows.agent.max_parallel");
+}
+
+#[test]
+fn the_environment_is_replaced_in_values() {
+    let env = |name: &str| match name {
+        "DIR" => Some("there".to_owned()),
+        "EMPTY" => Some(String::new()),
+        _ => None,
+    };
+    let config =
+        parse("data_dir: ${DIR}/x${NOPE:-y}${EMPTY:-z}\ntasks: {retries: '${NOPE:-2}'}", env).expect("all are set");
+    assert_eq!((config.data_dir.to_str(), config.settings.retries), (Some("there/xyz"), 2));
+    assert_eq!(check("data_dir: ${ATP_THIS_IS_NOT_SET}")[0].field, "data_dir");
+}
+
+#[test]
+fn aliases_are_bounded() {
+    let mut text = String::from("a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n");
+    for i in 1..9 {
+        let row = vec![format!("*a{}", i - 1); 10].join(", ");
+        text += &format!("a{i}: &a{i} [{row}]\n");
+    }
+    assert!(problems(&text).iter().any(|p| p.message.contains("more than")), "a bomb of aliases is refused");
+}
+
+/// The generated pages in `docs` are those of this table. `ATP_WRITE_DOCS=1` writes them.
+#[test]
+fn the_pages_agree_with_the_parser() {
+    let docs = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../../docs");
+    for (name, text) in [("config.schema.json", schema()), ("configuration.md", reference())] {
+        let path = docs.join(name);
+        if std::env::var_os("ATP_WRITE_DOCS").is_some() {
+            std::fs::create_dir_all(&docs).expect("docs can be made");
+            std::fs::write(&path, &text).expect("docs can be written");
+        }
+        let found = std::fs::read_to_string(&path).unwrap_or_default();
+        assert!(found == text, "docs/{name} is out of date: run this test with ATP_WRITE_DOCS=1");
+    }
+}
