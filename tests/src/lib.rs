@@ -1,1 +1,4 @@
+//! What the tests share. The simulation needs the pure crates only; all that needs sockets stands behind `blackbox`.
 
+#[path = "../simulation/mod.rs"]
+pub mod simulation;

@@ -1,0 +1,87 @@
+//! Answers of queries: all they show is durable, and says what the checker's own ledger says.
+
+use super::Check;
+use super::ledger::Pair;
+use atp_core::message::Answer;
+use atp_core::view::AccountView;
+use atp_proto::Amount;
+
+fn pair(a: Amount) -> Pair {
+    [a.tokens.0.into(), a.usd_micros.0.into()]
+}
+
+impl Check {
+    /// An answer leaves the shard; `acked` is the last position that it was told is durable.
+    pub fn answered(&mut self, answer: &Answer, acked: u64) {
+        match answer {
+            Answer::Verify(view) => {
+                self.verdict.expect(view.position <= acked, "replies show durable state", || {
+                    format!("verify shows {}, {acked} is durable", view.position)
+                });
+                self.fold.verify(view, &mut self.verdict);
+                if view.position == self.ledger.position {
+                    self.accounts(&view.accounts);
+                    let open = self.ledger.open_calls().count() as u64;
+                    self.verdict.expect(open == view.open_reservations, "fold(log) = live state", || {
+                        format!("{} open reservations, the log has {open}", view.open_reservations)
+                    });
+                }
+            }
+            Answer::Accounts { position, accounts } => {
+                self.verdict.expect(*position <= acked, "replies show durable state", || {
+                    format!("accounts show {position}, {acked} is durable")
+                });
+                if *position == self.ledger.position {
+                    self.accounts(accounts);
+                }
+            }
+            Answer::Stream(Some(stream)) => {
+                let shown = &stream.view;
+                let known = self.ledger.stream(&shown.account, &shown.stream_id);
+                self.verdict.expect(known.is_some(), "replies show durable state", || {
+                    format!("{} isn't in the log", shown.stream_id)
+                });
+                if shown.state.is_closed() {
+                    let over = known.is_some_and(|s| s.closed.is_some() || s.denied.is_some());
+                    self.verdict.expect(over, "replies show durable state", || {
+                        format!("{} isn't closed in the log", shown.stream_id)
+                    });
+                }
+            }
+            Answer::Bill(Some(bill)) => {
+                let known = self.ledger.stream(&bill.account, &bill.stream_id);
+                self.verdict.expect(known.is_some(), "replies show durable state", || {
+                    format!("{} isn't in the log", bill.stream_id)
+                });
+                let calls = known.map_or(0, |s| s.calls.len());
+                self.verdict.expect(bill.calls.len() <= calls, "replies show durable state", || {
+                    format!("the bill of {} shows {} calls, the log has {calls}", bill.stream_id, bill.calls.len())
+                });
+            }
+            Answer::Streams(rows) => {
+                let unknown = rows.iter().find(|r| self.ledger.stream(&r.account, &r.stream_id).is_none());
+                self.verdict.expect(unknown.is_none(), "replies show durable state", || {
+                    format!("{unknown:?} isn't in the log")
+                });
+            }
+            Answer::Stream(None) | Answer::Bill(None) | Answer::Agents(_) => {}
+        }
+    }
+
+    fn accounts(&mut self, rows: &[AccountView]) {
+        for row in rows {
+            let Some(mine) = self.ledger.windows.get(&(row.account.clone(), row.window_id.clone())) else { continue };
+            let (settled, held) = (pair(row.settled), pair(row.held));
+            self.verdict.expect(
+                mine.settled == settled && mine.held == held,
+                "the ledger is the sum of its records",
+                || {
+                    format!(
+                        "{} {}: live S {settled:?} R {held:?}, records say S {:?} R {:?}",
+                        row.account, row.window_id, mine.settled, mine.held
+                    )
+                },
+            );
+        }
+    }
+}

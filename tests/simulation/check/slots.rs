@@ -1,0 +1,86 @@
+//! Slots: a dispatch leaves only under a slot that is lent and under the highest epoch its agent's keeper has seen; an
+//! agent never runs more calls than it takes.
+
+use super::Verdict;
+use crate::simulation::plan::AgentPlan;
+use atp_core::message::{FromAgent, ToAgent};
+use atp_proto::CallId;
+use std::collections::BTreeMap;
+
+/// How long a slot is lent for.
+const LEASE_MS: u64 = 2_000;
+
+#[derive(Debug, Default)]
+struct Keeper {
+    epoch: u64,
+    lent: BTreeMap<CallId, (u64, u64)>,
+}
+
+#[derive(Debug, Default)]
+pub struct Slots {
+    keepers: BTreeMap<usize, Keeper>,
+}
+
+impl Slots {
+    /// The keeper (`Agent`) began anew.
+    pub fn restarted(&mut self, agent: usize) {
+        self.keepers.remove(&agent);
+    }
+
+    /// A message of the shard is handed to the keeper.
+    pub fn told(&mut self, agent: usize, message: &ToAgent) {
+        let keeper = self.keepers.entry(agent).or_default();
+        let (epoch, ended) = match message {
+            ToAgent::Owner { epoch, .. }
+            | ToAgent::Want { epoch, .. }
+            | ToAgent::Dispatch { epoch, .. }
+            | ToAgent::Pass { epoch, .. } => (*epoch, None),
+            ToAgent::Back { epoch, call, .. } | ToAgent::Ended { epoch, call, .. } => (*epoch, Some(call)),
+        };
+        if epoch > keeper.epoch {
+            keeper.epoch = epoch;
+            keeper.lent.retain(|_, (of, _)| *of >= epoch);
+        }
+        if let Some(call) = ended
+            && keeper.lent.get(call).is_some_and(|(of, _)| *of <= epoch)
+        {
+            keeper.lent.remove(call);
+        }
+    }
+
+    /// The keeper answers.
+    pub fn said(&mut self, agent: usize, message: &FromAgent, now_ms: u64, verdict: &mut Verdict) {
+        let keeper = self.keepers.entry(agent).or_default();
+        if let FromAgent::Lent { call, epoch, .. } = message {
+            verdict.expect(*epoch >= keeper.epoch, "agents fence lower epochs", || {
+                format!("a slot was lent for {call} under epoch {epoch}, {} was seen", keeper.epoch)
+            });
+            keeper.lent.insert(*call, (*epoch, now_ms + LEASE_MS));
+        }
+        if let FromAgent::Unsent { call, .. } = message {
+            keeper.lent.remove(call);
+        }
+    }
+
+    /// The keeper sends a dispatch (not a question to go on) to its agent.
+    pub fn dispatched(&mut self, agent: usize, call: CallId, epoch: u64, now_ms: u64, verdict: &mut Verdict) {
+        let keeper = self.keepers.entry(agent).or_default();
+        verdict.expect(epoch >= keeper.epoch, "agents fence lower epochs", || {
+            format!("{call} was dispatched under epoch {epoch}, {} was seen", keeper.epoch)
+        });
+        let slot = keeper.lent.get(&call);
+        verdict.expect(
+            slot.is_some_and(|(of, until)| *of == epoch && now_ms <= *until),
+            "no dispatch without a live slot",
+            || format!("{call} under epoch {epoch} at {now_ms}, slot {slot:?}"),
+        );
+    }
+
+    /// The agent's process begins a call; `running` counts it.
+    pub fn started(&mut self, agent: usize, running: usize, plan: &AgentPlan, verdict: &mut Verdict) {
+        let most = plan.capabilities.max_parallel as usize;
+        verdict.expect(running <= most, "slots in use <= slots there are", || {
+            format!("agent {agent} runs {running} calls, it takes {most}")
+        });
+    }
+}

@@ -1,0 +1,351 @@
+//! What a seed decides before the first event: settings, agents, tasks and faults. Small on purpose: a few tasks,
+//! tiny limits, so that rare meetings are frequent.
+
+use crate::simulation::rng::Rng;
+use atp_core::settings::{AccountSettings, Limits, Per, Settings, WindowSettings};
+use atp_proto::content::{
+    Capabilities, Effects, EstimateDeclaration, EstimateFigures, EstimateMode, ModelInfo, Stop, Submit, Variance,
+};
+use atp_proto::{AgentName, Amount, Cost, Limit, Qos, TenantId, Tokens, UsdMicros};
+use std::sync::Arc;
+
+/// How much goes wrong, and how.
+#[derive(Clone, Debug, Default)]
+pub struct Faults {
+    /// After an effect was carried out, the process dies.
+    pub crash_ppm: u64,
+    pub crashes_max: u32,
+    /// After an effect was carried out, the process stands still for a while.
+    pub pause_ppm: u64,
+    /// Of messages between a shard and an agent that are repeated until answered.
+    pub loss_percent: u64,
+    pub duplicate_percent: u64,
+    pub long_delay_percent: u64,
+    pub delay_max_ms: u64,
+    pub commit_split_percent: u64,
+    pub commit_max_ms: u64,
+    /// `Agent` machines live on when the shard's process dies (they stand for another router).
+    pub machines_live_percent: u64,
+    /// Chance that a recovery ignores checkpoints.
+    pub full_replay_percent: u64,
+    pub resume_percent: u64,
+}
+
+#[derive(Clone, Debug)]
+pub struct TaskPlan {
+    pub client: usize,
+    pub start_at: u64,
+    pub key: Option<String>,
+    pub stream: String,
+    pub submit: Submit,
+    pub qos: Qos,
+    pub task_type: &'static str,
+    pub cancel_at: Option<u64>,
+    pub fragments: u64,
+    /// Sent from a second connection too, at the same time.
+    pub watch: bool,
+}
+
+/// Chances of a call's outcomes, in percent; the rest completes.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Mood {
+    pub refuse: u64,
+    pub rejected: u64,
+    pub upstream_error: u64,
+    pub error_with_cost: u64,
+    pub crash: u64,
+    pub hang: u64,
+    pub late: u64,
+    pub breach: u64,
+    pub falling: u64,
+    pub counted: u64,
+}
+
+#[derive(Clone, Debug)]
+pub struct AgentPlan {
+    pub name: AgentName,
+    pub capabilities: Capabilities,
+    pub in_price: u64,
+    pub out_price: u64,
+    pub chunk_max: u64,
+    pub chunks_max: u64,
+    pub mood: Mood,
+    /// Resends what is unacknowledged right after it says hello, not only when told to go on.
+    pub eager: bool,
+    pub slow: bool,
+}
+
+impl AgentPlan {
+    /// What tokens cost at this agent, rounded up once.
+    #[must_use]
+    pub fn price(&self, in_tokens: u64, out_tokens: u64) -> Cost {
+        let micros = (in_tokens * self.in_price + out_tokens * self.out_price).div_ceil(1_000_000);
+        Cost { in_tokens: Tokens(in_tokens), out_tokens: Tokens(out_tokens), usd_micros: UsdMicros(micros) }
+    }
+}
+
+#[derive(Clone, Debug)]
+pub struct Plan {
+    pub settings: Settings,
+    pub faults: Faults,
+    pub agents: Vec<AgentPlan>,
+    pub tasks: Vec<TaskPlan>,
+    pub tenants: Vec<TenantId>,
+    /// Client -> tenant; the last client of each tenant only watches.
+    pub clients: Vec<usize>,
+    pub wall0_ms: u64,
+    pub heal_at: u64,
+    pub crash_at: Vec<u64>,
+    pub break_client_at: Vec<u64>,
+    pub break_agent_at: Vec<u64>,
+    pub agent_crash_at: Vec<u64>,
+    pub status_at: Vec<u64>,
+    pub checkpoint_at: Vec<u64>,
+    pub query_at: Vec<u64>,
+    pub room_at: Vec<u64>,
+    pub wall_jump_at: Vec<u64>,
+    pub drain_at: Option<u64>,
+}
+
+fn times(rng: &mut Rng, heal_at: u64, most: u64) -> Vec<u64> {
+    (0..rng.range(0, most)).map(|_| rng.range(1_000, heal_at)).collect()
+}
+
+fn limit(rng: &mut Rng, none_percent: u64, tokens: (u64, u64), micros: (u64, u64)) -> Limit {
+    Limit {
+        tokens: (!rng.percent(none_percent)).then(|| Tokens(rng.range(tokens.0, tokens.1))),
+        usd_micros: (!rng.percent(none_percent)).then(|| UsdMicros(rng.range(micros.0, micros.1))),
+    }
+}
+
+impl Plan {
+    #[must_use]
+    pub fn of(rng: &mut Rng) -> Self {
+        let calm = rng.percent(8);
+        let heal_at = rng.range(5_000, 16_000);
+        let n_agents = rng.range(1, 3) as usize;
+        let agents: Vec<_> = (0..n_agents).map(|i| agent(rng, i, calm)).collect();
+        let tenants = vec![TenantId::new("default"), TenantId::new("t2")];
+        let clients = if rng.percent(30) { vec![0, 1, 0] } else { vec![0, 0] };
+        let n_tasks = rng.pick(&[1, 2, 2, 3, 3, 4, 5, 8]);
+        let settings = settings(rng);
+        let tasks = (0..n_tasks).map(|i| task(rng, i, &agents, clients.len() as u64 - 1, heal_at)).collect();
+        let faults = if calm { Faults { commit_max_ms: 3, ..Faults::default() } } else { faults(rng) };
+        let most = |n: u64| if calm { 0 } else { n };
+        // The last minute before a window rolls, often: a call must outlive its window now and then.
+        let minute = 1_790_000_040_000_u64 / 60_000 * 60_000;
+        let before_roll_ms = if rng.percent(60) { 14_000 } else { 59_000 };
+        let wall0_ms = minute + 60_000 - rng.range(0, before_roll_ms);
+        Self {
+            crash_at: {
+                let n = most(rng.pick(&[0, 1, 2]));
+                times(rng, heal_at, n)
+            },
+            break_client_at: {
+                let n = most(2);
+                times(rng, heal_at, n)
+            },
+            break_agent_at: {
+                let n = most(rng.pick(&[0, 1, 3]));
+                times(rng, heal_at, n)
+            },
+            agent_crash_at: {
+                let n = most(rng.pick(&[0, 0, 1]));
+                times(rng, heal_at, n)
+            },
+            status_at: {
+                let n = most(rng.pick(&[0, 0, 2]));
+                times(rng, heal_at, n)
+            },
+            checkpoint_at: times(rng, heal_at, 2),
+            query_at: times(rng, heal_at, 3),
+            room_at: {
+                let n = most(rng.pick(&[0, 0, 0, 2]));
+                times(rng, heal_at, n)
+            },
+            wall_jump_at: {
+                let n = most(rng.pick(&[0, 0, 1]));
+                times(rng, heal_at, n)
+            },
+            drain_at: (!calm && rng.percent(3)).then(|| rng.range(1_000, heal_at)),
+            settings,
+            faults,
+            agents,
+            tasks,
+            tenants,
+            clients,
+            wall0_ms,
+            heal_at,
+        }
+    }
+}
+
+fn faults(rng: &mut Rng) -> Faults {
+    Faults {
+        crash_ppm: rng.pick(&[0, 0, 2_000, 8_000]),
+        crashes_max: 3,
+        pause_ppm: rng.pick(&[0, 5_000, 20_000]),
+        loss_percent: rng.pick(&[0, 0, 5, 20]),
+        duplicate_percent: rng.pick(&[0, 0, 10, 30]),
+        long_delay_percent: rng.pick(&[0, 5, 20]),
+        delay_max_ms: rng.pick(&[50, 300, 1_500]),
+        commit_split_percent: rng.pick(&[0, 30, 80]),
+        commit_max_ms: rng.pick(&[0, 3, 30, 400]),
+        machines_live_percent: rng.pick(&[0, 40, 100]),
+        full_replay_percent: 20,
+        resume_percent: rng.pick(&[0, 50]),
+    }
+}
+
+fn settings(rng: &mut Rng) -> Settings {
+    let defaults = Settings::default();
+    let mut accounts = std::collections::BTreeMap::new();
+    let per = rng.pick(&[Per::Minute, Per::Minute, Per::Total, Per::Day]);
+    let tight = rng.percent(60);
+    let most = if tight { 1_500 } else { 20_000 };
+    accounts
+        .insert(TenantId::new("default"), AccountSettings { limit: limit(rng, 15, (100, most), (200, most * 8)), per });
+    let default_account = AccountSettings {
+        limit: limit(rng, 30, (200, 4_000), (400, 20_000)),
+        per: rng.pick(&[Per::Minute, Per::Total]),
+    };
+    Settings {
+        shard: 0,
+        stream_window: WindowSettings {
+            max_parallel: rng.pick(&[None, Some(1), Some(2), Some(4)]),
+            limit: limit(rng, 50, (300, 5_000), (500, 20_000)),
+        },
+        agent_window: WindowSettings { max_parallel: rng.pick(&[None, Some(1), Some(2), Some(4)]), limit: Limit::NONE },
+        accounts,
+        default_account,
+        deadline_ms: rng.range(2_000, 15_000),
+        agent_timeout_ms: rng.range(1_000, 8_000),
+        retries: rng.pick(&[0, 1, 2]) as u32,
+        limits: Limits {
+            streams_open_max: rng.pick(&[2, 100, 100]),
+            lanes_max: rng.pick(&[2, 4, 64]),
+            recent_frames: rng.pick(&[0, 1, 4, 16]),
+            denials_per_second: rng.pick(&[1, 50]),
+            denials_burst: rng.pick(&[1, 2, 500]),
+            ..defaults.limits
+        },
+        ..defaults
+    }
+}
+
+fn agent(rng: &mut Rng, index: usize, calm: bool) -> AgentPlan {
+    let name = AgentName::new(["a0", "a1", "a2"][index]);
+    // micro-USD per million tokens.
+    let (in_price, out_price) = (rng.range(1, 40) * 100_000, rng.range(5, 120) * 100_000);
+    let chunk_max = rng.pick(&[3, 20, 60]);
+    let chunks_max = rng.pick(&[1, 4, 9]);
+    let stop = rng.pick(&[Stop::Close, Stop::Close, Stop::Close, Stop::Kill, Stop::Limit, Stop::None]);
+    let reach_tokens = chunk_max + rng.range(1, 20);
+    let reach = match stop {
+        // The largest chunk and what is made in one round trip; one more for rounding.
+        Stop::Close | Stop::Kill => Amount::new(reach_tokens, (reach_tokens * out_price).div_ceil(1_000_000) + 1),
+        Stop::Limit | Stop::None => Amount::ZERO,
+    };
+    // How wrong the estimate is: 0.1 to 10 times.
+    let out_typical = chunk_max * chunks_max / 2 + 1;
+    let wrong = rng.pick(&[1, 5, 10, 10, 10, 20, 100]);
+    let out_estimate = (out_typical * wrong / 10).max(1);
+    let figures = EstimateFigures {
+        in_tokens: Tokens(rng.range(1, 20)),
+        out_tokens: Tokens(out_estimate),
+        variance: Variance { tokens: rng.pick(&[0, 100, 2_500]), usd_micros: rng.pick(&[0, 10_000]) },
+        ..EstimateFigures::default()
+    };
+    // The worst of a call: its longest answer and any input of these tasks.
+    let worst_tokens = 200 + chunk_max * chunks_max;
+    let worst_micros = (200 * in_price + chunk_max * chunks_max * out_price).div_ceil(1_000_000);
+    let p = |rng: &mut Rng, most: u64| if calm { 0 } else { rng.pick(&[0, 0, most]) };
+    AgentPlan {
+        capabilities: Capabilities {
+            agent: name.clone(),
+            host: format!("h{index}"),
+            adapter: "scripted".into(),
+            models: vec![ModelInfo {
+                id: format!("sim-model-{index}"),
+                in_usd_micros_per_mtok: Some(in_price),
+                out_usd_micros_per_mtok: Some(out_price),
+                context_tokens: None,
+            }],
+            max_parallel: rng.pick(&[1, 2, 4]),
+            estimate: rng.percent(90).then_some(EstimateDeclaration { mode: EstimateMode::Declared, figures }),
+            stop,
+            reach,
+            effects: if rng.percent(25) { Effects::External } else { Effects::None },
+            worst_case: matches!(stop, Stop::Limit | Stop::None).then_some(Amount::new(worst_tokens, worst_micros)),
+            idempotent_for_ms: rng.pick(&[0, 0, 60_000]),
+            ..Capabilities::default()
+        },
+        name,
+        in_price,
+        out_price,
+        chunk_max,
+        chunks_max,
+        mood: Mood {
+            refuse: p(rng, 20),
+            rejected: p(rng, 20),
+            upstream_error: p(rng, 20),
+            error_with_cost: p(rng, 15),
+            crash: p(rng, 8),
+            hang: p(rng, 8),
+            late: p(rng, 15),
+            breach: p(rng, 5),
+            falling: p(rng, 15),
+            counted: p(rng, 30),
+        },
+        eager: rng.percent(50),
+        slow: rng.percent(40),
+    }
+}
+
+fn task(rng: &mut Rng, index: u64, agents: &[AgentPlan], clients: u64, heal_at: u64) -> TaskPlan {
+    let start_at = rng.range(1_000, heal_at.min(6_000));
+    // A key is sometimes shared by two tasks: the second one attaches or is a fresh try.
+    let key = rng.percent(50).then(|| format!("key-{}", if rng.percent(15) { 0 } else { index }));
+    let stream =
+        key.as_ref().map_or_else(|| format!("s{index}"), |k| atp_proto::id::stream_of_key(k, 1).as_str().into());
+    let named = if rng.percent(45) {
+        let mut names: Vec<_> = agents.iter().map(|a| a.name.clone()).collect();
+        let keep = rng.index(names.len()) + 1;
+        let first = rng.index(names.len());
+        names.rotate_left(first);
+        names.truncate(keep);
+        if rng.percent(4) {
+            names.push(AgentName::new("nobody"));
+        }
+        names
+    } else {
+        Vec::new()
+    };
+    let fanout = (named.is_empty() && rng.percent(60)).then(|| rng.range(1, 3) as u32);
+    TaskPlan {
+        client: rng.below(clients) as usize,
+        start_at,
+        stream,
+        submit: Submit {
+            task: format!("task {}", key.as_deref().unwrap_or("of no key")),
+            budget: limit(rng, 50, (20, 1_500), (50, 12_000)),
+            agents: named,
+            fanout,
+            deadline_ms: rng.percent(40).then(|| rng.range(800, 12_000)),
+            wait: !rng.percent(20),
+            ..Submit::default()
+        },
+        key,
+        qos: rng.pick(&[Qos::Gold, Qos::Silver, Qos::Silver, Qos::Bronze]),
+        task_type: "review",
+        cancel_at: rng.percent(15).then(|| start_at + rng.range(0, 3_000)),
+        fragments: if rng.percent(15) { rng.range(2, 4) } else { 1 },
+        watch: rng.percent(20),
+    }
+}
+
+/// The call's plan is made when the provider is called: see `process`.
+#[must_use]
+pub fn settings_of(plan: &Plan) -> Arc<Settings> {
+    Arc::new(plan.settings.clone())
+}

@@ -1,0 +1,253 @@
+//! Virtual time, the queue of events, the trace. Owned by the world; actors get it to schedule what they do next.
+
+use crate::simulation::net::Net;
+use crate::simulation::plan::Faults;
+use crate::simulation::rng::Rng;
+use atp_core::clock::Now;
+use atp_core::message::{FromAgent, ToAgent};
+use atp_proto::{CallId, Frame};
+use std::cmp::Ordering;
+use std::collections::BinaryHeap;
+use std::hash::{Hash, Hasher};
+
+/// What happens at a moment.
+#[derive(Debug)]
+pub enum Event {
+    /// A frame reaches the router on this connection.
+    Up {
+        conn: usize,
+        seq: u64,
+        frame: Box<Frame>,
+    },
+    /// A frame reaches the peer.
+    Down {
+        conn: usize,
+        seq: u64,
+        frame: Box<Frame>,
+    },
+    RouterLearnsGone {
+        conn: usize,
+    },
+    PeerLearnsGone {
+        conn: usize,
+    },
+    ToMachine {
+        agent: usize,
+        generation: u32,
+        message: Box<ToAgent>,
+    },
+    ToShard {
+        generation: u32,
+        message: Box<FromAgent>,
+    },
+    Commit {
+        owner: u32,
+    },
+    Unpause {
+        owner: u32,
+    },
+    Replay {
+        owner: u32,
+        request: Box<Replay>,
+    },
+    Crash,
+    Restart,
+    Connect {
+        client: usize,
+    },
+    Start {
+        task: usize,
+    },
+    Patience {
+        task: usize,
+        sends: u32,
+    },
+    CancelTask {
+        task: usize,
+    },
+    AgentStart {
+        agent: usize,
+    },
+    AgentConnect {
+        agent: usize,
+        life: u32,
+    },
+    AgentCrash {
+        agent: usize,
+    },
+    Step {
+        agent: usize,
+        life: u32,
+        call: CallId,
+        step: u32,
+    },
+    AgentDeadline {
+        agent: usize,
+        life: u32,
+        call: CallId,
+    },
+    Beat {
+        agent: usize,
+        life: u32,
+    },
+    AgentStatus {
+        agent: usize,
+    },
+    BreakClient {
+        client: usize,
+    },
+    BreakAgent {
+        agent: usize,
+    },
+    Checkpoint,
+    Query,
+    LogRoom,
+    WallJump {
+        by_ms: i64,
+    },
+    Drain,
+    Heal,
+}
+
+/// What `Effect::Replay` asks for.
+#[derive(Debug)]
+pub struct Replay {
+    pub conn: atp_proto::ConnId,
+    pub tenant: atp_proto::TenantId,
+    pub stream: atp_proto::StreamId,
+    pub from: u64,
+    pub after: u64,
+    pub upto: u64,
+}
+
+struct Scheduled {
+    at: u64,
+    seq: u64,
+    event: Event,
+}
+impl PartialEq for Scheduled {
+    fn eq(&self, other: &Self) -> bool {
+        (self.at, self.seq) == (other.at, other.seq)
+    }
+}
+impl Eq for Scheduled {}
+impl PartialOrd for Scheduled {
+    fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
+        Some(self.cmp(other))
+    }
+}
+impl Ord for Scheduled {
+    fn cmp(&self, other: &Self) -> Ordering {
+        (other.at, other.seq).cmp(&(self.at, self.seq))
+    }
+}
+
+/// FNV-1a: the same on every machine and version, unlike the standard hasher.
+#[derive(Clone, Copy, Debug)]
+pub struct Fnv(pub u64);
+impl Default for Fnv {
+    fn default() -> Self {
+        Self(0xcbf2_9ce4_8422_2325)
+    }
+}
+impl Hasher for Fnv {
+    fn finish(&self) -> u64 {
+        self.0
+    }
+    fn write(&mut self, bytes: &[u8]) {
+        let (words, rest) = bytes.as_chunks::<8>();
+        for word in words {
+            self.0 = (self.0 ^ u64::from_le_bytes(*word)).wrapping_mul(0x0000_0100_0000_01b3).rotate_left(17);
+        }
+        for byte in rest {
+            self.0 = (self.0 ^ u64::from(*byte)).wrapping_mul(0x0000_0100_0000_01b3);
+        }
+    }
+}
+
+/// Time, chance, network and trace of one schedule.
+pub struct Sched {
+    pub rng: Rng,
+    pub now_ms: u64,
+    pub wall0_ms: u64,
+    pub wall_skew_ms: i64,
+    pub net: Net,
+    pub faults: Faults,
+    pub healed: bool,
+    pub steps: u64,
+    pub hash: Fnv,
+    pub trace: Option<Vec<String>>,
+    queue: BinaryHeap<Scheduled>,
+    seq: u64,
+}
+
+impl Sched {
+    #[must_use]
+    pub fn new(rng: Rng, wall0_ms: u64, faults: Faults, trace: bool) -> Self {
+        Self {
+            rng,
+            now_ms: 1_000,
+            wall0_ms,
+            wall_skew_ms: 0,
+            net: Net::default(),
+            faults,
+            healed: false,
+            steps: 0,
+            hash: Fnv::default(),
+            trace: trace.then(Vec::new),
+            queue: BinaryHeap::new(),
+            seq: 0,
+        }
+    }
+
+    #[must_use]
+    pub fn now(&self) -> Now {
+        Now { mono_ms: self.now_ms, wall_ms: (self.wall0_ms + self.now_ms).saturating_add_signed(self.wall_skew_ms) }
+    }
+
+    pub fn at(&mut self, at: u64, event: Event) {
+        self.seq += 1;
+        self.queue.push(Scheduled { at: at.max(self.now_ms), seq: self.seq, event });
+    }
+
+    pub fn after(&mut self, ms: u64, event: Event) {
+        self.at(self.now_ms + ms, event);
+    }
+
+    #[must_use]
+    pub fn next_at(&self) -> Option<u64> {
+        self.queue.peek().map(|s| s.at)
+    }
+
+    pub fn pop(&mut self) -> Option<Event> {
+        let next = self.queue.pop()?;
+        self.now_ms = self.now_ms.max(next.at);
+        Some(next.event)
+    }
+
+    /// A short delay, sometimes a long one.
+    pub fn delay(&mut self) -> u64 {
+        let long = self.faults.long_delay_percent;
+        if !self.healed && self.rng.percent(long) {
+            self.rng.range(0, self.faults.delay_max_ms)
+        } else {
+            self.rng.range(0, 5)
+        }
+    }
+
+    /// Folds a fact into the hash of the trace, and (traced) keeps its text.
+    pub fn note(&mut self, fact: &impl Hash, text: impl FnOnce() -> String) {
+        self.now_ms.hash(&mut self.hash);
+        fact.hash(&mut self.hash);
+        if let Some(trace) = &mut self.trace {
+            trace.push(format!("{:>7} {}", self.now_ms, text()));
+        }
+    }
+
+    /// A line for the reader of a trace only.
+    pub fn say(&mut self, text: impl FnOnce() -> String) {
+        if let Some(trace) = &mut self.trace {
+            trace.push(format!("{:>7} {}", self.now_ms, text()));
+        }
+    }
+}
