@@ -143,6 +143,9 @@ params.hostnames = ["127.0.0.1"]
 params.port = 0
 params.n_ctx = 8192
 params.n_parallel = 2
+# Threads that wait for each other crawl on a busy machine; one core is left for those who ask.
+params.cpuparams.n_threads = max(1, (os.cpu_count() or 2) - 1)
+params.cpuparams_batch.n_threads = params.cpuparams.n_threads
 params.offline = True
 params.ui = False
 server = xllamacpp.Server(params)

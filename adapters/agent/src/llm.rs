@@ -192,15 +192,15 @@ impl Llm {
         let Call { dispatch, meter } = call;
         let prompt = prompt(&dispatch);
         let mut running = Running::new(self.config.prices, &[&prompt.system, &prompt.user]);
-        if !meter.fits(running.upper()) {
-            let (need, grant) = (running.upper(), meter.grant());
+        if !meter.fits(running.total()) {
+            let (need, grant) = (running.total(), meter.grant());
             let message = format!(
                 "grant: {} tokens and {} micro-USD don't cover the prompt (about {} tokens, {} micro-USD); raise the budget",
                 grant.tokens, grant.usd_micros, need.in_tokens, need.usd_micros
             );
             return not_called(Code::Budget, message);
         }
-        let limit = self.output_tokens_max(&dispatch, running.upper().in_tokens.0);
+        let limit = self.output_tokens_max(&dispatch, running.total().in_tokens.0);
         let model = dispatch.model.as_deref().unwrap_or(&self.config.model);
         let request = self.provider.request(&prompt, model, limit);
         let mut builder = self.client.post(http::join(&self.base, &request.path)).json(&request.body);
@@ -210,7 +210,7 @@ impl Llm {
         // Dropping what is sent or read here closes the connection: that is how this adapter stops a provider.
         let response = tokio::select! {
             biased;
-            reason = meter.stopped() => return stopped(reason, running.upper()),
+            reason = meter.stopped() => return stopped(reason, running.total()),
             response = builder.send() => match response {
                 Ok(response) => response,
                 Err(error) => return Outcome::Error(http::unsent(&error)),
@@ -237,7 +237,7 @@ impl Llm {
         loop {
             let chunk = tokio::select! {
                 biased;
-                reason = meter.stopped() => return stopped(reason, running.upper()),
+                reason = meter.stopped() => return stopped(reason, running.total()),
                 chunk = response.chunk() => match chunk {
                     Ok(chunk) => chunk,
                     Err(error) => return lost(http::describe(&error)),
@@ -263,10 +263,10 @@ impl Llm {
             }
             let text = answer.take(deltas, running);
             if !text.is_empty()
-                && let Verdict::Stop(reason) = meter.emit(Some(&text), None, running.said(meter.grant()))
+                && let Verdict::Stop(reason) = emit(meter, &text, running)
                 && !answer.finished
             {
-                return stopped(reason, running.upper());
+                return stopped(reason, running.total());
             }
             if let Some(Garbage(what)) = garbage {
                 if answer.finished {
@@ -280,8 +280,8 @@ impl Llm {
                 return lost(format!("the provider failed in the middle of its answer: {why}"));
             }
             // What was finished costs nothing more; its usage is still to come.
-            if !answer.finished && !meter.fits(running.upper()) {
-                return stopped(StopReason::Grant, running.upper());
+            if !answer.finished && !meter.fits(running.total()) {
+                return stopped(StopReason::Grant, running.total());
             }
             if answer.ended || chunk.is_none() {
                 break;
@@ -353,10 +353,19 @@ impl Answer {
             text: None,
             findings: findings.filter(|found| !found.is_empty()),
             confidence_ppm: None,
-            cost: running.upper(),
+            cost: running.total(),
             usage_source,
             finish,
         })
+    }
+}
+
+/// What we counted ourselves is marked as counted: the provider's report at the end may undercut it.
+fn emit(meter: &Meter, text: &str, running: &Running) -> Verdict {
+    if running.is_reported() {
+        meter.emit(Some(text), None, running.total())
+    } else {
+        meter.emit_counted(Some(text), None, running.total())
     }
 }
 

@@ -3,52 +3,33 @@
 
 use crate::llm::Prices;
 use crate::tokens;
-use atp_proto::{Amount, Cost, Tokens, UsdMicros};
+use atp_proto::{Cost, Tokens, UsdMicros};
 
 /// Tokens that a provider's template puts around each part of a prompt.
 const TEMPLATE_TOKENS: u64 = 16;
 
-/// Two counts are kept where the provider hasn't reported: an upper one that guards the grant, and a lower one that a
-/// running total may state without having to fall later.
+/// Counts are rounded up: what is counted guards the grant, and a report may only undercut it.
 #[derive(Clone, Debug)]
 pub(crate) struct Running {
     prices: Option<Prices>,
-    prompt: Count,
+    prompt: u64,
     /// Output since the last report.
-    output: Count,
+    output: u64,
     in_reported: Option<u64>,
     out_reported: Option<u64>,
     distrusted: bool,
 }
 
-#[derive(Clone, Copy, Debug, Default)]
-struct Count {
-    upper: u64,
-    lower: u64,
-}
-
 impl Running {
     pub(crate) fn new(prices: Option<Prices>, prompt: &[&str]) -> Self {
-        let mut count = Count::default();
-        for part in prompt {
-            count.upper += tokens::upper(part) + TEMPLATE_TOKENS;
-            count.lower += tokens::lower(part);
-        }
-        Self {
-            prices,
-            prompt: count,
-            output: Count::default(),
-            in_reported: None,
-            out_reported: None,
-            distrusted: false,
-        }
+        let prompt = prompt.iter().map(|part| tokens::upper(part) + TEMPLATE_TOKENS).sum();
+        Self { prices, prompt, output: 0, in_reported: None, out_reported: None, distrusted: false }
     }
 
     /// One piece of output: at least one token, as providers stream no half ones.
     pub(crate) fn output(&mut self, piece: &str) {
         if !piece.is_empty() {
-            self.output.upper += tokens::upper(piece).max(1);
-            self.output.lower += tokens::lower(piece).max(1);
+            self.output += tokens::upper(piece).max(1);
         }
     }
 
@@ -57,7 +38,7 @@ impl Running {
         self.in_reported = in_tokens.max(self.in_reported);
         if let Some(out) = out_tokens {
             self.out_reported = Some(out).max(self.out_reported);
-            self.output = Count::default();
+            self.output = 0;
         }
     }
 
@@ -68,23 +49,12 @@ impl Running {
 
     /// True when the whole cost is the provider's own word.
     pub(crate) fn is_reported(&self) -> bool {
-        !self.distrusted && self.in_reported.is_some() && self.out_reported.is_some() && self.output.upper == 0
+        !self.distrusted && self.in_reported.is_some() && self.out_reported.is_some() && self.output == 0
     }
 
-    /// The most that this answer has cost.
-    pub(crate) fn upper(&self) -> Cost {
-        self.cost(self.in_reported.unwrap_or(self.prompt.upper), self.out_reported.unwrap_or(0) + self.output.upper)
-    }
-
-    /// What a partial states. Close to the grant that is the upper count: the router must see what the guard sees, or it
-    /// would extend too late. Elsewhere it is the lower one, which the provider's report can only raise.
-    pub(crate) fn said(&self, grant: Amount) -> Cost {
-        let upper = self.upper();
-        let near = Amount::new(grant.tokens.0 - grant.tokens.0 / 8, grant.usd_micros.0 - grant.usd_micros.0 / 8);
-        if !upper.amount().is_ok_and(|spent| spent.fits(near)) {
-            return upper;
-        }
-        self.cost(self.in_reported.unwrap_or(self.prompt.lower), self.out_reported.unwrap_or(0) + self.output.lower)
+    /// What this answer has cost at most.
+    pub(crate) fn total(&self) -> Cost {
+        self.cost(self.in_reported.unwrap_or(self.prompt), self.out_reported.unwrap_or(0) + self.output)
     }
 
     fn cost(&self, in_tokens: u64, out_tokens: u64) -> Cost {
@@ -110,7 +80,6 @@ mod tests {
 
     const PRICES: Option<Prices> =
         Some(Prices { in_usd_micros_per_mtok: 1_000_000, out_usd_micros_per_mtok: 4_000_000 });
-    const WIDE: Amount = Amount { tokens: Tokens(u64::MAX), usd_micros: UsdMicros(u64::MAX) };
 
     #[test]
     fn reports_replace_counts_and_later_output_is_counted_on_top() {
@@ -123,9 +92,9 @@ mod tests {
         running.report(None, Some(5));
         assert!(running.is_reported());
         let total = Cost { in_tokens: Tokens(7), out_tokens: Tokens(5), usd_micros: UsdMicros(27) };
-        assert_eq!((running.upper(), running.said(WIDE)), (total, total));
+        assert_eq!(running.total(), total);
         running.output("more");
-        assert_eq!(running.upper().out_tokens, Tokens(6));
+        assert_eq!(running.total().out_tokens, Tokens(6));
         assert!(!running.is_reported());
     }
 
@@ -134,20 +103,10 @@ mod tests {
         let mut running = Running::new(PRICES, &["p"]);
         running.report(Some(10), Some(10));
         running.report(Some(9), Some(3));
-        assert_eq!(running.upper().out_tokens, Tokens(10));
-        assert_eq!(running.upper().in_tokens, Tokens(10));
+        assert_eq!(running.total().out_tokens, Tokens(10));
+        assert_eq!(running.total().in_tokens, Tokens(10));
         running.distrust();
         assert!(!running.is_reported());
-    }
-
-    #[test]
-    fn near_the_grant_the_upper_count_is_stated() {
-        let mut running = Running::new(None, &["word ".repeat(100).as_str()]);
-        running.output("internationalization");
-        let upper = running.upper().amount().unwrap().tokens.0;
-        assert!(running.said(WIDE).in_tokens < running.upper().in_tokens);
-        assert_eq!(running.said(Amount::new(upper, u64::MAX)), running.upper());
-        assert!(running.said(Amount::new(upper * 2, u64::MAX)).in_tokens < running.upper().in_tokens);
     }
 
     #[test]

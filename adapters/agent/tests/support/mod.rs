@@ -4,7 +4,7 @@
 pub mod provider;
 
 use atp_proto::content::{
-    AgentCancel, AgentError, AgentFinal, AgentPartial, BudgetUpdate, Capabilities, Dispatch, HelloAck, HelloLimits,
+    Ack, AgentCancel, AgentError, AgentFinal, AgentPartial, BudgetUpdate, Capabilities, Dispatch, HelloAck, HelloLimits,
 };
 use atp_proto::frame::kind;
 use atp_proto::{AgentName, Amount, CallId, Flags, Frame, codec, limits};
@@ -17,7 +17,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream};
 use tokio::time::timeout;
 
 /// The longest time that anything here may take.
-pub const PATIENCE: Duration = Duration::from_secs(60);
+pub const PATIENCE: Duration = Duration::from_secs(120);
 
 pub struct Router {
     io: DuplexStream,
@@ -103,7 +103,12 @@ impl Router {
                 assert_ne!(self.io.read_buf(&mut self.bytes).await.unwrap(), 0, "the agent closed the connection");
             }
         };
-        timeout(PATIENCE, next).await.expect("a frame in time")
+        let frame = timeout(PATIENCE, next).await.expect("a frame in time");
+        if frame.msg_seq > 0 {
+            let ack = Ack { msg_seq: frame.msg_seq, open: Vec::new() };
+            self.send(&Frame::json(frame.stream_id.clone(), 0, Flags::NONE, kind::ACK, &ack)).await;
+        }
+        frame
     }
 
     pub async fn send(&mut self, frame: &Frame) {
