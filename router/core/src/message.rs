@@ -70,7 +70,7 @@ pub enum Query {
 pub enum Answer {
     Streams(Vec<StreamView>),
     /// `None`: no such stream of this tenant.
-    Stream(Option<StreamAnswer>),
+    Stream(Option<Box<StreamAnswer>>),
     Bill(Option<Bill>),
     Accounts {
         position: Position,
@@ -91,6 +91,10 @@ pub struct StreamAnswer {
     pub from: Position,
 }
 
+#[allow(
+    clippy::large_enum_variant,
+    reason = "frames are the common effect; boxing them would allocate on the hot path"
+)]
 /// A request to the shell. Effects come in order; those that reveal state come only when it is durable.
 #[derive(Clone, Debug)]
 pub enum Effect {

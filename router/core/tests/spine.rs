@@ -1,5 +1,7 @@
 //! One task through the two machines, without a socket: a frame in, a bill out; a restart in the middle.
 
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
 use atp_core::agent::Agent;
 use atp_core::clock::Now;
 use atp_core::message::{AgentEffect, AgentInput, Answer, Effect, FromAgent, Input, Machine, Query, ToAgent};

@@ -17,11 +17,8 @@ impl Shard {
                 let of_tenant = self.state.streams().filter(|(_, s)| s.accept.key.tenant == tenant.as_str());
                 Answer::Streams(of_tenant.map(|(_, s)| view(s)).collect())
             }
-            Query::Stream { tenant, stream } => Answer::Stream(self.find(&tenant, &stream).map(|s| StreamAnswer {
-                view: view(s),
-                bill: self.bill(s, false),
-                result: None,
-                from: s.from,
+            Query::Stream { tenant, stream } => Answer::Stream(self.find(&tenant, &stream).map(|s| {
+                Box::new(StreamAnswer { view: view(s), bill: self.bill(s, false), result: None, from: s.from })
             })),
             Query::Bill { tenant, stream } => Answer::Bill(self.find(&tenant, &stream).map(|s| self.bill(s, false))),
             Query::Accounts => {

@@ -370,5 +370,5 @@ fn result(stream: &Stream) -> TaskResult {
 
 /// QoS of a stream as its row shows it.
 pub(super) fn qos(stream: &Stream) -> Qos {
-    super::purchase::stream_qos(stream)
+    super::offer::stream_qos(stream)
 }

@@ -3,11 +3,15 @@
 //! stream lives in the files beside it.
 
 mod answer;
+mod book;
 mod client;
 mod closing;
 mod lane;
+mod offer;
+mod output;
 mod purchase;
 mod seat;
+mod settle;
 
 use crate::clock::{Clock, Now};
 use crate::message::{Effect, FromAgent, Input, LogRoom, Machine, Metric, Position, ToAgent};
@@ -18,11 +22,12 @@ use crate::stream::{Phase, Stream};
 use atp_proto::content::Ack;
 use atp_proto::frame::{Flags, kind};
 use atp_proto::{AgentName, CallId, ConnId, Frame, StreamId, TenantId};
+use book::Book;
 use client::{Bucket, Pending};
 use closing::Stopping;
 use lane::LiveCall;
 use prost::Message;
-use purchase::{Bid, Book};
+use purchase::Bid;
 use seat::Seat;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
@@ -291,7 +296,7 @@ impl Shard {
         self.fresh.push(Effect::Send { conn, frame });
     }
 
-    fn to_agent(&mut self, agent: &AgentName, message: ToAgent) {
+    fn tell_agent(&mut self, agent: &AgentName, message: ToAgent) {
         self.fresh.push(Effect::ToAgent { agent: agent.clone(), message });
     }
 

@@ -25,7 +25,7 @@ impl Shard {
             return;
         }
         let message = ToAgent::Owner { shard: self.settings.shard, epoch: self.epoch };
-        self.to_agent(&agent, message);
+        self.tell_agent(&agent, message);
         if self.calls.values().any(|c| c.agent == agent) {
             self.timer(self.now_ms + REPEAT_MS, Timer::Owner(agent));
         }
@@ -76,7 +76,7 @@ impl Shard {
             let cancel = AgentCancel { call_id: call, shard, epoch, reason: "this router doesn't wait for it".into() };
             Frame::json(on, 0, Flags::NONE, kind::AGENT_CANCEL, &cancel)
         };
-        self.to_agent(agent, ToAgent::Pass { shard, epoch, call, frame });
+        self.tell_agent(agent, ToAgent::Pass { shard, epoch, call, frame });
     }
 
     pub(super) fn agent_down(&mut self, agent: &AgentName, incarnation: &Arc<str>) {

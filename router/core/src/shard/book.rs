@@ -1,0 +1,124 @@
+//! Accounts as the shard decides with them: windows that roll, who waits for money, and who gets it when it comes back.
+
+use super::{Shard, Timer};
+use crate::account::{AccountWindow, Level, window_at};
+use crate::message::LogRoom;
+use crate::record::{Record, Window, WindowRef};
+use crate::settings::AccountSettings;
+use crate::stream::Stream;
+use atp_proto::Amount;
+use std::collections::{BTreeMap, BTreeSet};
+
+/// Waiting tasks that are woken when money comes back.
+const WOKEN_MAX: usize = 16;
+
+/// Who waits for an account's money.
+#[derive(Default)]
+pub(super) struct Book {
+    /// Running calls that wait for a slice, oldest first.
+    pub(super) starved: BTreeSet<(u64, u32)>,
+    /// Tasks that had a slot and no money, and what they need.
+    pub(super) waiting: BTreeMap<u64, Amount>,
+    /// Running calls whose hold is below their guarded estimate, and by how much.
+    pub(super) short: BTreeMap<(u64, u32), Amount>,
+    roll_at: u64,
+}
+impl Shard {
+    pub(super) fn account_settings(&self, tenant: &str) -> AccountSettings {
+        self.settings.accounts.get(tenant).copied().unwrap_or(self.settings.default_account)
+    }
+
+    /// The account's window at this time, and the record that begins it where the log doesn't have it.
+    pub(super) fn window_now(&self, tenant: &str) -> (AccountWindow, WindowRef, Option<Window>) {
+        let settings = self.account_settings(tenant);
+        let (mut id, mut ends_ms) = window_at(settings.per, self.clock.logged_ms());
+        let account = self.state.accounts.get(tenant);
+        if let Some(account) = account
+            && account.per == settings.per.as_str()
+            && account.current > id
+        {
+            // A window never begins again, whatever the clock says.
+            id = account.current.clone();
+            ends_ms = account.windows.get(&id).and_then(|w| w.ends_ms);
+        }
+        let known = account.and_then(|a| a.windows.get(&id));
+        let limit = settings.limit.into();
+        let current = account.is_some_and(|a| a.current == id && a.per == settings.per.as_str());
+        let record = (!current || known.is_none_or(|w| w.limit != limit)).then(|| Window {
+            account: tenant.into(),
+            window: id.clone(),
+            limit,
+            ends_ms,
+            per: settings.per.as_str().into(),
+        });
+        let window = AccountWindow { limit, ends_ms, ..known.cloned().unwrap_or_default() };
+        (window, WindowRef { account: tenant.into(), window: id }, record)
+    }
+
+    pub(super) fn roll_timer(&mut self, account: &str) {
+        let (window, ..) = self.window_now(account);
+        if let Some(ends) = window.ends_ms {
+            let at = self.now_ms + ends.saturating_sub(self.clock.logged_ms()).max(1);
+            let book = self.books.entry(account.into()).or_default();
+            if book.roll_at <= self.now_ms || at < book.roll_at {
+                book.roll_at = at;
+                self.timer(at, Timer::Roll(account.into()));
+            }
+        }
+    }
+
+    /// An account's window has ended: the next one begins, and who waited for money is asked again.
+    pub(super) fn rolled(&mut self, account: &str) {
+        if let (_, _, Some(window)) = self.window_now(account)
+            && self.room == LogRoom::Enough
+        {
+            self.record(Record::Window(window));
+        }
+        self.money_returned(account);
+        self.roll_timer(account);
+    }
+
+    /// The levels of a call of this stream: its account's window in which it was reserved, and the stream.
+    pub(super) fn levels(&self, stream: &Stream, windows: &[WindowRef]) -> Vec<Level> {
+        let window =
+            |w: &WindowRef| self.state.accounts.get(&w.account)?.windows.get(&w.window).map(AccountWindow::level);
+        windows.iter().filter_map(window).chain([stream.level()]).collect()
+    }
+
+    /// Gives money that came back: first to running calls, oldest first, then to waiting tasks.
+    pub(super) fn money_returned(&mut self, account: &str) {
+        let Some(book) = self.books.get(account) else { return };
+        for (no, lane) in book.starved.iter().copied().collect::<Vec<_>>() {
+            self.extend(no, lane);
+        }
+        let Some(book) = self.books.get(account) else { return };
+        if book.starved.is_empty() {
+            let woken: Vec<u64> = book.waiting.keys().copied().take(WOKEN_MAX).collect();
+            woken.into_iter().for_each(|no| self.ask(no));
+        }
+    }
+
+    /// Keeps the account's list of calls whose hold is below their estimate true.
+    pub(super) fn note_short(&mut self, no: u64, lane: u32) {
+        let Some(call) = self.state.stream(no).and_then(|s| s.call(lane)) else { return };
+        let short = Amount::from(call.reserve.guarded).less(call.hold());
+        let open = call.is_open();
+        let Some(account) = self.state.stream(no).map(|s| s.accept.account.clone()) else { return };
+        if open && !short.is_zero() {
+            self.books.entry(account).or_default().short.insert((no, lane), short);
+        } else if let Some(book) = self.books.get_mut(&account) {
+            book.short.remove(&(no, lane));
+            if !open {
+                book.starved.remove(&(no, lane));
+            }
+        }
+    }
+
+    pub(super) fn leave_books(&mut self, no: u64) {
+        if let Some(account) = self.state.stream(no).map(|s| s.accept.account.clone())
+            && let Some(book) = self.books.get_mut(&account)
+        {
+            book.waiting.remove(&no);
+        }
+    }
+}

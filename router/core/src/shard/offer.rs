@@ -1,0 +1,213 @@
+//! Choice and permission: which agents could run a task, in which order, and whether the money is there.
+
+use super::Shard;
+use crate::account::{AccountWindow, Level};
+use crate::estimate::{Estimate, estimate};
+use crate::record::WindowRef;
+use crate::settings::WindowSettings;
+use crate::stream::Stream;
+use atp_proto::content::{Capabilities, Stop, Submit};
+use atp_proto::{AgentName, Amount, Code, Qos, TenantId, WireError};
+use std::sync::Arc;
+
+/// One agent that could run a lane.
+#[derive(Clone)]
+pub(super) struct Offer {
+    pub(super) agent: AgentName,
+    capabilities: Arc<Capabilities>,
+    pub(super) estimate: Estimate,
+    pub(super) rule: String,
+}
+/// What the money says to a list of offers.
+pub(super) enum Fit {
+    /// The first n, each with its hold.
+    Lanes(Vec<Amount>),
+    /// Not now: so much is needed.
+    Wait(Amount),
+    /// Never in this window.
+    Never(WireError),
+}
+impl Shard {
+    pub(super) fn offer(
+        &self,
+        agent: &AgentName,
+        prompt: u64,
+        qos: Qos,
+        window: &WindowSettings,
+        rule: String,
+    ) -> Option<Offer> {
+        let seat = self.seats.get(agent).filter(|s| s.up)?;
+        let found = estimate(&seat.capabilities, prompt, qos, &self.settings.prices, window);
+        let estimate = found.ok().flatten()?;
+        Some(Offer { agent: agent.clone(), capabilities: seat.capabilities.clone(), estimate, rule })
+    }
+
+    /// The agents of a task in order of rank: the named ones (all of them must be here), or those that match.
+    pub(super) fn offers(
+        &self,
+        wants: &super::client::Wants,
+        task_type: &str,
+        qos: Qos,
+    ) -> Result<Vec<Offer>, AgentName> {
+        let window = self.settings.stream_window;
+        if !wants.agents.is_empty() {
+            let named = |a: &AgentName| {
+                self.offer(a, wants.prompt_tokens, qos, &window, "named".into()).ok_or_else(|| a.clone())
+            };
+            return wants.agents.iter().map(named).collect();
+        }
+        let matches =
+            |c: &Capabilities| task_type.is_empty() || c.skills.is_empty() || c.skills.iter().any(|s| s == task_type);
+        let here = self.seats.iter().filter(|(_, s)| s.up && s.skip_until <= self.now_ms && matches(&s.capabilities));
+        let mut offers: Vec<Offer> =
+            here.filter_map(|(name, _)| self.offer(name, wants.prompt_tokens, qos, &window, String::new())).collect();
+        // Cheapest first; ties: fewer tokens, then name (the order of the map).
+        offers.sort_by_key(|o| (o.estimate.guarded.usd_micros, o.estimate.guarded.tokens));
+        for (rank, offer) in offers.iter_mut().enumerate() {
+            offer.rule = format!("match: rank {} by cost", rank + 1);
+        }
+        Ok(offers)
+    }
+
+    /// Judges a task before it is accepted: EBUDGET where waiting can't help, EWINDOW and EAGENTDOWN for who won't wait.
+    pub(super) fn judge(&self, tenant: &TenantId, submit: &Submit, qos: Qos, task_type: &str) -> Result<(), WireError> {
+        let wants = super::client::Wants::read(submit);
+        let limit = submit.budget.min(self.settings.stream_window.limit);
+        let offers = match self.offers(&wants, task_type, qos) {
+            Ok(offers) if !offers.is_empty() => offers,
+            Ok(_) if submit.wait => return Ok(()),
+            Ok(_) => {
+                return Err(WireError::new(Code::AgentDown, "no connected agent matches; connect one, or wait for it"));
+            }
+            Err(_) if submit.wait => return Ok(()),
+            Err(agent) => {
+                let message = format!("agent {agent} isn't connected");
+                return Err(WireError::new(Code::AgentDown, message).scope(format!("agent:{agent}")));
+            }
+        };
+        let stream = Level { limit, ..Level::default() };
+        match self.fit(tenant.as_str(), u64::MAX, &stream, 0, &offers[..1]) {
+            Fit::Never(error) => Err(error),
+            Fit::Wait(need) if !submit.wait => Err(self.window_error(tenant.as_str(), need)),
+            Fit::Wait(_) | Fit::Lanes(_) => {
+                let busy = |o: &Offer| self.in_flight(&o.agent) >= self.seat_window(&o.agent);
+                match !submit.wait && offers.iter().all(busy) {
+                    false => Ok(()),
+                    true => {
+                        let agent = &offers[0].agent;
+                        let (used, limit) = (self.in_flight(agent), self.seat_window(agent));
+                        let error = WireError::new(Code::Window, "every agent that matches is busy")
+                            .used(used.into(), limit.into());
+                        Err(error.scope(format!("agent:{agent}")).retry_after_ms(1_000))
+                    }
+                }
+            }
+        }
+    }
+
+    pub(super) fn in_flight(&self, agent: &AgentName) -> u32 {
+        self.in_flight.get(agent).copied().unwrap_or(0)
+    }
+
+    pub(super) fn seat_window(&self, agent: &AgentName) -> u32 {
+        let own = self.seats.get(agent).map_or(0, |s| s.capabilities.max_parallel);
+        own.min(self.settings.agent_window.max_parallel.unwrap_or(u32::MAX))
+    }
+
+    // ---- permission -------------------------------------------------------------------------------------------------
+
+    /// Whether the money holds these offers, lowest ranked dropped until the rest fits. `no` is the asking stream: those
+    /// that wait longer keep their claim.
+    pub(super) fn fit(&self, tenant: &str, no: u64, stream: &Level, open_lanes: u32, offers: &[Offer]) -> Fit {
+        let (window, reference, _) = self.window_now(tenant);
+        let account = window.level();
+        let left = account.left().min(stream.left());
+        let mut free = account.free();
+        let book = self.books.get(tenant);
+        for claim in book.into_iter().flat_map(|b| b.waiting.range(..no).map(|(_, need)| need).chain(b.short.values()))
+        {
+            free = free.less(*claim);
+        }
+        let free = free.min(stream.free());
+        let starved = book.is_some_and(|b| !b.starved.is_empty());
+        let room =
+            self.settings.stream_window.max_parallel.map_or(usize::MAX, |m| m.saturating_sub(open_lanes) as usize);
+        let (mut holds, mut used) = (Vec::new(), Amount::ZERO);
+        for offer in offers.iter().take(room) {
+            let e = &offer.estimate;
+            let rest = left.less(used);
+            let need = e.guarded.min(rest);
+            let never = !e.mean.fits(rest)
+                || !first_grant_suffices(offer, need)
+                || (offer.capabilities.stop == Stop::None && need != e.guarded);
+            let sum = used.add(need);
+            let fits = !starved && sum.is_ok_and(|sum| sum.fits(free));
+            if never || !fits {
+                return match holds.is_empty() {
+                    false => Fit::Lanes(holds),
+                    true if never => Fit::Never(self.budget_error(&account, &window, &reference, stream, e)),
+                    true => Fit::Wait(need),
+                };
+            }
+            used = sum.unwrap_or(used);
+            holds.push(need);
+        }
+        match holds.is_empty() {
+            true => Fit::Wait(Amount::ZERO),
+            false => Fit::Lanes(holds),
+        }
+    }
+
+    pub(super) fn budget_error(
+        &self,
+        account: &Level,
+        window: &AccountWindow,
+        reference: &WindowRef,
+        stream: &Level,
+        e: &Estimate,
+    ) -> WireError {
+        let binding =
+            if e.guarded.min(account.left()) == e.guarded && !e.mean.fits(stream.left()) { stream } else { account };
+        let of_stream = std::ptr::eq(binding, stream);
+        let usd = !e.mean.usd_micros.le(&binding.left().usd_micros) || e.mean.tokens <= binding.left().tokens;
+        let (what, mean, used, limit) = if usd {
+            ("micro-USD", e.mean.usd_micros.0, binding.settled.usd_micros.0, binding.limit.amount().usd_micros.0)
+        } else {
+            ("tokens", e.mean.tokens.0, binding.settled.tokens.0, binding.limit.amount().tokens.0)
+        };
+        let message = format!("the call is estimated at {mean} {what}, more than the budget has left; raise it");
+        let mut error = WireError::new(Code::Budget, message).used(used, limit);
+        if of_stream {
+            return error.scope("stream:budget");
+        }
+        error.reset_at = window.ends_ms.map(|at| crate::clock::rfc3339(at).into());
+        error.scope(format!("tenant:{}", reference.account))
+    }
+
+    pub(super) fn window_error(&self, tenant: &str, need: Amount) -> WireError {
+        let (window, reference, _) = self.window_now(tenant);
+        let level = window.level();
+        let used = level.settled.add(level.held).unwrap_or(level.held);
+        let message = format!(
+            "{} micro-USD and {} tokens are needed now and not free; wait, or lower the budget",
+            need.usd_micros, need.tokens
+        );
+        let error = WireError::new(Code::Window, message).used(used.usd_micros.0, level.limit.amount().usd_micros.0);
+        error.scope(format!("tenant:{}", reference.account)).retry_after_ms(1_000)
+    }
+}
+
+/// The first grant covers the prompt plus one slice.
+fn first_grant_suffices(offer: &Offer, need: Amount) -> bool {
+    let e = &offer.estimate;
+    let slice = |guarded: u64, input: u64| guarded.div_ceil(4).min(guarded.saturating_sub(input));
+    let least = Amount::new(
+        e.input.tokens.0.saturating_add(slice(e.guarded.tokens.0, e.input.tokens.0)),
+        e.input.usd_micros.0.saturating_add(slice(e.guarded.usd_micros.0, e.input.usd_micros.0)),
+    );
+    least.fits(need)
+}
+
+pub(super) fn stream_qos(stream: &Stream) -> Qos {
+    Qos::from_wire(stream.accept.qos).unwrap_or_default()
+}

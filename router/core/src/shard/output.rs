@@ -1,0 +1,243 @@
+//! What an agent says on a call's stream: order, chunks, its last message, its errors. Every message is logged before it
+//! counts.
+
+use super::REPEAT_MS;
+use super::lane::Handing;
+use super::lane::LiveCall;
+use super::settle::{booked, counted_up, reported};
+use super::{Shard, Timer};
+use crate::estimate::CALL_AMOUNT_MAX;
+use crate::message::{Metric, ToAgent};
+use crate::record::{FrameRecord, ProofPb, Record, SourcePb};
+use crate::replay;
+use crate::state::Output;
+use crate::stream::{Call, Phase};
+use atp_proto::codec::Received;
+use atp_proto::content::{Ack, AgentError, AgentFinal, AgentPartial, Proof, UsageSource};
+use atp_proto::frame::{Flags, kind};
+use atp_proto::limits::RETRY_MS;
+use atp_proto::reassembly::{Fed, Inbound, Message};
+use atp_proto::{AgentName, Amount, CallId, Code, Cost, Frame, WireError};
+use std::sync::Arc;
+
+impl Shard {
+    pub(super) fn agent_frame(&mut self, agent: &AgentName, received: Received) {
+        let known = CallId::parse(&received.frame.stream_id).and_then(|id| Some((id, self.state.call(&id)?)));
+        let Some((id, (no, lane))) = known else {
+            return self.forget_there(agent, &received.frame);
+        };
+        let Some(call) = self.state.stream(no).and_then(|s| s.call(lane)) else { return };
+        if call.reserve.agent != agent.as_str() || call.intent.is_none() || received.frame.msg_seq == 0 {
+            return self.metric(Metric::Dropped { reason: "not_its_call" });
+        }
+        if call.phase() == Phase::Void {
+            return self.forget_there(agent, &received.frame);
+        }
+        let in_seq = call.in_seq;
+        let live = self.calls.entry(id).or_insert_with(|| LiveCall {
+            inbound: Inbound::after(in_seq),
+            handing: Handing::Done,
+            ..LiveCall::new(no, lane, agent.clone(), 0)
+        });
+        live.answered = true;
+        match live.inbound.feed(received) {
+            Ok(Fed::Ready(message)) => {
+                let mut next = Some(message);
+                while let Some(message) = next {
+                    self.call_message(id, no, lane, message);
+                    next = self.calls.get_mut(&id).and_then(|c| c.inbound.next_ready());
+                }
+            }
+            Ok(Fed::Waiting) if live.gap => {}
+            Ok(Fed::Waiting) => {
+                live.gap = true;
+                self.timer(self.now_ms + RETRY_MS[0], Timer::CallGap(id));
+            }
+            Ok(Fed::Duplicate(_)) => {
+                self.acks.insert(id, in_seq);
+                self.metric(Metric::Redelivered);
+            }
+            Err(error) => self.garbage(id, no, lane, &error),
+        }
+        // Of an ended call only what waits for order is kept.
+        if self.calls.get(&id).is_some_and(|c| c.inbound.is_idle())
+            && !self.state.stream(no).and_then(|s| s.call(lane)).is_some_and(Call::is_open)
+        {
+            self.calls.remove(&id);
+        }
+    }
+
+    /// Frames of a call that isn't remembered here: the agent may forget it too.
+    pub(super) fn forget_there(&mut self, agent: &AgentName, frame: &Frame) {
+        self.metric(Metric::Dropped { reason: "unknown_call" });
+        let Some(call) = CallId::parse(&frame.stream_id).filter(|_| frame.msg_seq > 0) else { return };
+        let ack =
+            Frame::json(call.to_string(), 0, Flags::NONE, kind::ACK, &Ack { msg_seq: frame.msg_seq, open: Vec::new() });
+        let message = ToAgent::Pass { shard: self.settings.shard, epoch: self.epoch, call, frame: ack };
+        self.tell_agent(agent, message);
+    }
+
+    pub(super) fn call_gap_due(&mut self, id: CallId) {
+        let Some(live) = self.calls.get_mut(&id) else { return };
+        let (no, lane) = (live.no, live.lane);
+        if live.inbound.is_idle() {
+            (live.gap, live.asked) = (false, 0);
+            return;
+        }
+        if live.asked == RETRY_MS.len() {
+            let error = WireError::new(Code::SeqRetry, "messages of the agent are missing");
+            return self.garbage(id, no, lane, &error);
+        }
+        let ack = Ack { msg_seq: live.inbound.next_expected() - 1, open: live.inbound.missing() };
+        let wait = RETRY_MS[live.asked];
+        live.asked += 1;
+        self.pass(id, Frame::json(id.to_string(), 0, Flags::NONE, kind::ACK, &ack));
+        self.timer(self.now_ms + wait, Timer::CallGap(id));
+    }
+
+    /// What the agent says can't be read: its outcome will never be known.
+    pub(super) fn garbage(&mut self, id: CallId, no: u64, lane: u32, error: &WireError) {
+        self.metric(Metric::Dropped { reason: "adapter_fault" });
+        self.ask_to_stop(id, &error.to_string());
+        self.settle_unknown(no, lane, SourcePb::UnknownAtHold, error.code.as_str());
+    }
+
+    pub(super) fn call_message(&mut self, id: CallId, no: u64, lane: u32, message: Message) {
+        let Some(stream) = self.state.stream(no) else { return };
+        let Some(call) = stream.call(lane) else { return };
+        let running = call.phase() == Phase::Running;
+        let mut record = FrameRecord {
+            key: stream.accept.key.clone(),
+            lane,
+            msg_seq: message.frame.msg_seq,
+            ..FrameRecord::default()
+        };
+        let frame = message.frame;
+        record.bodies = message.bodies.into_vec();
+        self.acks.insert(id, frame.msg_seq);
+        match &*frame.kind {
+            kind::RESULT_PARTIAL => match read_cost(frame.read::<AgentPartial>(), |p| Some(p.cost)) {
+                Ok(part) => self.chunk(id, no, lane, record, part, running),
+                Err(error) => self.unreadable(id, no, lane, record, &error, running),
+            },
+            kind::RESULT_FINAL => match read_cost(frame.read::<AgentFinal>(), |f| Some(f.cost)) {
+                Ok(last) => self.last(no, lane, record, last, running),
+                Err(error) => self.unreadable(id, no, lane, record, &error, running),
+            },
+            kind::ERROR => match read_cost(frame.read::<AgentError>(), |e| e.cost) {
+                Ok(error) => self.failed(no, lane, record, &error, running),
+                Err(error) => self.unreadable(id, no, lane, record, &error, running),
+            },
+            _ => self.record(Record::Frame(record)),
+        }
+    }
+
+    pub(super) fn unreadable(
+        &mut self,
+        id: CallId,
+        no: u64,
+        lane: u32,
+        record: FrameRecord,
+        error: &WireError,
+        running: bool,
+    ) {
+        self.record(Record::Frame(record));
+        if running {
+            self.garbage(id, no, lane, error);
+        }
+    }
+
+    pub(super) fn next_out(&self, no: u64) -> u64 {
+        self.state.stream(no).filter(|s| !s.is_closed()).map_or(0, |s| s.out_seq + 1)
+    }
+
+    /// A chunk of the answer: booked, durable, then shown; the grant grows before it is used up.
+    pub(super) fn chunk(
+        &mut self,
+        id: CallId,
+        no: u64,
+        lane: u32,
+        mut record: FrameRecord,
+        part: AgentPartial,
+        running: bool,
+    ) {
+        let Some(call) = self.state.stream(no).and_then(|s| s.call(lane)) else { return };
+        let booked = booked(call, part.cost);
+        let (agent, first) = (call.agent(), call.in_seq == 0);
+        let model: Arc<str> = call.reserve.model.as_str().into();
+        let since = self.clock.logged_ms().saturating_sub(call.intent_at);
+        let out_seq = if running { self.next_out(no) } else { 0 };
+        (record.booked, record.out_seq) = (Some(booked.into()), out_seq);
+        let shown = (out_seq > 0).then(|| AgentPartial { cost: booked, ..part.clone() });
+        let stream_id = record.key.stream.clone();
+        self.record_output(Record::Frame(record), Some(Output::from(part)));
+        if let Some(part) = shown {
+            self.tell(no, replay::partial(&stream_id, out_seq, id, &agent, part, None));
+        }
+        if first {
+            self.metric(Metric::FirstToken { agent, model, ms: since });
+        }
+        if running {
+            self.extend(no, lane);
+        }
+    }
+    /// `agent.result.final`: the settlement.
+    pub(super) fn last(&mut self, no: u64, lane: u32, record: FrameRecord, last: AgentFinal, running: bool) {
+        let Some(call) = self.state.stream(no).and_then(|s| s.call(lane)) else { return };
+        let counted = last.usage_source == UsageSource::Counted;
+        let actual = if counted { counted_up(call, last.cost) } else { reported(call, last.cost) };
+        let (stated, how) = (last.cost.usd_micros.0, last.finish.as_str());
+        let confidence = last.confidence_ppm.map_or(0, |c| c.saturating_add(1));
+        if !running {
+            self.record_output(Record::Frame(record), None);
+            return self.adjust(no, lane, actual);
+        }
+        let part = replay::part_of_final(last.clone());
+        self.record_output(Record::Frame(record), Some(Output::from(last)));
+        let source = if counted { SourcePb::Counted } else { SourcePb::Reported };
+        self.settle(no, lane, actual, stated, source, how, confidence, part);
+    }
+
+    /// `control.error` on a call's stream: proof voids it, a cost settles it, else the outcome is unknown.
+    pub(super) fn failed(&mut self, no: u64, lane: u32, record: FrameRecord, error: &AgentError, running: bool) {
+        let Some(call) = self.state.stream(no).and_then(|s| s.call(lane)) else { return };
+        let silent = call.in_seq == 0 && call.booked().amount().is_ok_and(Amount::is_zero);
+        let (agent, external) = (call.agent(), call.intent.as_ref().is_some_and(|i| i.external));
+        let actual = error.cost.map(|cost| reported(call, cost));
+        self.record(Record::Frame(record));
+        if matches!(error.code, Code::WindowAgent | Code::Draining)
+            && let Some(seat) = self.seats.get_mut(&agent)
+        {
+            seat.skip_until = self.now_ms + error.retry_after_ms.unwrap_or(REPEAT_MS).min(3_600_000);
+        }
+        let code = error.code.as_str();
+        match (error.proof, actual) {
+            (Some(proof), _) if silent && running => {
+                let proof = if proof == Proof::Rejected { ProofPb::Rejected } else { ProofPb::NotCalled };
+                self.void(no, lane, proof, code);
+            }
+            (Some(_), _) if silent => self.adjust(no, lane, Cost::default()),
+            (_, Some(actual)) if running => {
+                let stated = error.cost.map_or(0, |c| c.usd_micros.0);
+                self.settle(no, lane, actual, stated, SourcePb::Reported, code, 0, AgentPartial::default());
+            }
+            (_, Some(actual)) => self.adjust(no, lane, actual),
+            (_, None) if running => {
+                let code = if external { Code::OutcomeUnknown.as_str() } else { code };
+                self.settle_unknown(no, lane, SourcePb::UnknownAtHold, code);
+            }
+            (_, None) => {}
+        }
+    }
+}
+
+/// Refuses figures that no provider states.
+fn read_cost<T>(read: Result<T, WireError>, cost: impl Fn(&T) -> Option<Cost>) -> Result<T, WireError> {
+    let content = read?;
+    let stated = cost(&content).unwrap_or_default();
+    let largest = stated.in_tokens.0.max(stated.out_tokens.0).max(stated.usd_micros.0);
+    if largest > CALL_AMOUNT_MAX {
+        return Err(WireError::proto(format!("cost: {largest} is more than a call can cost")));
+    }
+    Ok(content)
+}

@@ -1,0 +1,215 @@
+//! A call's money while it runs and when it ends: slices, settlement, void, adjust, and what is booked for which tokens.
+
+use super::Shard;
+use super::lane::COUNTED_UP_PPM;
+use crate::estimate::CALL_AMOUNT_MAX;
+use crate::message::{LogRoom, Metric, ToAgent};
+use crate::price::Price;
+use crate::record::{Adjust, Ended, Extend, ProofPb, Record, Settle, SourcePb, Void};
+use crate::replay;
+use crate::stream::{Call, Phase};
+use atp_proto::content::{AgentPartial, BudgetUpdate};
+use atp_proto::frame::{Flags, kind};
+use atp_proto::{AgentName, Amount, CallId, Cost, Frame, UsdMicros};
+
+impl Shard {
+    /// Extends a running call's hold when what is left of its grant is below one slice; oldest call first.
+    pub(super) fn extend(&mut self, no: u64, lane: u32) {
+        let Some(stream) = self.state.stream(no) else { return };
+        let Some(call) = stream.call(lane).filter(|c| c.phase() == Phase::Running) else { return };
+        let stopping = self.live.get(&no).is_none_or(|l| l.stopping.is_some());
+        if stopping || !call.intent.as_ref().is_some_and(|i| i.slices) {
+            return;
+        }
+        let (hold, guarded) = (call.hold(), Amount::from(call.reserve.guarded));
+        let Ok(spent) = call.booked().amount() else { return };
+        let (left, chunk) = (hold.less(spent), Amount::from(call.largest_chunk));
+        let slice = |guarded: u64, chunk: u64| guarded.div_ceil(4).max(chunk.saturating_mul(4));
+        let slice =
+            Amount::new(slice(guarded.tokens.0, chunk.tokens.0), slice(guarded.usd_micros.0, chunk.usd_micros.0));
+        let wanted = Amount::new(
+            if left.tokens < slice.tokens { slice.tokens.0 } else { 0 },
+            if left.usd_micros < slice.usd_micros { slice.usd_micros.0 } else { 0 },
+        );
+        let account = stream.accept.account.clone();
+        let at = (no, lane);
+        if wanted.is_zero() {
+            if let Some(book) = self.books.get_mut(&account) {
+                book.starved.remove(&at);
+            }
+            return;
+        }
+        let levels = self.levels(stream, &call.reserve.windows);
+        let (key, id) = (stream.accept.key.clone(), stream.call_id(lane));
+        let older = self.books.get(&account).is_some_and(|b| b.starved.first().is_some_and(|first| *first < at));
+        let free = levels.iter().map(crate::account::Level::free).reduce(Amount::min).unwrap_or_default();
+        let blocked = older || self.room > LogRoom::Enough;
+        let given = if blocked { Amount::ZERO } else { wanted.min(free) };
+        let book = self.books.entry(account).or_default();
+        match wanted.fits(given) {
+            true => book.starved.remove(&at),
+            false => book.starved.insert(at),
+        };
+        let Ok(total) = hold.add(given) else { return };
+        if given.is_zero() {
+            return;
+        }
+        self.record(Record::Extend(Extend { key, lane, hold: total.into() }));
+        self.note_short(no, lane);
+        // No more will come where nobody else holds what could come back.
+        let last = !wanted.fits(given)
+            && levels.iter().any(|l| l.held == hold && !wanted.less(given).fits(l.free().less(given)));
+        let update = BudgetUpdate { call_id: id, shard: self.settings.shard, epoch: self.epoch, grant: total, last };
+        self.pass(id, Frame::json(id.to_string(), 0, Flags::NONE, kind::BUDGET_UPDATE, &update));
+    }
+    pub(super) fn void(&mut self, no: u64, lane: u32, proof: ProofPb, how: &str) {
+        let Some(stream) = self.state.stream(no) else { return };
+        let told = stream.call(lane).is_some_and(|c| c.intent.is_some());
+        let (key, id) = (stream.accept.key.clone(), stream.call_id(lane));
+        let agent = stream.call(lane).map_or_else(|| AgentName::new(""), Call::agent);
+        let out_seq = if told { self.next_out(no) } else { 0 };
+        let stream_id = key.stream.clone();
+        let ended = Ended { how: how.into(), out_seq };
+        self.record(Record::Void(Void { key, lane, proof: proof as i32, ended }));
+        if out_seq > 0 {
+            self.tell(no, replay::partial(&stream_id, out_seq, id, &agent, AgentPartial::default(), Some(how)));
+        }
+        self.ended(no, lane, id, &agent);
+    }
+
+    pub(super) fn settle_unknown(&mut self, no: u64, lane: u32, source: SourcePb, how: &str) {
+        let Some(call) = self.state.stream(no).and_then(|s| s.call(lane)).filter(|c| c.phase() == Phase::Running)
+        else {
+            return;
+        };
+        let reach = call.intent.as_ref().map(|i| Amount::from(i.reach)).unwrap_or_default();
+        let (booked, worst) = (call.booked(), call.hold().add(reach).unwrap_or(call.hold()));
+        let actual = Cost {
+            in_tokens: booked.in_tokens,
+            out_tokens: booked.out_tokens.max(worst.tokens.less(booked.in_tokens)),
+            usd_micros: booked.usd_micros.max(worst.usd_micros),
+        };
+        self.settle(no, lane, actual, 0, source, how, 0, AgentPartial::default());
+    }
+
+    #[allow(clippy::too_many_arguments, reason = "one Settle record, field by field")]
+    pub(super) fn settle(
+        &mut self,
+        no: u64,
+        lane: u32,
+        actual: Cost,
+        stated: u64,
+        source: SourcePb,
+        how: &str,
+        confidence: u32,
+        part: AgentPartial,
+    ) {
+        let Some(stream) = self.state.stream(no) else { return };
+        let Some(call) = stream.call(lane) else { return };
+        let (key, id, agent) = (stream.accept.key.clone(), stream.call_id(lane), call.agent());
+        let metric = Metric::Settled {
+            account: stream.tenant(),
+            agent: agent.clone(),
+            model: call.reserve.model.as_str().into(),
+            usd_micros: actual.usd_micros.0,
+            in_tokens: actual.in_tokens.0,
+            out_tokens: actual.out_tokens.0,
+            estimated_usd_micros: call.reserve.mean.usd_micros,
+            duration_ms: self.clock.logged_ms().saturating_sub(call.intent_at),
+        };
+        let out_seq = self.next_out(no);
+        let stream_id = key.stream.clone();
+        self.record(Record::Settle(Settle {
+            key,
+            lane,
+            actual: actual.into(),
+            stated_usd_micros: stated,
+            source: source as i32,
+            ended: Ended { how: how.into(), out_seq },
+            confidence_ppm_plus_1: confidence,
+        }));
+        self.metric(metric);
+        if out_seq > 0 {
+            self.tell(
+                no,
+                replay::partial(&stream_id, out_seq, id, &agent, AgentPartial { cost: actual, ..part }, Some(how)),
+            );
+        }
+        self.ended(no, lane, id, &agent);
+    }
+
+    /// The call's hold is back: its slot, its account, its stream.
+    pub(super) fn ended(&mut self, no: u64, lane: u32, id: CallId, agent: &AgentName) {
+        if self.calls.contains_key(&id) {
+            self.flies(id, false);
+            self.calls.remove(&id);
+            let message = ToAgent::Ended { shard: self.settings.shard, epoch: self.epoch, call: id };
+            self.tell_agent(agent, message);
+        } else {
+            self.give_back(agent, id);
+        }
+        self.note_short(no, lane);
+        let account = self.state.stream(no).map(|s| s.accept.account.clone()).unwrap_or_default();
+        // First the next lane of the same task, in the same entry; then whoever waits.
+        self.advance(no);
+        self.money_returned(&account);
+        self.account_metric(&account);
+    }
+
+    /// A later and better figure for a settled call: once.
+    pub(super) fn adjust(&mut self, no: u64, lane: u32, actual: Cost) {
+        let Some(stream) = self.state.stream(no) else { return };
+        let Some(call) = stream.call(lane).filter(|c| c.phase() == Phase::Settled) else { return };
+        let evidence = "final".to_owned();
+        if call.evidence.contains(&evidence) {
+            return;
+        }
+        let key = stream.accept.key.clone();
+        let account = stream.accept.account.clone();
+        self.record(Record::Adjust(Adjust { key, lane, evidence, actual: actual.into() }));
+        self.money_returned(&account);
+    }
+
+    pub(super) fn account_metric(&mut self, account: &str) {
+        let Some(found) = self.state.accounts.get(account) else { return };
+        let Some(level) = found.windows.get(&found.current).map(crate::account::AccountWindow::level) else { return };
+        let remaining = level.limit.usd_micros.map(|_| level.free().usd_micros.0);
+        let account = atp_proto::TenantId::new(account);
+        self.metric(Metric::Account {
+            account,
+            held_usd_micros: level.held.usd_micros.0,
+            remaining_usd_micros: remaining,
+        });
+    }
+}
+
+/// The price of the tokens at the Reserve's price version, rounded up once; never less than what the agent says.
+pub(super) fn priced(call: &Call, tokens: Cost) -> UsdMicros {
+    let price =
+        Price { in_usd_micros_per_mtok: call.reserve.in_price, out_usd_micros_per_mtok: call.reserve.out_price };
+    let own = price.cost(tokens.in_tokens, tokens.out_tokens).unwrap_or(UsdMicros(CALL_AMOUNT_MAX));
+    own.max(tokens.usd_micros).min(UsdMicros(CALL_AMOUNT_MAX))
+}
+
+/// The running total that is booked for a chunk: totals never fall.
+pub(super) fn booked(call: &Call, stated: Cost) -> Cost {
+    let total = call.booked().max(stated);
+    Cost { usd_micros: priced(call, total), ..total }
+}
+
+/// The end of a call whose provider reported usage.
+pub(super) fn reported(call: &Call, stated: Cost) -> Cost {
+    let total = Cost::from(call.reported).max(stated);
+    Cost { usd_micros: priced(call, total), ..total }
+}
+
+/// The end of a call whose usage was counted: booked up until a report adjusts it.
+pub(super) fn counted_up(call: &Call, stated: Cost) -> Cost {
+    let up = 1_000_000 + call.intent.as_ref().map_or(COUNTED_UP_PPM, |i| i.counted_up_ppm);
+    let total = booked(call, stated);
+    Cost {
+        in_tokens: total.in_tokens.scale_ppm_up(up).unwrap_or(total.in_tokens),
+        out_tokens: total.out_tokens.scale_ppm_up(up).unwrap_or(total.out_tokens),
+        usd_micros: total.usd_micros.scale_ppm_up(up).unwrap_or(total.usd_micros),
+    }
+}

@@ -1,0 +1,373 @@
+//! Each record's effect on the state, and the grammar that refuses it. No decision, no view.
+
+use super::{Done, FORMAT, Output, REMEMBERED_MS, RESULT_FINDINGS_MAX, RESULT_TEXT_BYTES_MAX, State};
+use crate::account::{AccountWindow, replace};
+use crate::record::{
+    Accept, Adjust, Close, CostPb, Deny, Epoch, Extend, FrameRecord, Genesis, Intent, Key, Reserve, Settle, SourcePb,
+    Void, Window, hex,
+};
+use crate::stream::{Call, Phase, Stream};
+use atp_proto::content::{AgentFinal, AgentPartial, UsageSource};
+use atp_proto::money::OutOfRange;
+use atp_proto::{Amount, Cost, codec};
+use bytes::{Bytes, BytesMut};
+
+impl State {
+    pub(super) fn genesis_first(&mut self, r: &Genesis) -> Done {
+        if self.position != 0 || !self.genesis.log_id.is_empty() {
+            return Err("stands behind the first entry".into());
+        }
+        if r.format > FORMAT {
+            return Err(format!("format {} was written by a newer version; this one reads up to {FORMAT}", r.format));
+        }
+        self.genesis = r.clone();
+        Ok(())
+    }
+
+    pub(super) fn epoch_begins(&mut self, r: &Epoch) -> Done {
+        if r.log_id != self.genesis.log_id {
+            return Err(format!("log id {} is not Genesis's {}", hex(&r.log_id), hex(&self.genesis.log_id)));
+        }
+        self.epoch = self.position + 1;
+        Ok(())
+    }
+
+    pub(super) fn window(&mut self, r: &Window) -> Done {
+        let at_ms = self.logged_ms;
+        let account = self.accounts.entry(r.account.clone()).or_default();
+        let window = account.windows.entry(r.window.clone()).or_default();
+        (window.limit, window.ends_ms) = (r.limit, r.ends_ms);
+        (account.current, account.per) = (r.window.clone(), r.per.clone());
+        let current = &account.current;
+        account.windows.retain(|id, w| {
+            id == current
+                || !Amount::from(w.held).is_zero()
+                || w.ends_ms.is_none_or(|ends| ends + REMEMBERED_MS >= at_ms)
+        });
+        Ok(())
+    }
+
+    pub(super) fn new_stream(&mut self, accept: Accept) -> Result<&mut Stream, String> {
+        let ids = self.by_id.entry(accept.key.tenant.clone()).or_default();
+        if ids.contains_key(&accept.key.stream) {
+            return Err(format!("stream {} exists", accept.key.stream));
+        }
+        self.next_no += 1;
+        let no = self.next_no;
+        ids.insert(accept.key.stream.clone(), no);
+        if !accept.idempotency_key.is_empty() {
+            self.by_key.entry(accept.key.tenant.clone()).or_default().insert(accept.idempotency_key.clone(), no);
+        }
+        let stream = Stream {
+            accept,
+            accepted_at: self.logged_ms,
+            last_at: self.logged_ms,
+            from: self.position,
+            ..Stream::default()
+        };
+        Ok(self.streams.entry(no).or_insert(stream))
+    }
+
+    pub(super) fn accept(&mut self, r: &Accept) -> Done {
+        // The client's `control.accepted` is message 1 of its stream.
+        self.new_stream(r.clone())?.out_seq = 1;
+        Ok(())
+    }
+
+    pub(super) fn deny(&mut self, r: &Deny) -> Done {
+        let at_ms = self.logged_ms;
+        let accept = Accept {
+            key: r.key.clone(),
+            payload_hash: r.payload_hash.clone(),
+            idempotency_key: r.idempotency_key.clone(),
+            account: r.key.tenant.clone(),
+            ..Accept::default()
+        };
+        let stream = self.new_stream(accept)?;
+        stream.closed = "refused".into();
+        stream.error = r.error.clone();
+        stream.ended_at = at_ms;
+        self.ended.push_back((at_ms, self.next_no));
+        Ok(())
+    }
+
+    pub(super) fn open_stream(&mut self, key: &Key) -> Result<(u64, &mut Stream), String> {
+        let no = self.stream_no(&key.tenant, &key.stream).ok_or_else(|| format!("no stream {}", key.stream))?;
+        let stream = self.streams.get_mut(&no).ok_or_else(|| format!("no stream {}", key.stream))?;
+        stream.last_at = self.logged_ms;
+        Ok((no, stream))
+    }
+
+    pub(super) fn reserve(&mut self, r: &Reserve) -> Done {
+        let (at, holds) = (self.logged_ms, &r.calls);
+        let (no, stream) = self.open_stream(&r.key)?;
+        if stream.is_closed() {
+            return Err("behind Close".into());
+        }
+        for call in holds {
+            if call.lane as usize != stream.calls.len() + 1 {
+                return Err(format!("lane {} follows {}", call.lane, stream.calls.len()));
+            }
+            replace(&mut stream.held, Amount::ZERO, call.hold.into()).map_err(range)?;
+            stream.calls.push(Call { reserve: call.clone(), hold: call.hold, reserved_at: at, ..Call::default() });
+        }
+        for call in holds {
+            self.by_call.insert(r.key.call(call.lane), (no, call.lane));
+            self.move_held(&call.windows, Amount::ZERO, call.hold.into())?;
+        }
+        Ok(())
+    }
+
+    pub(super) fn move_held(&mut self, windows: &[crate::record::WindowRef], from: Amount, to: Amount) -> Done {
+        for at in windows {
+            let window = self.account_window(&at.account, &at.window)?;
+            replace(&mut window.held, from, to).map_err(range)?;
+        }
+        Ok(())
+    }
+
+    pub(super) fn account_window(&mut self, account: &str, window: &str) -> Result<&mut AccountWindow, String> {
+        let found = self.accounts.get_mut(account).and_then(|a| a.windows.get_mut(window));
+        found.ok_or_else(|| format!("no window {window} of account {account}"))
+    }
+
+    pub(super) fn intent(&mut self, r: &Intent) -> Done {
+        let (at, epoch) = (self.logged_ms, self.epoch);
+        let (_, stream) = self.open_stream(&r.key)?;
+        let call = stream.call_mut(r.lane).ok_or("no such lane")?;
+        match (call.phase(), &call.intent) {
+            (Phase::Reserved, None) => {}
+            (Phase::Running, Some(old)) if old.upstream_key == r.upstream_key && old.idempotent_for_ms > 0 => {}
+            _ => return Err(format!("lane {} can't be dispatched now", r.lane)),
+        }
+        call.set_phase(Phase::Running);
+        call.intent = Some(Intent { key: Key::default(), ..r.clone() });
+        (call.intent_at, call.intent_epoch, call.in_seq) = (at, epoch, 0);
+        Ok(())
+    }
+
+    pub(super) fn extend(&mut self, r: &Extend) -> Done {
+        let (_, stream) = self.open_stream(&r.key)?;
+        let call = stream.call_mut(r.lane).ok_or("no such lane")?;
+        let (from, to) = (call.hold(), Amount::from(r.hold));
+        if call.phase() != Phase::Running || !from.fits(to) {
+            return Err(format!("lane {} can't be extended so", r.lane));
+        }
+        call.hold = r.hold;
+        call.extends += 1;
+        let windows = call.reserve.windows.clone();
+        replace(&mut stream.held, from, to).map_err(range)?;
+        self.move_held(&windows, from, to)
+    }
+
+    pub(super) fn settle(&mut self, r: &Settle) -> Done {
+        let at = self.logged_ms;
+        let (_, stream) = self.open_stream(&r.key)?;
+        let call = stream.call_mut(r.lane).ok_or("no such lane")?;
+        if call.phase() != Phase::Running {
+            return Err(format!("lane {} isn't running", r.lane));
+        }
+        let hold = call.hold();
+        let actual = Cost::from(r.actual).amount().map_err(range)?;
+        call.set_phase(Phase::Settled);
+        (call.actual, call.stated_usd_micros, call.source, call.settled_at) =
+            (r.actual, r.stated_usd_micros, r.source, at);
+        call.ended = r.ended.how.clone();
+        let (windows, agent) = (call.reserve.windows.clone(), call.reserve.agent.clone());
+        replace(&mut stream.held, hold, Amount::ZERO).map_err(range)?;
+        replace(&mut stream.settled, Amount::ZERO, actual).map_err(range)?;
+        if r.ended.out_seq > 0 {
+            told(stream, r.ended.out_seq)?;
+        }
+        for w in &windows {
+            let window = self.account_window(&w.account, &w.window)?;
+            replace(&mut window.held, hold, Amount::ZERO).map_err(range)?;
+            replace(&mut window.settled, Amount::ZERO, actual).map_err(range)?;
+        }
+        let totals = self.agents.entry(agent).or_default();
+        totals.spent_usd_micros =
+            totals.spent_usd_micros.checked_add(actual.usd_micros.0).ok_or("amount out of range")?;
+        if matches!(r.source(), SourcePb::Reported | SourcePb::Counted) {
+            totals.overshoot = Amount::from(totals.overshoot).max(actual.less(hold)).into();
+        }
+        Ok(())
+    }
+
+    pub(super) fn void(&mut self, r: &Void) -> Done {
+        let at = self.logged_ms;
+        let (_, stream) = self.open_stream(&r.key)?;
+        let call = stream.call_mut(r.lane).ok_or("no such lane")?;
+        if !call.is_open() {
+            return Err(format!("lane {} has ended", r.lane));
+        }
+        let hold = call.hold();
+        call.set_phase(Phase::Void);
+        call.set_proof(r.proof());
+        (call.settled_at, call.ended) = (at, r.ended.how.clone());
+        let windows = call.reserve.windows.clone();
+        replace(&mut stream.held, hold, Amount::ZERO).map_err(range)?;
+        if r.ended.out_seq > 0 {
+            told(stream, r.ended.out_seq)?;
+        }
+        self.move_held(&windows, hold, Amount::ZERO)
+    }
+
+    pub(super) fn adjust(&mut self, r: &Adjust) -> Done {
+        let (_, stream) = self.open_stream(&r.key)?;
+        let call = stream.call_mut(r.lane).ok_or("no such lane")?;
+        if call.phase() != Phase::Settled {
+            return Err(format!("lane {} isn't settled", r.lane));
+        }
+        if call.evidence.contains(&r.evidence) {
+            return Err(format!("evidence {} counts once", r.evidence));
+        }
+        let from = Cost::from(call.actual).amount().map_err(range)?;
+        let to = Cost::from(r.actual).amount().map_err(range)?;
+        call.actual = r.actual;
+        call.set_source(SourcePb::Reported);
+        call.evidence.push(r.evidence.clone());
+        let (windows, agent) = (call.reserve.windows.clone(), call.reserve.agent.clone());
+        replace(&mut stream.settled, from, to).map_err(range)?;
+        for w in &windows {
+            // A window that is long over may be forgotten.
+            if let Ok(window) = self.account_window(&w.account, &w.window) {
+                replace(&mut window.settled, from, to).map_err(range)?;
+            }
+        }
+        let totals = self.agents.entry(agent).or_default();
+        let spent = totals.spent_usd_micros.checked_sub(from.usd_micros.0).and_then(|s| s.checked_add(to.usd_micros.0));
+        totals.spent_usd_micros = spent.ok_or("amount out of range")?;
+        Ok(())
+    }
+
+    pub(super) fn close(&mut self, r: &Close) -> Done {
+        let at = self.logged_ms;
+        let (no, stream) = self.open_stream(&r.key)?;
+        if stream.is_closed() {
+            return Err("a second Close".into());
+        }
+        told(stream, r.out_seq)?;
+        told(stream, r.out_seq + 1)?;
+        (stream.closed, stream.code) = (r.state.clone(), r.code.clone());
+        (stream.result_hash, stream.ended_at) = (r.result_hash.clone(), at);
+        // Duplicates get the answer from the log; what only a running task needs goes.
+        stream.submit = Bytes::new();
+        for call in &mut stream.calls {
+            call.text = String::new();
+            call.findings = Vec::new();
+        }
+        self.ended.push_back((at, no));
+        Ok(())
+    }
+
+    pub(super) fn frame(&mut self, r: &FrameRecord, output: Option<Output>) -> Done {
+        let (_, stream) = self.open_stream(&r.key)?;
+        if r.lane == 0 {
+            if r.cancel {
+                stream.cancel = true;
+            } else if stream.submit.is_empty() && !stream.is_closed() {
+                stream.submit = join(&r.bodies)?;
+            }
+            return Ok(());
+        }
+        if r.out_seq > 0 {
+            told(stream, r.out_seq)?;
+        }
+        let closed = stream.is_closed();
+        let call = stream.call_mut(r.lane).ok_or("no such lane")?;
+        if r.msg_seq != call.in_seq + 1 {
+            return Err(format!("message {} of lane {} follows {}", r.msg_seq, r.lane, call.in_seq));
+        }
+        call.in_seq = r.msg_seq;
+        if let Some(booked) = r.booked {
+            let before = Cost::from(call.booked).amount().map_err(range)?;
+            let now = Cost::from(booked).amount().map_err(range)?;
+            call.largest_chunk = Amount::from(call.largest_chunk).max(now.less(before)).into();
+            call.booked = booked;
+        }
+        let Some(output) = output else { return Ok(()) };
+        if output.reported {
+            call.reported = Cost::from(call.reported).max(output.cost).into();
+        }
+        if closed || !call.is_open() {
+            return Ok(());
+        }
+        if let Some(text) = output.text {
+            let room = RESULT_TEXT_BYTES_MAX.saturating_sub(call.text.len());
+            let cut = floor_char_boundary(&text, room);
+            call.truncated |= cut < text.len();
+            call.text.push_str(&text[..cut]);
+        }
+        let room = RESULT_FINDINGS_MAX.saturating_sub(call.findings.len());
+        call.truncated |= output.findings.len() > room;
+        call.findings.extend(output.findings.into_iter().take(room));
+        Ok(())
+    }
+}
+
+fn range(_: OutOfRange) -> String {
+    "amount out of range".into()
+}
+
+fn told(stream: &mut Stream, out_seq: u64) -> Done {
+    if out_seq != stream.out_seq + 1 {
+        return Err(format!("client message {out_seq} follows {}", stream.out_seq));
+    }
+    stream.out_seq = out_seq;
+    Ok(())
+}
+
+/// The content of a message from the bodies of its fragments.
+pub(crate) fn join(bodies: &[Bytes]) -> Result<Bytes, String> {
+    let mut whole = BytesMut::new();
+    for body in bodies {
+        let frame = codec::decode_body(body.clone()).map_err(|e| e.to_string())?;
+        if bodies.len() == 1 {
+            return Ok(frame.content);
+        }
+        whole.extend_from_slice(&frame.content);
+    }
+    Ok(whole.freeze())
+}
+
+/// What an agent's logged message adds to its lane.
+pub(super) fn read_output(frame: &FrameRecord) -> Option<Output> {
+    let content = join(&frame.bodies).ok()?;
+    let kind = codec::decode_body(frame.bodies.first()?.clone()).ok()?.kind;
+    match &*kind {
+        atp_proto::frame::kind::RESULT_PARTIAL => {
+            serde_json::from_slice::<AgentPartial>(&content).ok().map(Output::from)
+        }
+        atp_proto::frame::kind::RESULT_FINAL => serde_json::from_slice::<AgentFinal>(&content).ok().map(Output::from),
+        _ => None,
+    }
+}
+
+fn findings_text(findings: Option<Vec<serde_json::Value>>) -> Vec<String> {
+    findings.unwrap_or_default().iter().map(ToString::to_string).collect()
+}
+
+impl From<AgentPartial> for Output {
+    fn from(p: AgentPartial) -> Self {
+        let reported = p.usage_source == UsageSource::Reported;
+        Self { text: p.text, findings: findings_text(p.findings), reported, cost: p.cost }
+    }
+}
+
+impl From<AgentFinal> for Output {
+    fn from(f: AgentFinal) -> Self {
+        let reported = f.usage_source == UsageSource::Reported;
+        Self { text: f.text, findings: findings_text(f.findings), reported, cost: f.cost }
+    }
+}
+
+/// The largest char boundary at or below `at`.
+fn floor_char_boundary(text: &str, at: usize) -> usize {
+    if at >= text.len() {
+        return text.len();
+    }
+    (0..=at).rev().find(|i| text.is_char_boundary(*i)).unwrap_or(0)
+}
+
+/// A cost of nothing, for calls that had none.
+pub const NO_COST: CostPb = CostPb { in_tokens: 0, out_tokens: 0, usd_micros: 0 };
