@@ -1,5 +1,7 @@
 //! The `command` adapter with real programs: what they say, what they find, and that nothing of them outlives its call.
 
+#![allow(clippy::unwrap_used)] // clippy takes only marked functions for tests
+
 mod support;
 
 use atp_agent::command::{CommandConfig, OUTPUT_BYTES_MAX, handler};

@@ -1,6 +1,8 @@
 //! Each provider's wire format: the request that leaves and the frames that its recorded answer becomes, the same
 //! wherever the answer's bytes are cut. The expected documents lie beside the recorded streams.
 
+#![allow(clippy::unwrap_used)] // clippy takes only marked functions for tests
+
 mod support;
 
 use atp_agent::llm::{ConfigProblem, Llm, LlmConfig, Prices};

@@ -1,6 +1,8 @@
 //! The loop that all LLM adapters share, against a provider that plays a script: streaming, the grant, stopping, and what
 //! each failure proves. The wire format is OpenAI's; the others differ only in what `golden` shows.
 
+#![allow(clippy::unwrap_used)] // clippy takes only marked functions for tests
+
 mod support;
 
 use atp_agent::llm::{Llm, LlmConfig, Prices};

@@ -1,6 +1,8 @@
 //! The `openai` adapter against a real language model behind `ops/local-llm.sh`: real tokens, real timing, real usage.
 //! The model's words are nobody's promise, so nothing here looks at them.
 
+#![allow(clippy::unwrap_used)] // clippy takes only marked functions for tests
+
 mod support;
 
 use atp_agent::llm::{Llm, LlmConfig, Prices};
