@@ -59,7 +59,8 @@ fn a_block_that_fills_its_segment_stays_and_one_byte_more_begins_the_next() {
         until("spare", || log.spares_ready() == 1);
         add(&log, 1, 100); // rolls into segment 2, the first zero-filled one
         until("spare", || log.spares_ready() == 1);
-        let stands = blocks(&std::fs::read(segment(dir.path(), 2)).unwrap()).iter().map(|(_, n)| *n as u64).sum::<u64>();
+        let stands =
+            blocks(&std::fs::read(segment(dir.path(), 2)).unwrap()).iter().map(|(_, n)| *n as u64).sum::<u64>();
         // A page for the seal stays free.
         let fits = (64 << 10) - stands - PAGE - HEADER - 4;
         add(&log, 2, usize::try_from(fits).unwrap() + more);

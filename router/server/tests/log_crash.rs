@@ -4,13 +4,15 @@
 mod log_support;
 
 use atp_core::message::LogRoom;
-use atp_core::record::{AnyRecord, Checkpoint, Entry, Record};
-use atp_router::log::{Event, LocalLog, LogError, Options, Reader};
+use atp_core::record::{AnyRecord, Checkpoint, Entry, Epoch, Genesis, Record};
+use atp_router::log::{Event, LocalLog, LogError, Options, Reader, offline};
 use bytes::Bytes;
 use log_support::*;
 use prost::Message;
+use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::process::Command;
+use std::sync::Arc;
 
 /// A closed log in segment 2 of its directory, and how many entries it has.
 fn sealed(dir: &Path) -> u64 {
@@ -50,7 +52,6 @@ fn every_flipped_bit_of_a_sealed_log_is_harmless_or_called_corruption() {
     let bytes = std::fs::read(segment(dir.path(), 2)).unwrap();
     let blocks = blocks(&bytes);
     let (seal, _) = *blocks.last().unwrap();
-    let victim = segment(work.path(), 2);
     // The bytes that say something: all headers and bodies, and the edges of what is between.
     let mut offsets = Vec::new();
     for (at, extent) in &blocks {
@@ -58,13 +59,13 @@ fn every_flipped_bit_of_a_sealed_log_is_harmless_or_called_corruption() {
         offsets.extend((*at..at + 80 + body.min(120)).chain([at + 80 + body - usize::from(body > 0), at + extent - 1]));
     }
     copy(dir.path(), work.path());
+    let victim = std::fs::OpenOptions::new().write(true).open(segment(work.path(), 2)).unwrap();
     let mut corrupt = 0;
     for offset in offsets {
         for bit in 0..8 {
-            let mut flipped = bytes.clone();
-            flipped[offset] ^= 1 << bit;
-            std::fs::write(&victim, &flipped).unwrap();
+            victim.write_all_at(&[bytes[offset] ^ (1 << bit)], offset as u64).unwrap();
             let read_back = read(work.path());
+            victim.write_all_at(&[bytes[offset]], offset as u64).unwrap();
             let Ok(entries) = read_back else {
                 corrupt += 1;
                 assert!(offset < seal, "the seal itself guards nothing");
@@ -79,7 +80,7 @@ fn every_flipped_bit_of_a_sealed_log_is_harmless_or_called_corruption() {
         copy(dir.path(), work.path());
         let mut flipped = bytes.clone();
         flipped[offset] ^= 4;
-        std::fs::write(&victim, &flipped).unwrap();
+        std::fs::write(segment(work.path(), 2), &flipped).unwrap();
         let found = recovered(work.path());
         assert!(found == Some(all) || found.is_none() && offset < seal, "offset {offset}: {found:?}");
     }
@@ -95,8 +96,10 @@ fn every_prefix_of_a_sealed_log_is_a_log_of_whole_blocks() {
         .map(|(at, _)| at + 80 + u32::from_le_bytes(bytes[at + 64..at + 68].try_into().unwrap()) as usize)
         .collect();
     copy(dir.path(), work.path());
-    for length in 0..=ends.last().unwrap() + 100 {
-        std::fs::write(segment(work.path(), 2), &bytes[..length]).unwrap();
+    // Shortened from its end, byte by byte.
+    let victim = std::fs::OpenOptions::new().write(true).open(segment(work.path(), 2)).unwrap();
+    for length in (0..=ends.last().unwrap() + 100).rev() {
+        victim.set_len(length as u64).unwrap();
         let whole = ends.iter().filter(|end| **end <= length).count() as u64;
         assert_eq!(intact(&read(work.path()).unwrap()), whole.min(all), "length {length}");
     }
@@ -154,7 +157,7 @@ fn two_crashes_in_a_row_the_second_while_the_last_block_is_written_again() {
     let (dir, work) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
     let (bytes, at, pages) = with_large_last_block(dir.path());
     // First crash: the block is whole. Recovery writes it again into segment 3 and crashes with any prefix of it there.
-    let mut again = bytes[at..at + pages * 4096].to_vec();
+    let again = bytes[at..at + pages * 4096].to_vec();
     for whole in 0..pages {
         for keep_first in [true, false] {
             copy(dir.path(), work.path());
@@ -176,7 +179,6 @@ fn two_crashes_in_a_row_the_second_while_the_last_block_is_written_again() {
     for _ in 0..3 {
         assert_eq!(recovered(work.path()), Some(3));
     }
-    again.clear();
 }
 
 #[test]
@@ -192,6 +194,71 @@ fn a_log_survives_many_restarts_without_growing_by_segments() {
     assert_eq!(intact(&read(dir.path()).unwrap()), next - 1);
     let bytes: u64 = segments(dir.path()).iter().map(|path| path.metadata().unwrap().len()).sum();
     assert!(bytes < 30 * 5 * PAGE + 3 * (64 << 10), "{bytes}");
+}
+
+#[test]
+fn a_kill_at_any_step_of_opening_and_appending_loses_nothing() {
+    let (dir, work) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let (bytes, at, _) = with_large_last_block(dir.path());
+    for torn in [false, true] {
+        for steps in 0..40 {
+            copy(dir.path(), work.path());
+            let mut image = bytes.clone();
+            if torn {
+                image[at + 8192..at + 12288].fill(0);
+            }
+            std::fs::write(segment(work.path(), 2), &image).unwrap();
+            let mut acknowledged = if torn { 2 } else { 3 };
+            let disk = Arc::new(Dying { left: steps.into() });
+            if let Ok((log, recovered)) = LocalLog::open_on(options(work.path()), disk) {
+                assert_eq!(recovered.last_position, acknowledged);
+                let mut events = log.events();
+                for next in acknowledged + 1..acknowledged + 4 {
+                    if log.try_append(&mut vec![(next, entry(next, 30_000), false)]).is_err() {
+                        break;
+                    }
+                }
+                let _ = log.close();
+                while let Some(event) = events.try_next() {
+                    if let Event::Durable { position } = event {
+                        acknowledged = position;
+                    }
+                }
+            }
+            let found = recovered(work.path());
+            assert!(found >= Some(acknowledged), "{steps} steps, torn {torn}: {found:?} of {acknowledged}");
+        }
+    }
+}
+
+#[test]
+fn the_state_comes_back_from_the_beginning_and_from_a_checkpoint() {
+    let dir = tempfile::tempdir().unwrap();
+    let log = open(dir.path());
+    let id = Bytes::copy_from_slice(&log.log_id());
+    let genesis = Genesis { log_id: id.clone(), format: 1, shards: 1, hash_seed: 7 };
+    let epoch = Epoch { log_id: id, shard: 0, owner: "r1".into(), incarnation: "i1".into() };
+    let write = |records: Vec<Record>| {
+        let records = records.into_iter().map(|record| AnyRecord { record: Some(record) }).collect();
+        Bytes::from(Entry { at_ms: 1000, records }.encode_to_vec())
+    };
+    let first = write(vec![Record::Genesis(genesis), Record::Epoch(epoch.clone())]);
+    add_all(&log, vec![(1, first, false)]);
+    let (state, report) = offline::recover_state(dir.path()).unwrap();
+    assert_eq!((state.position(), state.epoch(), report.checkpoint, report.entries), (1, 1, None, 1));
+    let mut next = 2;
+    for piece in state.to_checkpoint(0) {
+        add_all(&log, vec![(next, write(vec![Record::Checkpoint(piece)]), next == 2)]);
+        next += 1;
+    }
+    add_all(&log, vec![(next, write(vec![Record::Epoch(Epoch { incarnation: "i2".into(), ..epoch })]), false)]);
+    let (from_checkpoint, report) = offline::recover_state(dir.path()).unwrap();
+    assert_eq!((report.checkpoint, report.last_position), (Some(2), next));
+    let (from_start, _) = offline::fold_from_start(dir.path(), Some(next)).unwrap();
+    assert_eq!(from_checkpoint.hash(), from_start.hash());
+    add_all(&log, vec![(next + 1, Bytes::from_static(b"\xff\xff"), false)]);
+    let error = offline::recover_state(dir.path()).map(|_| ()).unwrap_err();
+    assert!(matches!(error, LogError::Entry { position, .. } if position == next + 1));
 }
 
 fn piece(position: u64, n: u32, pieces: u32) -> Bytes {
@@ -275,7 +342,10 @@ impl Tmpfs {
         let dir = tempfile::tempdir().unwrap();
         let size = format!("size={bytes}");
         let mount = Command::new("mount").args(["-t", "tmpfs", "-o", &size, "tmpfs"]).arg(dir.path()).status();
-        assert!(mount.is_ok_and(|s| s.success()), "this test mounts a tmpfs of its own: run it as root, or in `unshare -rm`");
+        assert!(
+            mount.is_ok_and(|s| s.success()),
+            "this test mounts a tmpfs of its own: run it as root, or in `unshare -rm`"
+        );
         Self(dir)
     }
 }

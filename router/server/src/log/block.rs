@@ -226,10 +226,7 @@ mod tests {
         let body = Bytes::copy_from_slice(&bytes[HEADER..HEADER + read.body_bytes as usize]);
         let block = Block::check(read, body).unwrap();
         let entries: Vec<_> = block.entries().collect();
-        assert_eq!(
-            entries,
-            [(41, Bytes::from_static(b"one")), (42, Bytes::new()), (43, Bytes::from_static(b"three"))]
-        );
+        assert_eq!(entries, [(41, Bytes::from_static(b"one")), (42, Bytes::new()), (43, Bytes::from_static(b"three"))]);
     }
 
     #[test]

@@ -20,7 +20,7 @@ pub enum Durability {
     /// After `fdatasync`.
     #[default]
     Fsync,
-    /// After the write; synced soon. For development: a power cut may take what was acknowledged.
+    /// After the write; a sync follows every few ms. For development: a power cut may take what was acknowledged.
     Async,
 }
 
@@ -94,8 +94,7 @@ impl LocalLog {
         let next_number = ready.iter().map(|spare| spare.number).max().unwrap_or(end.segment.number) + 1;
         let spares = Arc::new(Spares::new(ready));
         let dirty = Arc::new(Dirty::default());
-        let (sender, status) =
-            watch::channel(Status { durable: recovered.last_position, ..Status::default() });
+        let (sender, status) = watch::channel(Status { durable: recovered.last_position, ..Status::default() });
         let setup = Setup {
             dir: dir.clone(),
             disk: disk.clone(),

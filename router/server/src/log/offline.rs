@@ -90,7 +90,9 @@ fn pieces(reader: &Reader, position: u64) -> Result<Vec<Checkpoint>, LogError> {
 pub fn records(position: u64, bytes: bytes::Bytes) -> Result<(u64, Vec<Record>), LogError> {
     let entry = Entry::decode(bytes).map_err(|error| LogError::Entry { position, what: error.to_string() })?;
     let records: Option<Vec<Record>> = entry.records.into_iter().map(|any| any.record).collect();
-    let records = records
-        .ok_or_else(|| LogError::Entry { position, what: "written by a newer version; read it with that one".into() })?;
+    let records = records.ok_or_else(|| LogError::Entry {
+        position,
+        what: "written by a newer version; read it with that one".into(),
+    })?;
     Ok((entry.at_ms, records))
 }

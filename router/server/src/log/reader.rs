@@ -220,7 +220,8 @@ impl Entries {
             same_log(&first.header, link.log_id, &next.path)?;
         }
         if self.link.as_ref().is_some_and(|link| first.header.number > link.number + 1) {
-            let what = format!("damaged, or blocks are missing: {} follows in {}", first.header.number, next.path.display());
+            let what =
+                format!("damaged, or blocks are missing: {} follows in {}", first.header.number, next.path.display());
             return Err(LogError::corrupt(&segment.path, self.offset, what));
         }
         if self.link.is_none() && self.offset == 0 {

@@ -119,7 +119,11 @@ fn check_link(dir: &Path, earlier: &[u64], last: &Segment) -> Result<(), LogErro
     match link {
         Some(link) => link.admits(&first, &last.path).map(|_| ()).map_err(|error| match error {
             LogError::Corrupt { .. } => {
-                let what = format!("damaged, or blocks are missing: block {} follows in {}", first.number, last.path.display());
+                let what = format!(
+                    "damaged, or blocks are missing: block {} follows in {}",
+                    first.number,
+                    last.path.display()
+                );
                 LogError::corrupt(&segment.path, offset, what)
             }
             other => other,

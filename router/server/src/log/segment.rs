@@ -77,8 +77,7 @@ impl Segment {
                 return Ok(None);
             }
             bytes.resize(end, 0);
-            let more =
-                read_up_to(&self.file, &mut bytes[n..], rest).map_err(LogError::io("read", &self.path))?;
+            let more = read_up_to(&self.file, &mut bytes[n..], rest).map_err(LogError::io("read", &self.path))?;
             bytes.truncate(n + more);
         }
         bytes.truncate(end);

@@ -10,7 +10,9 @@ use tokio::sync::watch;
 #[derive(Clone, Debug)]
 pub enum Event {
     /// Every entry up to `position` is durable (with `async`: written). Once per block at most.
-    Durable { position: u64 },
+    Durable {
+        position: u64,
+    },
     Room(LogRoom),
     /// A segment has begun, and a checkpoint is due: 64 MiB (a segment), or four times the last checkpoint, lie behind it.
     NewSegment,

@@ -25,8 +25,9 @@ const ROOM_EVERY: Duration = Duration::from_millis(200);
 const ROOM_EVERY_BYTES: u64 = 4 << 20;
 /// A block is not made larger than this unless one entry is: the next one would wait too long.
 const BLOCK_BYTES: usize = 4 << 20;
-/// `async`: a batch gathers for so long, or until it has `GATHER_BYTES`.
-const GATHER: Duration = Duration::from_millis(2);
+/// `async` has no sync that gathers a batch; behind a small block the next gathers for so long, or padding would be the log.
+const GATHER: Duration = Duration::from_micros(200);
+const GATHER_BELOW: u64 = 16 << 10;
 
 pub(super) struct Writer {
     pub(super) dir: PathBuf,
@@ -124,9 +125,9 @@ impl Writer {
             let wait = if self.sealed { ROOM_EVERY } else { IDLE };
             match self.queue.take(&mut batch, Instant::now() + wait) {
                 Wake::Entries => {
-                    self.commit(&batch)?;
+                    let bytes = self.commit(&batch)?;
                     batch.clear();
-                    if self.durability == Durability::Async {
+                    if self.durability == Durability::Async && bytes < GATHER_BELOW {
                         std::thread::sleep(GATHER);
                     }
                 }
@@ -143,8 +144,9 @@ impl Writer {
         }
     }
 
-    /// Writes a batch, block by block.
-    fn commit(&mut self, mut batch: &[Entry]) -> Result<(), LogError> {
+    /// Writes a batch, block by block; how many bytes that took.
+    fn commit(&mut self, mut batch: &[Entry]) -> Result<u64, LogError> {
+        let mut written = 0;
         while let Some((_, first, _)) = batch.first() {
             let begun = Instant::now();
             let space = self.space_for(first.len() + 4)?;
@@ -166,6 +168,7 @@ impl Writer {
             }
             batch = &batch[taken..];
             let extent = self.write(flags)?;
+            written += extent;
             self.sealed = false;
             if let Some(bytes) = checkpoint_bytes {
                 self.checkpoint_bytes = bytes;
@@ -180,7 +183,7 @@ impl Writer {
                 self.look_at_room()?;
             }
         }
-        Ok(())
+        Ok(written)
     }
 
     /// Bytes that the next block may take, its first entry taking `bytes` of its body: in this segment if that fits, else in
@@ -201,8 +204,13 @@ impl Writer {
     }
 
     fn roll(&mut self, spare: super::spare::Spare) {
-        self.segment =
-            Current { number: spare.number, path: spare.path, file: Arc::new(spare.file), offset: 0, bytes: spare.bytes };
+        self.segment = Current {
+            number: spare.number,
+            path: spare.path,
+            file: Arc::new(spare.file),
+            offset: 0,
+            bytes: spare.bytes,
+        };
         self.next_number = self.next_number.max(spare.number + 1);
         self.want_spare();
         if self.checkpoint_is_due() {

@@ -1,5 +1,5 @@
 //! What the tests of the log share: opening, appending and waiting, reading back, and a disk that can fail.
-#![allow(dead_code, reason = "each test binary uses its own part of it")]
+#![allow(dead_code, unreachable_pub, reason = "each test binary uses its own part of it")]
 
 use atp_router::log::{Disk, Event, LocalLog, LogError, Options, Reader};
 use bytes::Bytes;
@@ -145,5 +145,45 @@ impl Disk for Faulty {
             0 => atp_router::log::RealDisk.free(dir),
             free => Ok(free - 1),
         }
+    }
+}
+
+/// The machine's disk for so many changes; then the process counts as killed: nothing gets through any more.
+pub struct Dying {
+    pub left: std::sync::atomic::AtomicI64,
+}
+
+impl Dying {
+    fn step(&self) -> io::Result<()> {
+        if self.left.fetch_sub(1, Ordering::SeqCst) > 0 { Ok(()) } else { Err(broken()) }
+    }
+}
+
+impl Disk for Dying {
+    fn create(&self, path: &Path) -> io::Result<File> {
+        self.step()?;
+        atp_router::log::RealDisk.create(path)
+    }
+    fn write(&self, file: &File, bytes: &[u8], offset: u64) -> io::Result<()> {
+        self.step()?;
+        atp_router::log::RealDisk.write(file, bytes, offset)
+    }
+    fn sync(&self, _file: &File) -> io::Result<()> {
+        self.step()
+    }
+    fn sync_dir(&self, _dir: &Path) -> io::Result<()> {
+        self.step()
+    }
+    fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
+        self.step()?;
+        atp_router::log::RealDisk.rename(from, to)
+    }
+    fn remove(&self, path: &Path) -> io::Result<()> {
+        self.step()?;
+        atp_router::log::RealDisk.remove(path)
+    }
+    fn shorten(&self, file: &File, bytes: u64) -> io::Result<()> {
+        self.step()?;
+        atp_router::log::RealDisk.shorten(file, bytes)
     }
 }
