@@ -78,8 +78,8 @@ fn every_mistake_is_named_with_its_place() {
     assert_eq!(only("router: {id: a}\nrouter: {id: b}"), "2:1 ");
     assert_eq!(only("accounts: {'a b': {usd: 1}}"), "1:12 accounts.a b");
     assert_eq!(only("prices: /no/such/file.json"), "1:9 prices");
-    assert_eq!(only("listen: {atp: ${ADDRESS}}"), "1:15 listen.atp");
-    assert_eq!(only("data_dir: [a"), "1:13 ");
+    assert_eq!(only("listen:\n  atp: ${ADDRESS}"), "2:8 listen.atp");
+    assert_eq!(only("data_dir: [a"), "1:11 ");
     assert_eq!(problems("a: 1\nb: 2\ntasks: {retries: x}").len(), 3, "all of them, not only the first");
 }
 

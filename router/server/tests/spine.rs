@@ -1,0 +1,245 @@
+//! One router over in-memory connections: hello and its deadlines, limits at n and n+1, a task from submit to bill,
+//! `verify`, and the same state after a restart. Peers are written by hand, so that nothing but the wire is shared.
+
+use atp_proto::codec::{decode, encode};
+use atp_proto::content::*;
+use atp_proto::frame::kind;
+use atp_proto::{AgentName, Amount, Code, Cost, Flags, Frame, Tokens, UsdMicros, WireError};
+use atp_router::{Config, Router};
+use bytes::BytesMut;
+use std::path::Path;
+use std::time::Duration;
+use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream};
+
+fn config(dir: &Path) -> Config {
+    let mut config =
+        Config { data_dir: dir.into(), durability: atp_router::config::Durability::Async, ..Config::default() };
+    config.listen.atp.set_port(0);
+    config.listen.http.set_port(0);
+    config.limits.segment_bytes = 1 << 20;
+    config
+}
+
+/// A peer that is nothing but frames.
+struct Peer {
+    io: DuplexStream,
+    bytes: BytesMut,
+}
+
+impl Peer {
+    fn new(router: &Router) -> Self {
+        Self { io: router.connect_memory(), bytes: BytesMut::new() }
+    }
+
+    async fn send(&mut self, frame: Frame) {
+        let mut bytes = BytesMut::new();
+        encode(&frame, &mut bytes);
+        self.io.write_all(&bytes).await.expect("the router reads");
+    }
+
+    /// The next frame that is no heartbeat and no ack; `None`: closed.
+    async fn next(&mut self) -> Option<Frame> {
+        loop {
+            if let Some(received) = decode(&mut self.bytes).expect("the router sends whole frames") {
+                let frame = received.frame;
+                if !frame.flags.has(Flags::HB) && &*frame.kind != kind::ACK {
+                    return Some(frame);
+                }
+                continue;
+            }
+            let read = tokio::time::timeout(Duration::from_secs(60), self.io.read_buf(&mut self.bytes)).await;
+            if read.expect("an answer within a minute").unwrap_or(0) == 0 {
+                return None;
+            }
+        }
+    }
+
+    async fn expect(&mut self, wanted: &str) -> Frame {
+        let frame = self.next().await.expect("open");
+        assert_eq!(&*frame.kind, wanted, "{}", String::from_utf8_lossy(&frame.content));
+        frame
+    }
+
+    async fn hello(router: &Router, role: Role) -> (Self, HelloAck) {
+        let mut peer = Self::new(router);
+        peer.send(Frame::json("", 0, Flags::SYN, kind::HELLO, &Hello { minor_max: 9, role, token: None })).await;
+        let ack = peer.expect(kind::HELLO).await.read().expect("a hello");
+        (peer, ack)
+    }
+
+    /// The error that the router closes the connection with.
+    async fn refused(&mut self) -> WireError {
+        let error = self.expect(kind::ERROR).await.read::<WireError>().expect("an error");
+        assert_eq!(error.fatal, atp_proto::code::Fatal::Connection);
+        assert!(self.next().await.is_none(), "closed behind the error");
+        error
+    }
+}
+
+fn submit(stream: &str, agent: &str) -> Frame {
+    let content = Submit { task: "Say hello".into(), agents: vec![AgentName::new(agent)], ..Submit::default() };
+    Frame::json(stream, 1, Flags::SYN, kind::TASK_SUBMIT, &content)
+}
+
+async fn agent(router: &Router, name: &str) -> Peer {
+    let (mut agent, _) = Peer::hello(router, Role::Agent).await;
+    let capabilities = Capabilities {
+        agent: AgentName::new(name),
+        incarnation: "i1".into(),
+        models: vec![ModelInfo {
+            id: "m".into(),
+            in_usd_micros_per_mtok: Some(1_000_000),
+            out_usd_micros_per_mtok: Some(1_000_000),
+            context_tokens: None,
+        }],
+        max_parallel: 8,
+        reach: Amount::new(20, 100),
+        ..Capabilities::default()
+    };
+    agent.send(Frame::json("", 0, Flags::NONE, kind::CAPABILITIES, &capabilities)).await;
+    agent
+}
+
+async fn http(router: &Router, request: &str) -> (u16, serde_json::Value) {
+    let mut io = tokio::net::TcpStream::connect(router.http_addr()).await.expect("HTTP listens");
+    let text = format!("{request} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\ncontent-length: 0\r\n\r\n");
+    io.write_all(text.as_bytes()).await.expect("HTTP reads");
+    let mut answer = String::new();
+    io.read_to_string(&mut answer).await.expect("HTTP answers");
+    let status = answer.split(' ').nth(1).and_then(|s| s.parse().ok()).expect("a status");
+    let body = answer.split_once("\r\n\r\n").map_or("", |(_, body)| body);
+    (status, serde_json::from_str(body).unwrap_or_else(|_| body.into()))
+}
+
+#[tokio::test]
+async fn hello_is_answered_with_the_lower_minor_and_a_session_of_its_own() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let router = Router::start(config(dir.path())).await.expect("starts");
+    let (_a, first) = Peer::hello(&router, Role::Client).await;
+    let (_b, second) = Peer::hello(&router, Role::Client).await;
+    assert_eq!((first.minor, first.heartbeat_ms, first.limits.frame_bytes), (1, 5000, 262_144));
+    assert_ne!(first.session_id, second.session_id);
+    router.stop().await.expect("seals");
+    let router = Router::start(config(dir.path())).await.expect("starts again");
+    let (_c, third) = Peer::hello(&router, Role::Client).await;
+    assert_ne!(first.session_id, third.session_id, "never used again, also across restarts");
+    router.stop().await.expect("seals");
+}
+
+#[tokio::test]
+async fn what_isn_t_a_hello_is_refused_with_the_reason() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let router = Router::start(config(dir.path())).await.expect("starts");
+    let hello = |text: &'static str| Frame::raw("", 0, Flags::SYN, kind::HELLO, text.into());
+    for (frame, code, says) in [
+        (submit("s", "a"), Code::Proto, "first frame"),
+        (hello(r#"{"role":"router","minor_max":1}"#), Code::Proto, "router"),
+        (hello(r#"{"role":"king"}"#), Code::Proto, "control.hello"),
+        (hello(r#"{"role":"client","token":"atp_1234"}"#), Code::Auth, "token"),
+    ] {
+        let mut peer = Peer::new(&router);
+        peer.send(frame).await;
+        let error = peer.refused().await;
+        assert_eq!(error.code, code, "{error}");
+        assert!(error.message.contains(says), "{error}");
+    }
+    let mut garbage = Peer::new(&router);
+    garbage.io.write_all(&u32::MAX.to_be_bytes()).await.expect("the router reads");
+    assert_eq!(garbage.refused().await.code, Code::Limit, "4 GiB are refused before memory is taken");
+    let (mut client, _) = Peer::hello(&router, Role::Client).await;
+    client.send(Frame::json("", 0, Flags::NONE, kind::CAPABILITIES, &Capabilities::default())).await;
+    assert!(client.refused().await.message.contains("role `agent`"));
+    router.stop().await.expect("seals");
+}
+
+#[tokio::test]
+async fn streams_of_a_connection_end_at_n() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let mut config = config(dir.path());
+    config.limits.streams_per_connection = 2;
+    let router = Router::start(config).await.expect("starts");
+    let (mut client, ack) = Peer::hello(&router, Role::Client).await;
+    assert_eq!(ack.limits.streams, 2);
+    // An agent that takes calls and never ends them keeps the streams open.
+    let mut silent = agent(&router, "silent").await;
+    for stream in ["s1", "s2"] {
+        client.send(submit(stream, "silent")).await;
+        client.expect(kind::ACCEPTED).await;
+    }
+    client.send(submit("s3", "silent")).await;
+    let refused = client.expect(kind::ERROR).await;
+    assert_eq!((&*refused.stream_id, refused.read::<WireError>().expect("an error").code), ("s3", Code::Limit));
+    silent.expect(kind::DISPATCH).await;
+    router.stop().await.expect("seals");
+}
+
+#[tokio::test]
+async fn a_task_goes_from_submit_to_bill_and_survives_a_restart() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let router = Router::start(config(dir.path())).await.expect("starts");
+    let mut agent = agent(&router, "greeter").await;
+    let (mut client, _) = Peer::hello(&router, Role::Client).await;
+    client.send(submit("s1", "greeter")).await;
+    client.expect(kind::ACCEPTED).await;
+
+    let dispatch = agent.expect(kind::DISPATCH).await;
+    let call = dispatch.stream_id.to_string();
+    let cost = Cost { in_tokens: Tokens(10), out_tokens: Tokens(2), usd_micros: UsdMicros(12) };
+    let part = AgentPartial { text: Some("hello ".into()), cost, ..AgentPartial::default() };
+    agent.send(Frame::json(call.as_str(), 1, Flags::NONE, kind::RESULT_PARTIAL, &part)).await;
+    let cost = Cost { out_tokens: Tokens(3), usd_micros: UsdMicros(13), ..cost };
+    let last = AgentFinal { text: Some("you".into()), cost, ..AgentFinal::default() };
+    agent.send(Frame::json(call.as_str(), 2, Flags::FIN, kind::RESULT_FINAL, &last)).await;
+
+    let mut kinds = Vec::new();
+    let bill: Bill = loop {
+        let frame = client.next().await.expect("open");
+        kinds.push(frame.kind.to_string());
+        if &*frame.kind == kind::RESULT_FINAL {
+            assert_eq!(frame.read::<Final>().expect("a final").result.text, "hello you");
+        }
+        if &*frame.kind == kind::BILL {
+            break frame.read().expect("a bill");
+        }
+    };
+    assert_eq!(kinds.first().map(String::as_str), Some(kind::RESULT_PARTIAL), "{kinds:?}");
+    assert_eq!((bill.state, bill.settled), (TaskState::Done, Amount::new(13, 13)));
+
+    let (status, report) = http(&router, "POST /v1/verify").await;
+    assert_eq!(
+        (status, &report["ok"], &report["differences"]),
+        (200, &true.into(), &serde_json::json!([])),
+        "{report}"
+    );
+    let (status, answer) = http(&router, "GET /v1/streams/s1").await;
+    assert_eq!((status, &answer["state"], &answer["result"]["text"]), (200, &"done".into(), &"hello you".into()));
+    assert_eq!(http(&router, "GET /v1/streams/nope").await.0, 404);
+    assert_eq!(http(&router, "GET /v1/streams?state=sleepy").await.0, 400);
+    assert_eq!(http(&router, "GET /readyz").await.0, 200);
+    let (_, fleet) = http(&router, "GET /v1/fleet").await;
+    assert_eq!(fleet["agents"][0]["name"], "greeter", "{fleet}");
+    router.drain().await;
+    router.stop().await.expect("seals");
+
+    let offline = atp_router::verify::offline_verify(&dir.path().join("log")).expect("readable");
+    assert!(offline.ok, "{:?}", offline.differences);
+    let router = Router::start(config(dir.path())).await.expect("starts again");
+    let (_, again) = http(&router, "GET /v1/streams/s1").await;
+    assert_eq!(again["result"], answer["result"], "read back from the log");
+    assert_eq!(again["bill"], answer["bill"]);
+    let (_, report) = http(&router, "POST /v1/verify").await;
+    assert_eq!(report["ok"], true, "{report}");
+    router.stop().await.expect("seals");
+}
+
+#[tokio::test]
+async fn a_data_dir_in_use_is_named() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let router = Router::start(config(dir.path())).await.expect("starts");
+    let error = Router::start(config(dir.path())).await.err().expect("refused").to_string();
+    assert!(error.contains("data_dir") && error.contains("another router"), "{error}");
+    router.stop().await.expect("seals");
+    let mut other = config(dir.path());
+    other.listen.atp = "0.0.0.0:0".parse().expect("an address");
+    assert!(Router::start(other).await.err().expect("refused").to_string().contains("listen.insecure"));
+}
