@@ -1,6 +1,7 @@
 //! What an adapter is told before it starts: the flags of `atp agent KIND` and the entries of `agents:` in YAML, one
 //! type for both. Reads no environment and opens no file.
 
+use atp_proto::content::Effects;
 use atp_proto::id::is_id;
 use atp_proto::money::parse_usd;
 use atp_proto::{AgentName, UsdMicros};
@@ -116,6 +117,12 @@ pub struct AgentConfig {
     pub timeout: Option<Span>,
     #[serde(default)]
     pub output_bytes_max: Option<u64>,
+    /// Whether `command` changes something outside; it does unless it is said not to.
+    #[serde(default)]
+    pub effects: Option<Effects>,
+    /// What one run of `command` costs.
+    #[serde(default)]
+    pub usd_per_run: Option<Usd>,
     /// The script of `scripted`.
     #[serde(default)]
     pub script: Option<PathBuf>,
@@ -139,6 +146,8 @@ impl AgentConfig {
             argv: Vec::new(),
             timeout: None,
             output_bytes_max: None,
+            effects: None,
+            usd_per_run: None,
             script: None,
         }
     }

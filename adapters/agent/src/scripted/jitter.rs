@@ -180,7 +180,7 @@ mod tests {
         for (yaml, word) in [
             ("n: -1", "negative"),
             ("n: 1.5", "whole number"),
-            ("n: .nan", "whole number"),
+            ("n: .nan", "non-finite"),
             ("n: {mean: 1, dev: 2}", "dev"),
             ("n: {sd: 2}", "mean"),
             ("n: 1\nafter: 10", "10ms"),
@@ -202,9 +202,5 @@ mod tests {
         assert!(all.iter().all(|n| (70..=130).contains(n)));
         let mean = all.iter().sum::<u64>() / 1000;
         assert!((98..=102).contains(&mean), "{mean}");
-        assert_eq!(
-            Jitter { mean: 1u64, sd: 10 }.draw(&mut Dice::of_call(1, 3)).min(40),
-            Jitter { mean: 1u64, sd: 10 }.draw(&mut Dice::of_call(1, 3))
-        );
     }
 }
