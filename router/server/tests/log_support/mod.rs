@@ -1,5 +1,6 @@
 //! What the tests of the log share: opening, appending and waiting, reading back, and a disk that can fail.
 #![allow(dead_code, unreachable_pub, reason = "each test binary uses its own part of it")]
+#![allow(clippy::unwrap_used, reason = "only tests use it; what fails here fails the test")]
 
 use atp_router::log::{Disk, Event, LocalLog, LogError, Options, Reader};
 use bytes::Bytes;
