@@ -1,5 +1,7 @@
 //! The local log as its users see it: append, read, close, open again, roll over, lock, fail.
 
+#![allow(clippy::unwrap_used, reason = "what fails in here fails the test")]
+
 mod log_support;
 
 use atp_core::message::LogRoom;

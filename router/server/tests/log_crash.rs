@@ -1,6 +1,8 @@
 //! What a crash, a flipped bit or a full disk may leave, and what recovery makes of it: an acknowledged prefix or a named
 //! corruption, never a lost and never an invented entry.
 
+#![allow(clippy::unwrap_used, reason = "what fails in here fails the test")]
+
 mod log_support;
 
 use atp_core::message::LogRoom;
