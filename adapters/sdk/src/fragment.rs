@@ -23,6 +23,7 @@ pub(crate) struct Joiner {
 
 /// What a frame did.
 #[derive(Debug, PartialEq)]
+#[expect(clippy::large_enum_variant, reason = "made and taken apart at once, once per message")]
 pub(crate) enum Joined {
     /// A whole message.
     Whole(Frame),

@@ -80,11 +80,12 @@ impl Wire {
                     Poll::Pending => break,
                 }
             }
-            if self.flush && self.write.is_empty() {
-                if let Poll::Ready(done) = Pin::new(&mut self.io).poll_flush(cx) {
-                    done?;
-                    self.flush = false;
-                }
+            if self.flush
+                && self.write.is_empty()
+                && let Poll::Ready(done) = Pin::new(&mut self.io).poll_flush(cx)
+            {
+                done?;
+                self.flush = false;
             }
             if read {
                 self.read.reserve(READ_BYTES);

@@ -1,4 +1,5 @@
 //! The agent's side against a router that speaks frames by hand, in virtual time.
+#![allow(clippy::unwrap_used)]
 
 mod fake;
 

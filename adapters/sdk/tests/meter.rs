@@ -1,4 +1,5 @@
 //! What a handler sees of its meter, without any connection.
+#![allow(clippy::unwrap_used)]
 
 use atp_proto::content::{AgentError, AgentFinal, AgentPartial, Dispatch, Finish, Proof, UsageSource};
 use atp_proto::frame::kind;

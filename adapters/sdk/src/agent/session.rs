@@ -295,10 +295,10 @@ impl Session {
         {
             let mut state = self.shared.state();
             self.unsent.extend(state.unsent.drain(..));
-            if std::mem::take(&mut state.status_new) {
-                if let Some(status) = &state.status {
-                    wire.push(&Frame::json("", 0, Flags::NONE, kind::STATUS, status));
-                }
+            if std::mem::take(&mut state.status_new)
+                && let Some(status) = &state.status
+            {
+                wire.push(&Frame::json("", 0, Flags::NONE, kind::STATUS, status));
             }
         }
         while wire.has_room() {
@@ -390,10 +390,10 @@ impl Session {
     }
 
     fn send_again(&mut self, call: CallId) {
-        if let Some(state) = self.table.calls().find(|state| state.id == call) {
-            if state.unsend() {
-                self.unsent.push_back(Arc::clone(state));
-            }
+        if let Some(state) = self.table.calls().find(|state| state.id == call)
+            && state.unsend()
+        {
+            self.unsent.push_back(Arc::clone(state));
         }
     }
 

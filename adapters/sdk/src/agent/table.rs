@@ -93,10 +93,10 @@ impl Table {
         if self.ended.insert(call) {
             self.ended_order.push_back(call);
         }
-        if self.ended_order.len() > ENDED_MAX {
-            if let Some(oldest) = self.ended_order.pop_front() {
-                self.ended.remove(&oldest);
-            }
+        if self.ended_order.len() > ENDED_MAX
+            && let Some(oldest) = self.ended_order.pop_front()
+        {
+            self.ended.remove(&oldest);
         }
     }
 

@@ -33,7 +33,7 @@ pub(crate) enum Command {
     /// `syn` submits; without one the stream is continued behind `after`.
     Open {
         id: StreamId,
-        syn: Option<Frame>,
+        syn: Option<Box<Frame>>,
         after: u64,
         pipe: Arc<Pipe>,
         answer: Answer,
@@ -106,7 +106,7 @@ struct Stream {
     owner: Option<u64>,
     pipe: Arc<Pipe>,
     /// The submit, until it is answered.
-    syn: Option<Frame>,
+    syn: Option<Box<Frame>>,
     syn_sent: u32,
     answer: Option<Answer>,
     /// All messages up to this one are with the reader.
@@ -466,7 +466,7 @@ impl Stream {
         match &self.syn {
             Some(syn) => {
                 self.syn_sent += 1;
-                split(syn.clone(), fragment_bytes, |part| wire.push(part));
+                split(Frame::clone(syn), fragment_bytes, |part| wire.push(part));
             }
             None => wire.push(&resume(id, self.delivered)),
         }

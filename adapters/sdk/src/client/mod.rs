@@ -117,7 +117,8 @@ impl Client {
         let (answer, answered) = oneshot::channel();
         // Made first, so that an abandoned wait lets go of the stream.
         let guard = stream::OpenGuard::new(id.clone(), self.line.clone());
-        let command = Command::Open { id, syn, after, pipe: Arc::clone(&pipe), answer, owner: guard.owner() };
+        let command =
+            Command::Open { id, syn: syn.map(Box::new), after, pipe: Arc::clone(&pipe), answer, owner: guard.owner() };
         self.line.send(command).await?;
         let accepted: Accepted = answered.await.map_err(|_| self.line.shared.error())??;
         Ok(TaskStream::new(accepted, pipe, guard))
