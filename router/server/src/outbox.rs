@@ -127,10 +127,6 @@ impl Outbox {
         self.gauge.closed.is_cancelled()
     }
 
-    pub(crate) fn unsent_bytes(&self) -> usize {
-        self.gauge.unsent.load(Ordering::Acquire)
-    }
-
     /// Waits until `has_room`, or the connection is closed.
     pub(crate) async fn room(&self) {
         loop {
@@ -292,4 +288,67 @@ impl Writer {
 pub(crate) fn connection_error(error: WireError) -> Frame {
     let error = error.fatal(atp_proto::code::Fatal::Connection);
     Frame::json("", 0, Flags::RST, atp_proto::frame::kind::ERROR, &error)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use atp_proto::frame::kind;
+
+    fn frame(bytes: usize) -> Frame {
+        Frame::raw("s", 1, Flags::NONE, kind::RESULT_PARTIAL, vec![b'x'; bytes].into())
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn n_unsent_bytes_fit_and_one_more_does_not() {
+        let (outbox, _writer) = outbox(CancellationToken::new());
+        let overhead = weight(&frame(0));
+        assert!(outbox.send_one(frame(UNSENT_BYTES_MAX - 2 * overhead - 1)));
+        assert!(outbox.send_one(frame(1)), "byte n fits");
+        assert!(!outbox.send_one(frame(0)), "byte n + 1 doesn't");
+        assert!(outbox.send_one(Frame::heartbeat(true)), "a heartbeat weighs nothing");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_peer_that_takes_nothing_is_closed_after_ten_seconds() {
+        let closed = CancellationToken::new();
+        let (outbox, writer) = outbox(closed.clone());
+        let (near, far) = tokio::io::duplex(1024);
+        let begun = Instant::now();
+        let writing = tokio::spawn(writer.run(near, Duration::from_secs(5)));
+        while outbox.send_one(frame(64 * 1024)) {}
+        assert_eq!(writing.await.expect("ends"), Ended::Stuck);
+        let took = begun.elapsed();
+        assert!(took >= Duration::from_millis(UNSENT_FULL_MS), "{took:?}");
+        assert!(took < Duration::from_millis(UNSENT_FULL_MS + 3000), "{took:?}");
+        assert!(closed.is_cancelled());
+        drop(far);
+    }
+
+    #[tokio::test]
+    async fn room_comes_back_when_the_peer_reads() {
+        let (outbox, writer) = outbox(CancellationToken::new());
+        let (near, mut far) = tokio::io::duplex(64 * 1024);
+        tokio::spawn(writer.run(near, Duration::from_secs(5)));
+        let mut sent = 0;
+        while outbox.send_one(frame(64 * 1024)) {
+            sent += 1;
+        }
+        assert!(!outbox.has_room());
+        let reading = tokio::spawn(async move {
+            let mut bytes = BytesMut::new();
+            let mut frames = 0;
+            while frames < sent {
+                use tokio::io::AsyncReadExt;
+                far.read_buf(&mut bytes).await.expect("open");
+                while let Some(received) = codec::decode(&mut bytes).expect("whole frames") {
+                    frames += usize::from(!received.frame.flags.has(Flags::HB));
+                }
+            }
+            far
+        });
+        outbox.room().await;
+        assert!(outbox.send_one(frame(1)));
+        reading.await.expect("all arrived");
+    }
 }
