@@ -2,7 +2,7 @@
 //! silence.
 
 use crate::command::{self, CommandConfig};
-use crate::config::{AgentConfig, ConfigError, Kind, Usd};
+use crate::config::{AgentConfig, ConfigError, Kind};
 use crate::llm::{ConfigProblem, Llm, LlmConfig, Prices};
 use crate::{anthropic, gemini, ollama, openai, scripted};
 use atp_proto::content::Capabilities;
@@ -71,7 +71,7 @@ fn program(config: &AgentConfig) -> Result<(Capabilities, Arc<dyn Handler>), Con
     if let Some(effects) = config.effects {
         command.effects = effects;
     }
-    command.usd_micros_per_run = config.usd_per_run.unwrap_or(Usd::default()).0.0;
+    command.usd_micros_per_run = config.usd_per_run.unwrap_or_default().0.0;
     let handler = command::handler(command).map_err(of_problem)?;
     handler.describe(&mut capabilities);
     Ok((capabilities, Arc::new(handler)))

@@ -313,7 +313,7 @@ impl Playing<'_> {
             },
             _ => self.billed,
         };
-        if self.fault == Some(Fault::FallingTotal) && self.reports % 2 == 0 {
+        if self.fault == Some(Fault::FallingTotal) && self.reports.is_multiple_of(2) {
             let cost = Cost {
                 in_tokens: atp_proto::Tokens(self.shown.in_tokens.0 / 2),
                 out_tokens: atp_proto::Tokens(self.shown.out_tokens.0 / 2),
