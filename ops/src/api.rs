@@ -3,7 +3,7 @@
 use crate::cli::Global;
 use crate::failure::{Exit, Failure};
 use atp_core::view::{AccountView, AgentView, StreamView};
-use atp_proto::content::Bill;
+use atp_proto::content::{Bill, TaskState};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -39,12 +39,10 @@ pub(crate) struct RouterFacts {
     pub(crate) atp: String,
 }
 
-/// The parts of `fleet` that commands read; the whole document is kept for `--json`.
+/// The part of `fleet` that names the router.
 #[derive(Debug, Deserialize)]
 pub(crate) struct Fleet {
     pub(crate) router: RouterFacts,
-    #[serde(default)]
-    pub(crate) streams: Vec<StreamView>,
 }
 
 impl Api {
@@ -95,7 +93,32 @@ impl Api {
         }
     }
 
+    /// Where the router says that its native protocol is.
+    pub(crate) async fn native(&self) -> Result<String, Failure> {
+        let fleet: Fleet = self.fetch("/v1/fleet").await?;
+        Ok(fleet.router.atp)
+    }
+
+    /// A stream's state; `None` when the router knows no such stream.
+    pub(crate) async fn state(&self, stream: &str) -> Result<Option<TaskState>, Failure> {
+        #[derive(Deserialize)]
+        struct Head {
+            state: TaskState,
+        }
+        let request = self.client.get(format!("{}/v1/streams/{stream}", self.base));
+        let (status, body) = self.send(request).await?;
+        if status == 404 {
+            return Ok(None);
+        }
+        Ok(Some(self.read::<Head>(status, &body)?.state))
+    }
+
     async fn ask<T: DeserializeOwned>(&self, request: reqwest::RequestBuilder) -> Result<T, Failure> {
+        let (status, body) = self.send(request).await?;
+        self.read(status, &body)
+    }
+
+    async fn send(&self, request: reqwest::RequestBuilder) -> Result<(u16, Vec<u8>), Failure> {
         let request = match &self.token {
             Some(token) => request.bearer_auth(token),
             None => request,
@@ -104,14 +127,17 @@ impl Api {
             Failure::new(Exit::Unreachable, format!("no router answers at {}: {}", self.base, root_cause(&e)))
         };
         let response = request.send().await.map_err(unreachable)?;
-        let status = response.status();
-        let body = response.bytes().await.map_err(unreachable)?;
-        if status.is_success() {
-            return serde_json::from_slice(&body).map_err(|e| {
+        let status = response.status().as_u16();
+        Ok((status, response.bytes().await.map_err(unreachable)?.to_vec()))
+    }
+
+    fn read<T: DeserializeOwned>(&self, status: u16, body: &[u8]) -> Result<T, Failure> {
+        if (200..300).contains(&status) {
+            return serde_json::from_slice(body).map_err(|e| {
                 Failure::new(Exit::Unreachable, format!("{} doesn't answer like an ATP router: {e}", self.base))
             });
         }
-        Err(refused(status.as_u16(), &body))
+        Err(refused(status, body))
     }
 }
 
@@ -153,55 +179,9 @@ fn refused(status: u16, body: &[u8]) -> Failure {
     Failure::new(exit, format!("{code}{scope}: {what}{after}"))
 }
 
-/// Where the native protocol is: the URL's own address for `atp://`, else what the router at the `http://` URL says.
-///
-/// # Errors
-/// Usage for other URLs; unreachable when nobody answers.
-pub(crate) async fn native_address(global: &Global) -> Result<String, Failure> {
-    if let Some(address) = global.url.strip_prefix("atp://") {
-        return with_port(address.trim_end_matches('/'))
-            .ok_or_else(|| Failure::usage(format!("--url: `{}` is not of the form atp://HOST:PORT", global.url)));
-    }
-    if ["atps://", "ws://", "wss://", "https://"].iter().any(|s| global.url.starts_with(s)) {
-        return Err(Failure::usage(format!(
-            "--url: `{}`: this version has plain sockets on loopback only; write atp://127.0.0.1:7443 or http://127.0.0.1:7080",
-            global.url
-        )));
-    }
-    let api = Api::new(global)?;
-    let fleet: Fleet = api.fetch("/v1/fleet").await?;
-    let address = fleet.router.atp;
-    let address = address.strip_prefix("atp://").unwrap_or(&address);
-    with_port(address).ok_or_else(|| {
-        Failure::new(Exit::Unreachable, format!("the router at {} says that its native port is `{address}`", api.base))
-    })
-}
-
-fn with_port(address: &str) -> Option<String> {
-    if address.is_empty() || address.contains(['/', ' ', '@']) {
-        return None;
-    }
-    let port = address.rsplit_once(':').filter(|(host, _)| !host.is_empty() && !host.ends_with(':')).map(|(_, p)| p);
-    match port {
-        Some(port) if !port.ends_with(']') => port.parse::<u16>().ok().map(|_| address.to_owned()),
-        _ => Some(format!("{address}:7443")),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn addresses_have_a_port() {
-        assert_eq!(with_port("h").as_deref(), Some("h:7443"));
-        assert_eq!(with_port("h:1").as_deref(), Some("h:1"));
-        assert_eq!(with_port("[::1]").as_deref(), Some("[::1]:7443"));
-        assert_eq!(with_port("[::1]:9").as_deref(), Some("[::1]:9"));
-        for bad in ["", "h:99999", "h/x", "u@h"] {
-            assert_eq!(with_port(bad), None, "{bad}");
-        }
-    }
 
     #[test]
     fn problems_name_code_and_scope() {

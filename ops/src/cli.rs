@@ -173,12 +173,18 @@ pub(crate) struct Agent {
     /// USD per million completion tokens
     #[arg(long, value_name = "USD", value_parser = usd, requires = "in_usd_per_mtok")]
     pub(crate) out_usd_per_mtok: Option<UsdMicros>,
+    /// Never asks a model for more output than this
+    #[arg(long, value_name = "N")]
+    pub(crate) output_tokens_max: Option<u64>,
     /// Longest a call may take, e.g. 60s
     #[arg(long, value_name = "D", value_parser = duration)]
     pub(crate) timeout: Option<u64>,
     /// `command`: where the program runs
     #[arg(long, value_name = "DIR")]
     pub(crate) cwd: Option<PathBuf>,
+    /// `command`: more output than this ends the program
+    #[arg(long, value_name = "N")]
+    pub(crate) output_bytes_max: Option<u64>,
     /// `scripted`: the script
     #[arg(long, value_name = "FILE")]
     pub(crate) script: Option<PathBuf>,

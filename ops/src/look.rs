@@ -132,6 +132,13 @@ pub(crate) async fn verify(global: &Global, screen: Screen) -> Outcome {
     show_verify(screen, &view)
 }
 
+/// A log checked against itself, without a router.
+pub(crate) fn verify_log(screen: Screen, source: &cli::LogSource) -> Outcome {
+    let report = atp_router::verify::offline_verify(&crate::replay::log_dir(source));
+    let report = report.map_err(|e| Failure::new(Exit::Difference, format!("--log: {e}")))?;
+    show_verify(screen, &serde_json::to_value(report)?)
+}
+
 /// Prints the object of `verify`; exit 5 unless it is clean.
 pub(crate) fn show_verify(screen: Screen, view: &Value) -> Outcome {
     let ok = view["ok"].as_bool().unwrap_or(false);

@@ -1,14 +1,22 @@
 //! `atp`, the one binary: parses the command line, puts the parts together and turns outcomes into exit codes.
 //! Holds no state of its own and decides nothing about streams or money.
 
+mod agent;
 mod api;
+mod check;
 mod cli;
+mod connect;
+mod demo;
 mod failure;
 mod finding;
 mod follow;
 mod look;
+mod replay;
+mod router;
 mod rows;
 mod screen;
+mod submit;
+mod watch;
 
 use clap::{CommandFactory, Parser};
 use cli::{Cli, Command};
@@ -44,6 +52,17 @@ fn main() -> ExitCode {
 async fn run(cli: Cli, screen: Screen) -> Outcome {
     let global = &cli.global;
     match cli.command {
+        Command::Demo(args) => demo::run(screen, &args).await,
+        Command::Submit(args) => submit::run(global, screen, &args).await,
+        Command::Watch(args) => watch::run(global, screen, &args).await,
+        Command::Cancel(args) => watch::cancel(global, screen, &args).await,
+        Command::Verify(cli::Verify { log: Some(log) }) => look::verify_log(screen, &log),
+        Command::Verify(_) => look::verify(global, screen).await,
+        Command::Replay(args) => replay::run(screen, &args),
+        Command::Agent(args) => agent::run(global, screen, &args).await,
+        Command::Bench(args) => bench(screen, &args),
+        Command::Router(args) => router::run(screen, &args).await,
+        Command::Check(args) => check::run(screen, &args),
         Command::Ps => look::ps(global, screen).await,
         Command::Agents => look::agents(global, screen).await,
         Command::AgentStatus(args) => look::agent_status(global, screen, &args).await,
@@ -51,8 +70,15 @@ async fn run(cli: Cli, screen: Screen) -> Outcome {
         Command::Bill(args) => look::bill(global, screen, &args).await,
         Command::Completion { shell } => completion(shell),
         Command::Version => version(screen),
-        _ => Err(Failure::usage("not yet")),
     }
+}
+
+/// The flags are the bench's own; `--json` may stand before them too.
+fn bench(screen: Screen, args: &cli::Bench) -> Outcome {
+    let json = (screen.json && !args.args.iter().any(|a| a == "--json")).then(|| "--json".to_owned());
+    let words = std::iter::once("atp bench".to_owned()).chain(args.args.iter().cloned()).chain(json);
+    let parsed = atp_bench::BenchArgs::parse_from(words);
+    atp_bench::run(parsed).map_err(Failure::from)
 }
 
 /// To a buffer first: the generator panics when its reader has gone.

@@ -1,0 +1,37 @@
+# Recipes for people; each is one command that also works without `just`.
+
+# What has to pass before every commit
+check:
+    cargo fmt --all --check
+    cargo clippy --workspace --all-targets -- -D warnings
+    cargo test --workspace
+    RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps
+
+# Everything, as CI does it (`just test --all`)
+test *ARGS:
+    ops/test.sh {{ARGS}}
+
+# Schedules of the simulation: `just sim --schedules 20000`, or one again: `just sim --seed 17`
+sim *ARGS:
+    cargo run --profile sim -p atp-tests --no-default-features --bin sim -- {{ARGS}}
+
+# Every planted fault must be caught
+mutants *ARGS:
+    tests/simulation/mutants/run.sh {{ARGS}}
+
+fmt:
+    cargo fmt --all
+
+# One real task from submit to bill (`just demo --local-llm`)
+demo *ARGS:
+    cargo run --release -- demo {{ARGS}}
+
+docs:
+    RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps --open
+
+bench *ARGS:
+    cargo run --release -- bench {{ARGS}}
+
+# Advisories, where the network allows
+audit:
+    cargo deny check advisories

@@ -1,0 +1,112 @@
+//! `atp replay`: a log's records as lines, or the state that they add up to. Reads without a lock, writes nothing.
+
+use crate::cli::{self, LogSource};
+use crate::failure::{Exit, Failure, Outcome};
+use crate::rows;
+use crate::screen::{Screen, escape};
+use atp_core::clock::rfc3339;
+use atp_core::record::{Entry, FrameRecord, Record};
+use atp_core::state::State;
+use atp_proto::codec::{Received, decode_body};
+use atp_proto::json::View;
+use atp_router::log::Reader;
+use prost::Message;
+use serde_json::{Value, json};
+use std::io::{BufWriter, Write};
+use std::path::PathBuf;
+
+/// The directory of the segments; a data directory stands for the log in it.
+pub(crate) fn log_dir(source: &LogSource) -> PathBuf {
+    let LogSource::Local(dir) = source;
+    let inner = dir.join("log");
+    if inner.is_dir() { inner } else { dir.clone() }
+}
+
+/// The entries `from..=until` of a log with their positions.
+pub(crate) fn entries(
+    source: &LogSource,
+    from: u64,
+    until: Option<u64>,
+) -> Result<impl Iterator<Item = Result<(u64, Entry), Failure>>, Failure> {
+    let reader = Reader::open(log_dir(source)).map_err(|e| Failure::usage(format!("--log: {e}")))?;
+    let entries = reader.entries(from).take_while(move |item| match (item, until) {
+        (Ok((position, _)), Some(until)) => *position <= until,
+        _ => true,
+    });
+    Ok(entries.map(|item| {
+        let (position, bytes) = item.map_err(|e| Failure::new(Exit::Difference, format!("--log: {e}")))?;
+        let entry = Entry::decode(bytes).map_err(|e| {
+            Failure::new(Exit::Difference, format!("--log: the entry at position {position} can't be read: {e}"))
+        })?;
+        Ok((position, entry))
+    }))
+}
+
+pub(crate) fn run(screen: Screen, args: &cli::Replay) -> Outcome {
+    if args.state { state(screen, args) } else { records(screen, args) }
+}
+
+fn state(screen: Screen, args: &cli::Replay) -> Outcome {
+    let (mut state, mut records) = (State::default(), 0u64);
+    for item in entries(&args.log, 1, args.until)? {
+        let (position, entry) = item?;
+        records += entry.records.len() as u64;
+        state.apply(position, &entry).map_err(|e| Failure::new(Exit::Difference, e))?;
+    }
+    let view = state.verify_view();
+    if screen.json {
+        return Ok(screen
+            .document(&json!({"position": view.position, "records": records, "state_hash": view.state_hash,
+            "streams": view.streams, "accounts": view.accounts}))?);
+    }
+    screen.line(&format!(
+        "position {}, {records} records, {} streams, {} open reservations\nstate {}\n",
+        view.position, view.streams, view.open_reservations, view.state_hash
+    ))?;
+    Ok(screen.line(rows::accounts(screen, &view.accounts).trim_end())?)
+}
+
+fn records(screen: Screen, args: &cli::Replay) -> Outcome {
+    let mut out = BufWriter::new(std::io::stdout().lock());
+    for item in entries(&args.log, args.from, args.until)? {
+        let (position, entry) = item?;
+        for record in &entry.records {
+            let record = record.record.as_ref();
+            let stream = record.and_then(Record::key).map(|key| key.stream.as_str());
+            if args.stream.is_some() && args.stream.as_deref() != stream {
+                continue;
+            }
+            let kind = record.map_or("unknown", Record::kind);
+            let value = record.map_or(Value::Null, shown);
+            let at = rfc3339(entry.at_ms);
+            if screen.json {
+                // One shard until logs are split.
+                let line = json!({"position": position, "shard": 0, "at": at, "kind": kind, "stream_id": stream, "record": value});
+                serde_json::to_writer(&mut out, &line)?;
+                out.write_all(b"\n")?;
+            } else {
+                let stream = stream.unwrap_or("-");
+                let text = value.to_string();
+                writeln!(out, "{position:>8} {at} {kind:<10} {} {}", escape(stream), escape(&text))?;
+            }
+        }
+    }
+    Ok(out.flush()?)
+}
+
+/// A record's fields; a frame with its JSON view and the checksum of the logged body.
+fn shown(record: &Record) -> Value {
+    let mut value = record.to_json();
+    if let Record::Frame(frame) = record {
+        value["frames"] = Value::Array(frame_views(frame));
+    }
+    value
+}
+
+fn frame_views(record: &FrameRecord) -> Vec<Value> {
+    let view = |body: &bytes::Bytes| match decode_body(body.clone()) {
+        Ok(frame) => serde_json::to_value(View::with_checksum(&Received { frame, body: body.clone() })),
+        Err(error) => Ok(json!({"error": error, "bytes": body.len()})),
+    };
+    record.bodies.iter().map(|body| view(body).unwrap_or(Value::Null)).collect()
+}
