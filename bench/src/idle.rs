@@ -5,7 +5,7 @@ use crate::agent::{self, Conduct, Sent};
 use crate::args::BenchArgs;
 use crate::client::{self, Received, STREAMS_PER_CONNECTION};
 use crate::report::{IdleRow, Report, Rows};
-use crate::router::Target;
+use crate::router::{CALLS_PER_AGENT, Target};
 use anyhow::Context;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
@@ -15,6 +15,8 @@ use tokio::time::{Instant, sleep};
 
 /// Streams that are opened first, so that buffers and tables of the process itself don't count.
 const WARM_UP: usize = 500;
+const STREAMS_PER_AGENT: usize = 4 * STREAMS_PER_CONNECTION;
+const _: () = assert!(STREAMS_PER_AGENT <= CALLS_PER_AGENT);
 const OPEN_TIMEOUT: Duration = Duration::from_secs(60);
 /// The router's memory is read when it has been quiet for so long.
 const QUIET: Duration = Duration::from_secs(2);
@@ -25,19 +27,23 @@ pub(crate) async fn run(args: &BenchArgs) -> anyhow::Result<Report> {
         for (state, agent_is_there) in [("waiting", false), ("running", true)] {
             eprintln!("{}: {} streams {state}", line.name(), args.streams());
             let target = Target::start(args, *line).await?;
+            let streams = usize::try_from(args.streams())?;
             let mut ends = JoinSet::new();
             let (sent, received) = (Arc::new(Sent::default()), Arc::new(Received::default()));
             if agent_is_there {
-                ends.spawn(agent::run(target.address, 0, Conduct::Hold, Arc::clone(&sent)));
+                for n in 0..(WARM_UP + streams).div_ceil(STREAMS_PER_AGENT) {
+                    ends.spawn(agent::run(target.address, n as u64, Conduct::Hold, Arc::clone(&sent)));
+                }
             }
-            let streams = usize::try_from(args.streams())?;
             let mut opened = 0;
             let mut resident = [0; 2];
             for (upto, resident) in [WARM_UP, WARM_UP + streams].into_iter().zip(&mut resident) {
                 while opened < upto {
-                    let share = (upto - opened).min(STREAMS_PER_CONNECTION);
+                    let agent = opened / STREAMS_PER_AGENT;
+                    let room = (agent + 1) * STREAMS_PER_AGENT - opened;
+                    let share = (upto - opened).min(STREAMS_PER_CONNECTION).min(room);
                     let prefix = format!("{}.{opened}", client::run_id());
-                    ends.spawn(client::run(target.address, prefix, share, 0, Arc::clone(&received)));
+                    ends.spawn(client::run(target.address, prefix, share, agent as u64, Arc::clone(&received)));
                     opened += share;
                 }
                 tokio::select! {

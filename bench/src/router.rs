@@ -13,6 +13,9 @@ use tokio::net::TcpStream;
 use tokio::process::{Child, Command};
 use tokio::time::{Instant, sleep, timeout};
 
+/// The most calls that a router lets one agent have at once.
+pub(crate) const CALLS_PER_AGENT: usize = 4096;
+
 const START_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// A router to measure. Dropped, a child is killed and its log is gone.
@@ -71,16 +74,17 @@ impl Target {
 
 /// Wide limits that are checked on every slice, or none at all.
 fn config(line: Line, atp: SocketAddr, http: SocketAddr, data_dir: &str) -> String {
+    // A window always has a limit, so without limits it is one that nothing reaches; an account may have none.
     let (window, account) = if line.has_limits() {
         ("max_tokens: 1000000000000, max_usd: 1000000.00", "{usd: 10000000.00, tokens: 10000000000000, per: day}")
     } else {
-        ("max_tokens: , max_usd: ", "{per: day}")
+        ("max_tokens: 1000000000000000, max_usd: 1000000000.00", "{per: day}")
     };
     format!(
         "listen: {{atp: \"{atp}\", http: \"{http}\"}}\n\
          data_dir: {data_dir:?}\n\
          log: {{kind: local, durability: {}}}\n\
-         windows:\n  stream: {{max_parallel: 100000, {window}}}\n  agent: {{max_parallel: 100000, {window}}}\n\
+         windows:\n  stream: {{max_parallel: 8, {window}}}\n  agent: {{max_parallel: {CALLS_PER_AGENT}, {window}}}\n\
          accounts:\n  default: {account}\n",
         line.durability()
     )
