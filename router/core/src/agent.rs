@@ -12,7 +12,7 @@
 use crate::clock::Now;
 use crate::message::{AgentEffect, AgentInput, FromAgent, Machine, ToAgent};
 use crate::settings::Settings;
-use atp_proto::content::{AgentStatus, Capabilities, Status};
+use atp_proto::content::{AgentStatus, Capabilities, ListedCall, Status};
 use atp_proto::{AgentName, CallId, Code, ConnId, Frame, WireError};
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
@@ -150,17 +150,32 @@ impl Agent {
             self.status = AgentStatus::default();
         }
         self.link = Some(Link { conn, capabilities: capabilities.clone(), alive_at: now, up: true });
+        for listed in capabilities.calls.iter().filter(|c| !c.done) {
+            if let std::collections::btree_map::Entry::Vacant(free) = self.calls.entry(listed.call_id) {
+                free.insert((listed.shard, Slot::Running { epoch: listed.epoch }));
+                self.used += 1;
+            }
+        }
         self.up(None);
         self.lend();
     }
 
     fn up(&mut self, shard: Option<u32>) {
         let Some(link) = self.link.as_ref().filter(|l| l.up) else { return };
-        let message = FromAgent::Up {
-            agent: self.name.clone(),
-            capabilities: link.capabilities.clone(),
-            status: self.status.clone(),
-        };
+        let mut capabilities = link.capabilities.clone();
+        let unlisted = self.calls.iter().filter_map(|(id, (shard, slot))| match slot {
+            Slot::Running { epoch } => Some((*id, *shard, *epoch)),
+            Slot::Wanted { .. } | Slot::Lent { .. } | Slot::Over { .. } => None,
+        });
+        // A new owner must also hear of calls that only their slot remembers.
+        for (call_id, shard, epoch) in unlisted {
+            if capabilities.calls.iter().all(|c| c.call_id != call_id) {
+                let (msg_seq, cost) = (0, atp_proto::Cost::default());
+                let listed = ListedCall { call_id, shard, epoch, msg_seq, cost, done: false };
+                Arc::make_mut(&mut capabilities).calls.push(listed);
+            }
+        }
+        let message = FromAgent::Up { agent: self.name.clone(), capabilities, status: self.status.clone() };
         self.effects.push_back(AgentEffect::ToShard { shard, message });
     }
 

@@ -12,7 +12,7 @@ pub const CLASS_DEFAULT_OUT_TOKENS: u64 = 1_000;
 /// The largest amount that one call may state in a dimension: a million USD, 10^12 tokens.
 pub const CALL_AMOUNT_MAX: u64 = 1_000_000_000_000;
 /// Tokens beside the text of task and inputs: roles, separators, names.
-const FRAMING_TOKENS: u64 = 64;
+const FRAMING_TOKENS: u64 = 200;
 
 /// An estimate of one call on one agent.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -196,7 +196,7 @@ mod tests {
         );
         let e = e.unwrap().unwrap();
         assert_eq!((e.mean, e.input), (Amount::new(300, 300), Amount::new(300, 300)));
-        assert_eq!(prompt_tokens(4), 66);
+        assert_eq!(prompt_tokens(4), 202);
     }
 
     #[test]

@@ -119,10 +119,12 @@ impl StreamReplay {
     fn ended(&self, entry: &Entry, lane: u32, ended: &Ended, cost: Option<Cost>, frames: &mut Vec<Frame>) {
         let Some((id, agent)) = self.agents.get(&lane).filter(|_| ended.out_seq > 0) else { return };
         // The agent's last message stands in the same entry, if one ended the lane.
-        let last = entry.records.iter().find_map(|r| match r.record.as_ref()? {
-            Record::Frame(f) if f.lane == lane && f.key == self.key => part_of(f),
+        let last = entry.records.iter().rev().find_map(|r| match r.record.as_ref()? {
+            Record::Frame(f) if f.lane == lane && f.key == self.key => Some(f),
             _ => None,
         });
+        // A chunk in this entry has a message of its own.
+        let last = last.filter(|f| f.out_seq == 0).and_then(part_of);
         let part = AgentPartial { cost: cost.unwrap_or_default(), ..last.unwrap_or_default() };
         frames.push(partial(&self.key.stream, ended.out_seq, *id, agent, part, Some(&ended.how)));
     }

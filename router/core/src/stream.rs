@@ -104,6 +104,9 @@ pub struct Call {
     /// A void call's proof.
     #[prost(enumeration = "crate::record::ProofPb", tag = "22")]
     pub proof: i32,
+    /// More than one: an earlier attempt may have had its effect, so no proof of a later one voids the call.
+    #[prost(uint32, tag = "23")]
+    pub intents: u32,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, prost::Enumeration)]

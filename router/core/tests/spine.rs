@@ -251,7 +251,7 @@ fn the_grant_grows_in_slices_up_to_the_budget() {
     let budget = Limit { tokens: Some(Tokens(3_000)), usd_micros: Some(UsdMicros(1_000_000)) };
     house.submit("s1", &Submit { budget, ..task("hi") });
     let call = house.dispatched();
-    assert_eq!(call.grant.tokens, Tokens(65 + 1_000 + 500));
+    assert_eq!(call.grant.tokens, Tokens(201 + 1_000 + 500));
     let mut grant = call.grant;
     for seq in 1..=12 {
         house.says(partial(&call, seq, "x", seq * 200));

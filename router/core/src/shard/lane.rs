@@ -200,9 +200,9 @@ impl Shard {
         let Some(live) = self.calls.get(&id).filter(|_| epoch == self.epoch) else { return };
         let (no, lane) = (live.no, live.lane);
         let call = self.state.stream(no).and_then(|s| s.call(lane));
-        let first = call.is_some_and(|c| c.phase() == Phase::Running && c.intent_epoch == self.epoch && c.in_seq == 0);
-        if first && !live.answered {
-            self.void(no, lane, ProofPb::Unsent, Code::AgentDown.as_str());
+        let silent = call.is_some_and(|c| c.phase() == Phase::Running && c.intent_epoch == self.epoch && c.in_seq == 0);
+        if silent && !live.answered {
+            self.disproved(no, lane, ProofPb::Unsent, Code::AgentDown.as_str());
         }
     }
 

@@ -203,6 +203,7 @@ impl Shard {
         let Some(call) = self.state.stream(no).and_then(|s| s.call(lane)) else { return };
         let silent = call.in_seq == 0 && call.booked().amount().is_ok_and(Amount::is_zero);
         let (agent, external) = (call.agent(), call.intent.as_ref().is_some_and(|i| i.external));
+        let twice = call.intents > 1;
         let actual = error.cost.map(|cost| reported(call, cost));
         self.record(Record::Frame(record));
         if matches!(error.code, Code::WindowAgent | Code::Draining)
@@ -214,9 +215,9 @@ impl Shard {
         match (error.proof, actual) {
             (Some(proof), _) if silent && running => {
                 let proof = if proof == Proof::Rejected { ProofPb::Rejected } else { ProofPb::NotCalled };
-                self.void(no, lane, proof, code);
+                self.disproved(no, lane, proof, code);
             }
-            (Some(_), _) if silent => self.adjust(no, lane, Cost::default()),
+            (Some(_), _) if silent && !twice => self.adjust(no, lane, Cost::default()),
             (_, Some(actual)) if running => {
                 let stated = error.cost.map_or(0, |c| c.usd_micros.0);
                 self.settle(no, lane, actual, stated, SourcePb::Reported, code, 0, AgentPartial::default());

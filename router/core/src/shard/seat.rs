@@ -64,8 +64,13 @@ impl Shard {
         if open {
             return;
         }
+        if listed.shard != self.settings.shard {
+            return;
+        }
         let known = self.state.call(&call).is_some();
         let (shard, epoch) = (self.settings.shard, self.epoch);
+        // Its slot may still be kept for it: the owner that settled it may not have come to say so.
+        self.tell_agent(agent, ToAgent::Ended { shard, epoch, call });
         let on = call.to_string();
         let frame = if listed.done && !known {
             Frame::json(on, 0, Flags::NONE, kind::ACK, &Ack { msg_seq: listed.msg_seq, open: Vec::new() })

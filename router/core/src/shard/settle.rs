@@ -62,6 +62,15 @@ impl Shard {
         let update = BudgetUpdate { call_id: id, shard: self.settings.shard, epoch: self.epoch, grant: total, last };
         self.pass(id, Frame::json(id.to_string(), 0, Flags::NONE, kind::BUDGET_UPDATE, &update));
     }
+    /// Proof that the newest dispatch had no effect. It says nothing of an earlier one with the same upstream key: such a call
+    /// is tried again while its upstream dedupes, else its outcome is unknown.
+    pub(super) fn disproved(&mut self, no: u64, lane: u32, proof: ProofPb, how: &str) {
+        match self.state.stream(no).and_then(|s| s.call(lane)).is_some_and(|c| c.intents > 1) {
+            true => self.lost(no, lane),
+            false => self.void(no, lane, proof, how),
+        }
+    }
+
     pub(super) fn void(&mut self, no: u64, lane: u32, proof: ProofPb, how: &str) {
         let Some(stream) = self.state.stream(no) else { return };
         let told = stream.call(lane).is_some_and(|c| c.intent.is_some());

@@ -141,6 +141,7 @@ impl State {
             _ => return Err(format!("lane {} can't be dispatched now", r.lane)),
         }
         call.set_phase(Phase::Running);
+        call.intents += 1;
         call.intent = Some(Intent { key: Key::default(), ..r.clone() });
         (call.intent_at, call.intent_epoch, call.in_seq) = (at, epoch, 0);
         Ok(())
@@ -199,6 +200,12 @@ impl State {
         let call = stream.call_mut(r.lane).ok_or("no such lane")?;
         if !call.is_open() {
             return Err(format!("lane {} has ended", r.lane));
+        }
+        if call.intents > 1 {
+            return Err(format!(
+                "lane {} was dispatched {} times, one of them may have had its effect",
+                r.lane, call.intents
+            ));
         }
         let hold = call.hold();
         call.set_phase(Phase::Void);
@@ -285,11 +292,11 @@ impl State {
             call.largest_chunk = Amount::from(call.largest_chunk).max(now.less(before)).into();
             call.booked = booked;
         }
-        let Some(output) = output else { return Ok(()) };
+        let Some(output) = output.filter(|_| call.is_open()) else { return Ok(()) };
         if output.reported {
             call.reported = Cost::from(call.reported).max(output.cost).into();
         }
-        if closed || !call.is_open() {
+        if closed {
             return Ok(());
         }
         if let Some(text) = output.text {
