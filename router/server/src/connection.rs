@@ -89,6 +89,9 @@ where
         // What the peer still sends is read, or closing the socket would take the error away from it.
         let _ = tokio::time::timeout(Duration::from_secs(1), connection.discard()).await;
     } else {
+        if let Ended::Io(kind) = &ended {
+            tracing::debug!(conn = conn.0, %kind, "connection broken");
+        }
         outbox.close(None);
     }
     drop((connection, outbox));

@@ -70,10 +70,10 @@ impl Site {
             .inbox
             .ask(query)
             .await
-            .ok_or_else(|| Problem(WireError::new(Code::Draining, "this router is stopping"), None))
+            .ok_or_else(|| Problem::new(WireError::new(Code::Draining, "this router is stopping"), None))
     }
 
-    async fn stream(&self, tenant: &TenantId, id: &str) -> Result<(StreamId, StreamAnswer), Problem> {
+    async fn stream(&self, tenant: &TenantId, id: &str) -> Result<(StreamId, Box<StreamAnswer>), Problem> {
         let stream = stream_id(id)?;
         match self.ask(Query::Stream { tenant: tenant.clone(), stream: stream.clone() }).await? {
             Answer::Stream(Some(answer)) => Ok((stream, answer)),
@@ -99,13 +99,13 @@ pub(crate) fn routes(site: Site) -> Router {
         .route("/livez", get(|| async { "ok\n" }))
         .route("/readyz", get(readyz))
         .fallback(|| async {
-            Problem(
+            Problem::new(
                 WireError::new(Code::Proto, "no such path; see GET /v1/fleet, /v1/streams, /v1/accounts"),
                 Some(StatusCode::NOT_FOUND),
             )
         })
         .method_not_allowed_fallback(|| async {
-            Problem(
+            Problem::new(
                 WireError::new(Code::Proto, "this path doesn't take that method"),
                 Some(StatusCode::METHOD_NOT_ALLOWED),
             )
@@ -126,7 +126,7 @@ async fn authorise(
         let own = headers.get(header::HOST).and_then(|h| h.to_str().ok()).map(|h| format!("http://{h}"));
         if origin.to_str().ok() != own.as_deref() {
             let error = WireError::new(Code::Sec, "origin: pages of other origins can't use this router");
-            return Problem(error, None).into_response();
+            return Problem::new(error, None).into_response();
         }
     }
     let anonymous = site.0.config.borrow().anonymous;
@@ -135,7 +135,7 @@ async fn authorise(
             request.extensions_mut().insert(tenant);
             next.run(request).await
         }
-        Err(error) => Problem(error, None).into_response(),
+        Err(error) => Problem::new(error, None).into_response(),
     }
 }
 
@@ -160,14 +160,14 @@ async fn streams(
         ["queued", "running", "settling", "done", "provisional", "failed", "cancelled", "refused"];
     if let Some(state) = params.state.as_deref().filter(|s| !STATES.contains(s)) {
         let message = format!("state: `{state}` is none of {}", STATES.join(", "));
-        return Err(Problem(WireError::proto(message), None));
+        return Err(Problem::new(WireError::proto(message), None));
     }
     let mut rows = list(&site, tenant).await?;
     rows.retain(|row| params.state.as_deref().is_none_or(|state| row.state.as_str() == state));
     rows.sort_by(|a, b| (&b.started_at, &b.stream_id).cmp(&(&a.started_at, &a.stream_id)));
     if let Some(cursor) = &params.cursor {
         let Some((started, id)) = cursor.split_once('~') else {
-            return Err(Problem(
+            return Err(Problem::new(
                 WireError::proto("cursor: not one that this router gave; leave it out to begin anew"),
                 None,
             ));
@@ -204,7 +204,7 @@ async fn stream(
             let dir = site.0.log_dir.clone();
             let read =
                 tokio::task::spawn_blocking(move || verify::read_final(&dir, &tenant, &stream, answer.from)).await;
-            read.map_err(|_| mismatch())?.map_err(|e| Problem(WireError::new(Code::Log, e), None))?
+            read.map_err(|_| mismatch())?.map_err(|e| Problem::new(WireError::new(Code::Log, e), None))?
         }
         None => None,
     };
@@ -312,7 +312,7 @@ async fn verify_now(State(site): State<Site>) -> Result<Json<verify::Report>, Pr
     let Answer::Verify(live) = site.ask(Query::Verify).await? else { return Err(mismatch()) };
     let dir = site.0.log_dir.clone();
     let report = tokio::task::spawn_blocking(move || verify::against_live(&dir, &live)).await;
-    report.map_err(|_| mismatch())?.map(Json).map_err(|e| Problem(WireError::new(Code::Log, e), None))
+    report.map_err(|_| mismatch())?.map(Json).map_err(|e| Problem::new(WireError::new(Code::Log, e), None))
 }
 
 async fn metrics(State(site): State<Site>) -> impl IntoResponse {
@@ -338,24 +338,30 @@ fn stream_id(id: &str) -> Result<StreamId, Problem> {
     if is_id(id) {
         Ok(StreamId::new(id))
     } else {
-        Err(Problem(WireError::proto("stream id: 1 to 64 of A-Za-z0-9._-"), None))
+        Err(Problem::new(WireError::proto("stream id: 1 to 64 of A-Za-z0-9._-"), None))
     }
 }
 
 fn not_found(what: &str) -> Problem {
     let what: String = what.chars().take(64).collect();
-    Problem(
+    Problem::new(
         WireError::new(Code::Proto, format!("nothing here is called `{what}`, or it isn't yours")),
         Some(StatusCode::NOT_FOUND),
     )
 }
 
 fn mismatch() -> Problem {
-    Problem(WireError::new(Code::Draining, "this router is stopping"), None)
+    Problem::new(WireError::new(Code::Draining, "this router is stopping"), None)
 }
 
 /// A refusal as `application/problem+json`.
-struct Problem(WireError, Option<StatusCode>);
+struct Problem(Box<WireError>, Option<StatusCode>);
+
+impl Problem {
+    fn new(error: WireError, status: Option<StatusCode>) -> Self {
+        Self(Box::new(error), status)
+    }
+}
 
 impl IntoResponse for Problem {
     fn into_response(self) -> Response {

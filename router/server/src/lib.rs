@@ -18,4 +18,4 @@ pub mod verify;
 
 pub use config::Config;
 pub use identity::{Anonymous, DEFAULT_TENANT};
-pub use router::{Router, StartError, recover_state};
+pub use router::{Router, StartError};

@@ -3,7 +3,8 @@
 
 use crate::metric::FrameCounts;
 use atp_proto::codec;
-use atp_proto::limits::{UNSENT_BYTES_MAX, UNSENT_FULL_MS};
+use atp_proto::limits::{FRAGMENT_BYTES, UNSENT_BYTES_MAX, UNSENT_FULL_MS};
+use atp_proto::reassembly::fragment;
 use atp_proto::{Code, Flags, Frame, WireError};
 use bytes::BytesMut;
 use std::collections::VecDeque;
@@ -77,10 +78,11 @@ impl Outbox {
         let (mut taken, mut bytes) = (0, 0);
         for frame in frames.iter() {
             let weight = weight(frame);
-            if weight > room {
+            // A message larger than the whole outbox goes in alone.
+            if weight > room && room < UNSENT_BYTES_MAX {
                 break;
             }
-            (room, taken, bytes) = (room - weight, taken + 1, bytes + weight);
+            (room, taken, bytes) = (room.saturating_sub(weight), taken + 1, bytes + weight);
         }
         if taken > 0 {
             let Ok(permit) = self.queue.try_reserve() else {
@@ -242,11 +244,15 @@ impl Writer {
                     // The last error was never weighed in.
                     weighed += if close { 0 } else { weight(&frame) };
                     counts.count(&frame.kind);
-                    codec::encode(&frame, &mut bytes);
-                    if bytes.len() >= WRITE_BYTES {
-                        if let Err(ended) = self.flush(io, &mut bytes, &mut weighed).await {
-                            return ended;
-                        }
+                    if frame.content.len() <= FRAGMENT_BYTES {
+                        codec::encode(&frame, &mut bytes);
+                    } else {
+                        fragment(frame, FRAGMENT_BYTES).iter().for_each(|part| codec::encode(part, &mut bytes));
+                    }
+                    if bytes.len() >= WRITE_BYTES
+                        && let Err(ended) = self.flush(io, &mut bytes, &mut weighed).await
+                    {
+                        return ended;
                     }
                 }
                 if close {

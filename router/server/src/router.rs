@@ -5,19 +5,17 @@ use crate::config::{Config, Durability, Problem};
 use crate::connection::Shared;
 use crate::inbox::{Inbox, ToShard, inbox};
 use crate::listen::{self, Doors};
-use crate::log::{self, LocalLog, LogError, Reader};
+use crate::log::{self, LocalLog, LogError};
 use crate::shard_task::{Begin, Health, ShardTask};
 use crate::time::Clocks;
 use crate::{http, metric};
 use atp_core::message::{Answer, Query};
-use atp_core::record::{Checkpoint, Entry, Genesis, Record};
+use atp_core::record::Genesis;
 use atp_core::shard::Shard;
 use atp_core::state::{FORMAT, State};
 use atp_proto::TenantId;
 use bytes::Bytes;
-use prost::Message;
 use std::net::SocketAddr;
-use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 use std::time::Duration;
@@ -39,8 +37,8 @@ pub enum StartError {
     Listen { name: &'static str, address: SocketAddr, source: std::io::Error },
     #[error("data_dir: {0}")]
     Log(#[from] LogError),
-    #[error("data_dir: entry {position} of the log in {} can't be read: {what}", dir.display())]
-    Fold { dir: PathBuf, position: u64, what: String },
+    #[error("data_dir: entry {position} of the log in {} can't be folded: {what}; restore the log from a copy", dir.display())]
+    Fold { dir: std::path::PathBuf, position: u64, what: String },
     #[error("the log ended before the router served: {0}")]
     Stopped(String),
 }
@@ -214,7 +212,6 @@ impl Router {
     }
 
     /// A function that makes such connections for as long as it is kept.
-    #[must_use]
     pub fn memory_door(&self) -> impl Fn() -> DuplexStream + Send + Sync + Clone + 'static {
         let doors = self.doors.clone();
         move || {
@@ -318,49 +315,14 @@ fn address(listener: &TcpListener, asked: SocketAddr) -> SocketAddr {
 fn open(options: log::Options) -> Result<(LocalLog, log::Recovered, State), StartError> {
     let dir = options.dir.clone();
     let (log, recovered) = LocalLog::open(options)?;
-    let state = if recovered.last_position == 0 { State::default() } else { recover_state(&dir)? };
+    let state = if recovered.last_position == 0 { State::default() } else { fold(dir)? };
     Ok((log, recovered, state))
 }
 
-/// The fold of a log: its newest whole checkpoint, then every later entry.
-///
-/// # Errors
-/// Damage, or a record that can't be.
-pub fn recover_state(dir: &Path) -> Result<State, StartError> {
-    let reader = Reader::open(dir)?;
-    let fold = |position: u64, what: String| StartError::Fold { dir: dir.to_path_buf(), position, what };
-    let mut state = State::default();
-    let mut from = 1;
-    if let Some(first) = reader.newest_checkpoint()? {
-        let pieces = checkpoint(&reader, first, &fold)?;
-        state = State::from_checkpoint(&pieces).map_err(|e| fold(first, e.to_string()))?;
-        from = state.position() + 1;
+fn fold(dir: std::path::PathBuf) -> Result<State, StartError> {
+    match log::offline::recover_state(&dir) {
+        Ok((state, _)) => Ok(state),
+        Err(LogError::Entry { position, what }) => Err(StartError::Fold { dir, position, what }),
+        Err(error) => Err(error.into()),
     }
-    for item in reader.entries(from) {
-        let (position, bytes) = item?;
-        let entry = Entry::decode(bytes).map_err(|e| fold(position, e.to_string()))?;
-        state.apply(position, &entry).map_err(|e| fold(position, e.to_string()))?;
-    }
-    Ok(state)
-}
-
-fn checkpoint(
-    reader: &Reader,
-    first: u64,
-    fold: &impl Fn(u64, String) -> StartError,
-) -> Result<Vec<Checkpoint>, StartError> {
-    let mut pieces: Vec<Checkpoint> = Vec::new();
-    for item in reader.entries(first) {
-        let (position, bytes) = item?;
-        let entry = Entry::decode(bytes).map_err(|e| fold(position, e.to_string()))?;
-        for record in entry.records {
-            if let Some(Record::Checkpoint(piece)) = record.record {
-                pieces.push(piece);
-            }
-        }
-        if pieces.last().is_some_and(|p| p.piece + 1 >= p.pieces) {
-            return Ok(pieces);
-        }
-    }
-    Err(fold(first, "the checkpoint is not whole".into()))
 }

@@ -243,3 +243,60 @@ async fn a_data_dir_in_use_is_named() {
     other.listen.atp = "0.0.0.0:0".parse().expect("an address");
     assert!(Router::start(other).await.err().expect("refused").to_string().contains("listen.insecure"));
 }
+
+/// A client that doesn't read while more than its outbox holds is sent gets every chunk all the same, in order: what didn't
+/// fit is read again from the log.
+#[tokio::test]
+async fn a_slow_client_misses_nothing() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let mut config = config(dir.path());
+    config.settings.stream_window.limit = atp_proto::Limit::NONE;
+    let router = Router::start(config).await.expect("starts");
+    let mut agent = agent(&router, "talker").await;
+    let (mut client, _) = Peer::hello(&router, Role::Client).await;
+    client.send(submit("s1", "talker")).await;
+    client.expect(kind::ACCEPTED).await;
+    let call = agent.expect(kind::DISPATCH).await.stream_id.to_string();
+    let text = "x".repeat(100_000);
+    let chunks = 140;
+    for seq in 1..=chunks {
+        let cost = Cost { in_tokens: Tokens(1), out_tokens: Tokens(seq), usd_micros: UsdMicros(seq) };
+        let part = AgentPartial { text: Some(text.clone()), cost, ..AgentPartial::default() };
+        agent.send(Frame::json(call.as_str(), seq, Flags::NONE, kind::RESULT_PARTIAL, &part)).await;
+    }
+    let cost = Cost { in_tokens: Tokens(1), out_tokens: Tokens(chunks), usd_micros: UsdMicros(chunks) };
+    agent
+        .send(Frame::json(
+            call.as_str(),
+            chunks + 1,
+            Flags::FIN,
+            kind::RESULT_FINAL,
+            &AgentFinal { cost, ..AgentFinal::default() },
+        ))
+        .await;
+    // The router knows the end, and the client has read nothing yet: more than 8 MiB wait.
+    let ended = tokio::time::Instant::now() + Duration::from_secs(60);
+    while http(&router, "GET /v1/streams/s1").await.1["state"] != "done" {
+        assert!(tokio::time::Instant::now() < ended, "the task ends");
+    }
+    let (mut due, mut partials) = (2, 0);
+    loop {
+        let frame = client.next().await.expect("open");
+        if frame.msg_seq == 0 || frame.msg_seq < due {
+            continue;
+        }
+        assert_eq!(frame.msg_seq, due, "no gap");
+        if frame.flags.has(Flags::MORE) {
+            assert!(frame.content.len() <= 64 * 1024, "long messages go in fragments");
+            partials += u64::from(&*frame.kind == kind::RESULT_PARTIAL);
+            continue;
+        }
+        due += 1;
+        partials += u64::from(&*frame.kind == kind::RESULT_PARTIAL);
+        if &*frame.kind == kind::BILL {
+            break;
+        }
+    }
+    assert!(partials >= chunks, "{partials}");
+    router.stop().await.expect("seals");
+}
