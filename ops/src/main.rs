@@ -29,6 +29,8 @@ fn main() -> ExitCode {
     let cli = Cli::parse();
     let screen = Screen::of_process(cli.global.json);
     log_to_stderr(&cli);
+    // Every HTTP client of the process takes it from here; a second one would be refused, and there is none.
+    let _ = rustls::crypto::ring::default_provider().install_default();
     let outcome = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
         Ok(runtime) => {
             let outcome = runtime.block_on(run(cli, screen));
