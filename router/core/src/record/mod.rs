@@ -1,10 +1,13 @@
 //! What a log holds: entries of records. One input's decision is one entry; it survives whole or not at all.
 //! Protobuf by derive, so that later versions can add fields; an unknown record kind stops the shard.
 
-use atp_proto::{Amount, CallId, Cost, Limit, StreamId, TenantId, Tokens, UsdMicros};
+mod amount;
+mod json;
+
+pub use amount::{AmountPb, CostPb, LimitPb};
+use atp_proto::{CallId, StreamId, TenantId};
 use bytes::Bytes;
 use prost::Message;
-use serde_json::{Value, json};
 
 /// What one input decided.
 #[derive(Clone, PartialEq, Message)]
@@ -412,63 +415,6 @@ pub enum ProofPb {
     NotListed = 4,
 }
 
-#[derive(Clone, Copy, PartialEq, Eq, Message)]
-pub struct AmountPb {
-    #[prost(uint64, tag = "1")]
-    pub tokens: u64,
-    #[prost(uint64, tag = "2")]
-    pub usd_micros: u64,
-}
-
-#[derive(Clone, Copy, PartialEq, Eq, Message)]
-pub struct LimitPb {
-    #[prost(uint64, optional, tag = "1")]
-    pub tokens: Option<u64>,
-    #[prost(uint64, optional, tag = "2")]
-    pub usd_micros: Option<u64>,
-}
-
-#[derive(Clone, Copy, PartialEq, Eq, Message)]
-pub struct CostPb {
-    #[prost(uint64, tag = "1")]
-    pub in_tokens: u64,
-    #[prost(uint64, tag = "2")]
-    pub out_tokens: u64,
-    #[prost(uint64, tag = "3")]
-    pub usd_micros: u64,
-}
-
-impl From<Amount> for AmountPb {
-    fn from(a: Amount) -> Self {
-        Self { tokens: a.tokens.0, usd_micros: a.usd_micros.0 }
-    }
-}
-impl From<AmountPb> for Amount {
-    fn from(a: AmountPb) -> Self {
-        Self::new(a.tokens, a.usd_micros)
-    }
-}
-impl From<Limit> for LimitPb {
-    fn from(l: Limit) -> Self {
-        Self { tokens: l.tokens.map(|t| t.0), usd_micros: l.usd_micros.map(|u| u.0) }
-    }
-}
-impl From<LimitPb> for Limit {
-    fn from(l: LimitPb) -> Self {
-        Self { tokens: l.tokens.map(Tokens), usd_micros: l.usd_micros.map(UsdMicros) }
-    }
-}
-impl From<Cost> for CostPb {
-    fn from(c: Cost) -> Self {
-        Self { in_tokens: c.in_tokens.0, out_tokens: c.out_tokens.0, usd_micros: c.usd_micros.0 }
-    }
-}
-impl From<CostPb> for Cost {
-    fn from(c: CostPb) -> Self {
-        Self { in_tokens: Tokens(c.in_tokens), out_tokens: Tokens(c.out_tokens), usd_micros: UsdMicros(c.usd_micros) }
-    }
-}
-
 impl From<Record> for AnyRecord {
     fn from(record: Record) -> Self {
         Self { record: Some(record) }
@@ -512,67 +458,6 @@ impl Record {
             Self::Close(r) => Some(&r.key),
             Self::Frame(r) => Some(&r.key),
             Self::Genesis(_) | Self::Epoch(_) | Self::Window(_) | Self::Checkpoint(_) => None,
-        }
-    }
-
-    /// The record's own fields as JSON, for `replay`. Frames are shown by the caller, who has the JSON view.
-    #[must_use]
-    pub fn to_json(&self) -> Value {
-        let amount = |a: &AmountPb| json!({"tokens": a.tokens, "usd_micros": a.usd_micros});
-        let cost =
-            |c: &CostPb| json!({"in_tokens": c.in_tokens, "out_tokens": c.out_tokens, "usd_micros": c.usd_micros});
-        let limit = |l: &LimitPb| serde_json::to_value(Limit::from(*l)).unwrap_or_default();
-        let document = |b: &Bytes| serde_json::from_slice::<Value>(b).unwrap_or_default();
-        match self {
-            Self::Genesis(r) => {
-                json!({"log_id": hex(&r.log_id), "format": r.format, "shards": r.shards, "hash_seed": r.hash_seed})
-            }
-            Self::Epoch(r) => {
-                json!({"log_id": hex(&r.log_id), "shard": r.shard, "owner": r.owner, "incarnation": r.incarnation})
-            }
-            Self::Window(r) => json!({"account": r.account, "window": r.window, "limit": limit(&r.limit), "per": r.per,
-                "ends_at": r.ends_ms.map(crate::clock::rfc3339)}),
-            Self::Accept(r) => {
-                json!({"payload_hash": hex(&r.payload_hash), "idempotency_key": r.idempotency_key, "account": r.account,
-                "limit": limit(&r.limit), "max_parallel": r.max_parallel, "deadline_ms": r.deadline_ms, "qos": r.qos, "task_type": r.task_type, "host": r.host})
-            }
-            Self::Deny(r) => {
-                json!({"payload_hash": hex(&r.payload_hash), "idempotency_key": r.idempotency_key, "error": document(&r.error)})
-            }
-            Self::Reserve(r) => {
-                json!({"calls": r.calls.iter().map(|c| json!({"call_id": r.key.call(c.lane), "lane": c.lane, "retry_of": c.retry_of,
-                "agent": c.agent, "model": c.model, "mean": amount(&c.mean), "sd": amount(&c.sd), "source": c.source, "samples": c.samples,
-                "k_ppm": c.k_ppm, "guarded": amount(&c.guarded), "hold": amount(&c.hold), "deadline_ms": c.deadline_ms,
-                "windows": c.windows.iter().map(|w| json!({"account": w.account, "window": w.window})).collect::<Vec<_>>(),
-                "price_version": c.price_version, "in_price": c.in_price, "out_price": c.out_price, "rule": c.rule})).collect::<Vec<_>>()})
-            }
-            Self::Intent(r) => {
-                json!({"call_id": r.key.call(r.lane), "lane": r.lane, "agent": r.agent, "incarnation": r.incarnation,
-                "upstream_key": r.upstream_key, "reach": amount(&r.reach), "external": r.external, "idempotent_for_ms": r.idempotent_for_ms,
-                "slices": r.slices, "counted_up_ppm": r.counted_up_ppm, "host": r.host})
-            }
-            Self::Extend(r) => json!({"call_id": r.key.call(r.lane), "lane": r.lane, "hold": amount(&r.hold)}),
-            Self::Settle(r) => {
-                json!({"call_id": r.key.call(r.lane), "lane": r.lane, "actual": cost(&r.actual), "stated_usd_micros": r.stated_usd_micros,
-                "source": r.source().name(), "ended": r.ended.how, "out_seq": r.ended.out_seq})
-            }
-            Self::Void(r) => {
-                json!({"call_id": r.key.call(r.lane), "lane": r.lane, "proof": r.proof().name(), "ended": r.ended.how, "out_seq": r.ended.out_seq})
-            }
-            Self::Adjust(r) => {
-                json!({"call_id": r.key.call(r.lane), "lane": r.lane, "evidence": r.evidence, "actual": cost(&r.actual)})
-            }
-            Self::Close(r) => {
-                json!({"state": r.state, "code": r.code, "result_hash": hex(&r.result_hash), "result": document(&r.result),
-                "bill": document(&r.bill), "out_seq": r.out_seq})
-            }
-            Self::Frame(r) => {
-                json!({"lane": r.lane, "msg_seq": r.msg_seq, "booked": r.booked.as_ref().map(cost), "out_seq": r.out_seq, "fragments": r.bodies.len()})
-            }
-            Self::Checkpoint(r) => {
-                json!({"position": r.position, "epoch": r.epoch, "fold_version": r.fold_version, "hash": hex(&r.hash),
-                "piece": r.piece, "pieces": r.pieces, "bytes": r.data.len()})
-            }
         }
     }
 }
