@@ -129,7 +129,11 @@ impl Plan {
         let clients = if rng.percent(30) { vec![0, 1, 0] } else { vec![0, 0] };
         let n_tasks = rng.pick(&[1, 2, 2, 3, 3, 4, 5, 8]);
         let settings = settings(rng);
-        let tasks = (0..n_tasks).map(|i| task(rng, i, &agents, clients.len() as u64 - 1, heal_at)).collect();
+        let mut tasks: Vec<TaskPlan> =
+            (0..n_tasks).map(|i| task(rng, i, &agents, clients.len() as u64 - 1, heal_at)).collect();
+        if tasks.len() > 1 && rng.percent(25) {
+            same_key_twice(rng, &mut tasks);
+        }
         let faults = if calm { Faults { commit_max_ms: 3, ..Faults::default() } } else { faults(rng) };
         let most = |n: u64| if calm { 0 } else { n };
         // The last minute before a window rolls, often: a call must outlive its window now and then.
@@ -181,17 +185,19 @@ impl Plan {
 }
 
 fn faults(rng: &mut Rng) -> Faults {
+    let far = rng.percent(50);
     Faults {
         crash_ppm: rng.pick(&[0, 0, 2_000, 8_000]),
         crashes_max: 3,
         pause_ppm: rng.pick(&[0, 5_000, 20_000]),
-        loss_percent: rng.pick(&[0, 0, 5, 20]),
-        duplicate_percent: rng.pick(&[0, 0, 10, 30]),
-        long_delay_percent: rng.pick(&[0, 5, 20]),
-        delay_max_ms: rng.pick(&[50, 300, 1_500]),
+        loss_percent: if far { rng.pick(&[0, 5, 20]) } else { 0 },
+        duplicate_percent: if far { rng.pick(&[10, 30]) } else { 0 },
+        long_delay_percent: if far { rng.pick(&[5, 20, 40]) } else { rng.pick(&[0, 5, 20]) },
+        delay_max_ms: if far { rng.pick(&[300, 1_500, 4_000]) } else { rng.pick(&[50, 300, 1_500]) },
         commit_split_percent: rng.pick(&[0, 30, 80]),
         commit_max_ms: rng.pick(&[0, 3, 30, 400]),
-        machines_live_percent: rng.pick(&[0, 40, 100]),
+        // Keepers on another router outlive the shard's process, those in the same process never do.
+        machines_live_percent: if far { rng.pick(&[50, 100]) } else { 0 },
         full_replay_percent: 20,
         resume_percent: rng.pick(&[0, 50]),
     }
@@ -304,8 +310,7 @@ fn agent(rng: &mut Rng, index: usize, calm: bool) -> AgentPlan {
 
 fn task(rng: &mut Rng, index: u64, agents: &[AgentPlan], clients: u64, heal_at: u64) -> TaskPlan {
     let start_at = rng.range(1_000, heal_at.min(6_000));
-    // A key is sometimes shared by two tasks: the second one attaches or is a fresh try.
-    let key = rng.percent(50).then(|| format!("key-{}", if rng.percent(15) { 0 } else { index }));
+    let key = rng.percent(50).then(|| format!("key-{index}"));
     let stream =
         key.as_ref().map_or_else(|| format!("s{index}"), |k| atp_proto::id::stream_of_key(k, 1).as_str().into());
     let named = if rng.percent(45) {
@@ -342,6 +347,15 @@ fn task(rng: &mut Rng, index: u64, agents: &[AgentPlan], clients: u64, heal_at: 
         fragments: if rng.percent(15) { rng.range(2, 4) } else { 1 },
         watch: rng.percent(20),
     }
+}
+
+/// Another task is the first one again, under its key and a stream id of its own: it attaches, or is a fresh try.
+fn same_key_twice(rng: &mut Rng, tasks: &mut [TaskPlan]) {
+    let Some(key) = tasks[0].key.clone() else { return };
+    tasks[0].fragments = 1;
+    let start_at = tasks[0].start_at + rng.range(0, 4_000);
+    let stream = atp_proto::id::stream_of_key(&key, 2).as_str().into();
+    tasks[1] = TaskPlan { start_at, stream, watch: false, ..tasks[0].clone() };
 }
 
 /// The call's plan is made when the provider is called: see `process`.

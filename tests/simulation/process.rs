@@ -38,6 +38,8 @@ pub struct Running {
     interval_ms: u64,
     ending: Ending,
     falling_at: usize,
+    /// One of its chunks is larger than its reach.
+    breach: bool,
     counted: bool,
     /// Its chunks carry the adapter's own count.
     guesses: bool,
@@ -47,11 +49,15 @@ pub struct Running {
     unacked: Vec<Frame>,
     pub done: bool,
     pub hung: bool,
+    /// A late call waits behind its owner's deadline.
+    overdue: bool,
     cancelled: bool,
     /// After a reconnect: frames wait until the owner answers the list.
     parked: bool,
-    /// When its end was made, if it was in time.
+    /// When its end was made, if it was in time and says what it cost.
     pub ended_at: Option<u64>,
+    /// It ended with proof of no effect.
+    pub proved: bool,
 }
 
 #[derive(Debug)]
@@ -304,6 +310,7 @@ impl Process {
             in_tokens: s.rng.range(1, 3),
             falling_at: if s.rng.percent(mood.falling) { s.rng.index(chunks.len()) } else { usize::MAX },
             chunks,
+            breach,
             interval_ms: if slow { s.rng.range(50, 900) } else { s.rng.range(1, 60) },
             ending,
             counted: s.rng.percent(mood.counted),
@@ -314,9 +321,11 @@ impl Process {
             unacked: Vec::new(),
             done: false,
             hung: false,
+            overdue: false,
             cancelled: false,
             parked: false,
             ended_at: None,
+            proved: false,
         }
     }
 
@@ -334,6 +343,7 @@ impl Process {
         if let Some(call) = self.calls.get_mut(&id)
             && !call.done
             && !call.cancelled
+            && call.ending != Ending::Late
         {
             call.cancelled = true;
             let ms = s.rng.range(0, 300);
@@ -424,11 +434,12 @@ impl Process {
                     call.hung = true;
                 }
             }
-            (Ending::Late, None) => {
+            (Ending::Late, None) if !call.overdue => {
                 // Past the owner's deadline, which is 5 s behind the agent's.
                 let at = call.deadline_at + 5_000 + s.rng.range(100, 4_000);
-                call.ending = Ending::Complete;
                 let life = self.life;
+                call.chunks.clear();
+                call.overdue = true;
                 s.at(at, Event::Step { agent, life, call: id, step });
             }
             (_, None) => self.end(s, check, id, Finish::Complete),
@@ -492,7 +503,8 @@ impl Process {
         self.emit(s, id, Flags::RST, kind::ERROR, &error);
         if let Some(call) = self.calls.get_mut(&id) {
             call.done = true;
-            call.ended_at = (cost.is_some() || proof.is_some()).then_some(s.now_ms);
+            call.ended_at = cost.is_some().then_some(s.now_ms);
+            call.proved = proof.is_some();
         }
     }
 
@@ -538,7 +550,7 @@ impl Process {
             tokens: Tokens(call.grant.tokens.0.saturating_add(reach.tokens.0)),
             usd_micros: atp_proto::UsdMicros(call.grant.usd_micros.0.saturating_add(reach.usd_micros.0)),
         };
-        let breach = call.chunks.iter().any(|c| *c > self.plan.chunk_max);
+        let breach = call.breach;
         check.bill(self.index, id, total, amount.less(allowed), breach);
     }
 

@@ -1,6 +1,7 @@
 //! The event loop of one schedule: takes the next event in virtual time, hands it to its actor, and stops at the first
 //! broken promise, or when all is healed and quiet.
 
+use crate::simulation::check::ledger::Seen;
 use crate::simulation::check::{Check, Violation, ending};
 use crate::simulation::client::{Client, Clients, Task};
 use crate::simulation::net::Peer;
@@ -42,6 +43,7 @@ pub struct Counts {
     pub answered: u64,
     pub refused: u64,
     pub virtual_ms: u64,
+    pub seen: Seen,
 }
 
 impl Counts {
@@ -55,6 +57,7 @@ impl Counts {
         self.answered += o.answered;
         self.refused += o.refused;
         self.virtual_ms += o.virtual_ms;
+        self.seen.add(&o.seen);
     }
 }
 
@@ -84,7 +87,7 @@ pub fn run(seed: u64, trace: bool) -> Outcome {
     let processes = plan.agents.iter().enumerate().map(|(i, a)| Process::new(i, a.clone())).collect();
     let mut world = World {
         router: Router::new(&plan, seed),
-        check: Check::default(),
+        check: Check { patience_ms: 3_000 + 4 * plan.faults.delay_max_ms, ..Check::default() },
         processes,
         clients: Clients { clients, tasks },
         s,
@@ -324,6 +327,7 @@ impl World {
                 .filter(|t| t.state == crate::simulation::client::TaskState::Refused)
                 .count() as u64,
             virtual_ms: self.s.now_ms,
+            seen: ledger.seen,
         };
         Outcome {
             violation: self.check.verdict.violation,

@@ -83,9 +83,7 @@ fn call(stream: &Stream, record: &Record) -> Result<(), String> {
     let allowed = match record {
         Record::Intent(r) => match &call.intent {
             None => call.phase == Phase::Reserved,
-            Some((incarnation, key)) => {
-                call.phase == Phase::Running && call.dedupes && *key == r.upstream_key && *incarnation != r.incarnation
-            }
+            Some((_, key)) => call.phase == Phase::Running && call.dedupes && *key == r.upstream_key,
         },
         Record::Extend(_) | Record::Settle(_) => call.phase == Phase::Running,
         Record::Void(_) => matches!(call.phase, Phase::Reserved | Phase::Running),
@@ -121,16 +119,16 @@ pub fn whole(position: u64, entry: &Entry, verdict: &mut Verdict) {
                 format!("Accept at {position} without its frame")
             }),
             Record::Settle(r) if matches!(r.source(), SourcePb::Reported | SourcePb::Counted) => {
-                let frame = frame_of(&r.key, r.lane);
-                let ends = frame.and_then(payload_kind).is_some_and(|k| k == kind::RESULT_FINAL || k == kind::ERROR);
+                // Messages that waited behind a gap stand in the same entry, in front of the last one.
+                let last = records().filter_map(|f| match f {
+                    Record::Frame(f) if f.key == r.key && f.lane == r.lane => Some(f),
+                    _ => None,
+                });
+                let ends =
+                    last.last().and_then(payload_kind).is_some_and(|k| k == kind::RESULT_FINAL || k == kind::ERROR);
                 verdict.expect(ends, "settled only by its own end", || {
                     format!("Settle of lane {} at {position} without the agent's final", r.lane)
                 });
-            }
-            Record::Reserve(r) => {
-                let sent = records().any(|i| matches!(i, Record::Intent(i) if i.key == r.key));
-                verdict
-                    .expect(sent, "one decision is one entry", || format!("Reserve at {position} without an Intent"));
             }
             Record::Epoch(_) => {
                 let first = records().find(|r| !matches!(r, Record::Genesis(_)));

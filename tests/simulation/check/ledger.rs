@@ -64,6 +64,8 @@ pub struct Call {
     /// Incarnation and upstream key of the newest Intent.
     pub intent: Option<(String, String)>,
     pub dedupes: bool,
+    /// How often it was dispatched: more than once only where the upstream dedupes.
+    pub intents: u32,
     pub reserved_at: u64,
     pub deadline_ms: u64,
     /// Messages of the newest incarnation that are durable.
@@ -108,8 +110,36 @@ pub struct Window {
     pub held: Pair,
 }
 
+/// How often what is rare happened.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Seen {
+    pub denials: u64,
+    pub retries: u64,
+    pub repeats: u64,
+    pub extends: u64,
+    /// Extends of a call whose window had rolled.
+    pub extends_behind: u64,
+    pub adjusts: u64,
+    pub checkpoints: u64,
+    pub cancels: u64,
+}
+
+impl Seen {
+    pub fn add(&mut self, o: &Self) {
+        self.denials += o.denials;
+        self.retries += o.retries;
+        self.repeats += o.repeats;
+        self.extends += o.extends;
+        self.extends_behind += o.extends_behind;
+        self.adjusts += o.adjusts;
+        self.checkpoints += o.checkpoints;
+        self.cancels += o.cancels;
+    }
+}
+
 #[derive(Debug, Default)]
 pub struct Ledger {
+    pub seen: Seen,
     pub position: u64,
     pub at_ms: u64,
     pub epoch: u64,
@@ -168,9 +198,13 @@ impl Ledger {
                 (stream.accepted, stream.limit, stream.out_seq) = (true, limit(&r.limit), 1);
                 stream.max_parallel = r.max_parallel;
             }
-            Record::Deny(r) => self.streams.entry(r.key.clone()).or_default().denied = Some(r.error.clone()),
+            Record::Deny(r) => {
+                self.seen.denials += 1;
+                self.streams.entry(r.key.clone()).or_default().denied = Some(r.error.clone());
+            }
             Record::Reserve(r) => {
                 for call in &r.calls {
+                    self.seen.retries += u64::from(call.retry_of > 0);
                     self.reserve(&r.key, call, verdict);
                 }
                 if let Some(stream) = self.streams.get_mut(&r.key) {
@@ -178,12 +212,14 @@ impl Ledger {
                 }
             }
             Record::Intent(r) => {
+                self.seen.repeats += u64::from(self.call_mut(&r.key, r.lane).is_some_and(|c| c.intents > 0));
                 if let Some(call) = self.call_mut(&r.key, r.lane) {
                     call.phase = Phase::Running;
                     call.intent = Some((r.incarnation.clone(), r.upstream_key.clone()));
                     call.reach = amount(&r.reach);
                     call.dedupes = r.idempotent_for_ms > 0;
                     call.in_seq = 0;
+                    call.intents += 1;
                 }
             }
             Record::Extend(r) => self.extend(&r.key, r.lane, amount(&r.hold), verdict),
@@ -207,6 +243,7 @@ impl Ledger {
             }
             Record::Adjust(r) => {
                 let to = cost(&r.actual);
+                self.seen.adjusts += 1;
                 let Some(call) = self.call_mut(&r.key, r.lane) else { return };
                 let (from, windows) = (call.actual, call.windows.clone());
                 call.actual = to;
@@ -232,6 +269,7 @@ impl Ledger {
                     self.streams.entry(r.key.clone()).or_default().client_seq = r.msg_seq;
                     return;
                 };
+                self.seen.cancels += u64::from(r.cancel);
                 if r.lane == 0 {
                     stream.client_seq = stream.client_seq.max(r.msg_seq);
                     stream.cancelled |= r.cancel;
@@ -242,7 +280,7 @@ impl Ledger {
                     }
                 }
             }
-            Record::Checkpoint(_) => {}
+            Record::Checkpoint(_) => self.seen.checkpoints += 1,
         }
     }
 
@@ -291,6 +329,7 @@ impl Ledger {
             source: None,
             intent: None,
             dedupes: false,
+            intents: 0,
             reserved_at: at_ms,
             deadline_ms: r.deadline_ms,
             in_seq: 0,
@@ -305,6 +344,9 @@ impl Ledger {
         let more = minus(to, from);
         verdict.expect(more[0] >= 0 && more[1] >= 0, "a hold only grows", || format!("{id} from {from:?} to {to:?}"));
         call.hold = to;
+        self.seen.extends += 1;
+        let behind = windows.iter().any(|(account, window)| self.current.get(account) != Some(window));
+        self.seen.extends_behind += u64::from(behind);
         for at in windows {
             let window = self.windows.entry(at).or_default();
             within("window", window.settled, window.held, more, window.limit, id, verdict);

@@ -55,6 +55,8 @@ pub struct Check {
     pub order: order::Order,
     pub slots: slots::Slots,
     pub wire: wire::Wire,
+    /// How long what an agent says may be on its way.
+    pub patience_ms: u64,
 }
 
 impl Check {

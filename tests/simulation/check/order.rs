@@ -27,7 +27,9 @@ fn digest(frame: &Frame) -> u64 {
 impl Order {
     /// The client attached: what follows begins behind `after`.
     pub fn attached(&mut self, conn: usize, stream: &str, after: u64) {
-        self.at.insert((conn, stream.to_string()), after);
+        // Attached a second time, what was on its way still arrives.
+        let last = self.at.entry((conn, stream.to_string())).or_insert(after);
+        *last = after.max(*last);
     }
 
     /// A frame reached the client.

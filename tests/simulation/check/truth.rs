@@ -57,7 +57,7 @@ pub fn entry(position: u64, entry: &Entry, check: &mut Check, processes: &[Proce
                 if r.source() == SourcePb::Reported {
                     exact(check, &id, cost(&r.actual));
                 }
-                if r.source() == SourcePb::UnknownAtHold {
+                if matches!(r.source(), SourcePb::UnknownAtHold | SourcePb::Expired) {
                     was_knowable(check, &r.key, r.lane, processes, now_ms, position);
                 }
             }
@@ -104,10 +104,11 @@ fn was_knowable(check: &mut Check, key: &Key, lane: u32, processes: &[Process], 
     let Some(call) = check.ledger.call(&id) else { return };
     let Some(process) = processes.iter().find(|p| p.plan.name.as_str() == call.agent) else { return };
     let same = call.intent.as_ref().is_some_and(|(incarnation, _)| *incarnation == process.incarnation());
-    let there = process.alive && process.conn.is_some() && now_ms >= process.connected_at + 3_000;
+    let there = process.alive && process.conn.is_some() && now_ms >= process.connected_at + check.patience_ms;
     // `ended_at`: it ended in time with a cost or a proof.
-    let knows =
-        process.calls.get(&id).is_some_and(|c| c.ended_at.is_some() || !c.done && !c.hung && now_ms < c.deadline_at);
+    let knows = process.calls.get(&id).is_some_and(|c| {
+        c.ended_at.is_some_and(|at| now_ms >= at + check.patience_ms) || !c.done && !c.hung && now_ms < c.deadline_at
+    });
     check.verdict.expect(!(same && there && knows), "a call that ended in time is never settled unknown", || {
         format!("{id} settled unknown at {position}, but {} ({}) has it", call.agent, process.incarnation())
     });
