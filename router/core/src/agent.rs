@@ -45,6 +45,8 @@ enum Slot {
     Running {
         epoch: u64,
     },
+    /// It was sent to an incarnation that is gone. Its owner may ask for another slot, if the upstream dedupes.
+    Lost,
     /// Never sent under this epoch, and never will be; or ended.
     Over {
         epoch: u64,
@@ -165,7 +167,7 @@ impl Agent {
         let mut capabilities = link.capabilities.clone();
         let unlisted = self.calls.iter().filter_map(|(id, (shard, slot))| match slot {
             Slot::Running { epoch } => Some((*id, *shard, *epoch)),
-            Slot::Wanted { .. } | Slot::Lent { .. } | Slot::Over { .. } => None,
+            Slot::Wanted { .. } | Slot::Lent { .. } | Slot::Lost | Slot::Over { .. } => None,
         });
         // A new owner must also hear of calls that only their slot remembers.
         for (call_id, shard, epoch) in unlisted {
@@ -181,7 +183,14 @@ impl Agent {
 
     /// The process behind the handle is another: its slots fall with the calls that it ran.
     fn incarnation_lost(&mut self) {
-        self.calls.retain(|_, (_, slot)| matches!(slot, Slot::Wanted { .. } | Slot::Over { .. }));
+        self.calls.retain(|_, (_, slot)| !matches!(slot, Slot::Lent { .. }));
+        let until = self.now_ms + MEMORY_MS;
+        for (call, (_, slot)) in &mut self.calls {
+            if matches!(slot, Slot::Running { .. }) {
+                *slot = Slot::Lost;
+                self.over.push_back((until, *call));
+            }
+        }
         self.used = 0;
     }
 
@@ -258,7 +267,7 @@ impl Agent {
                     false
                 }
                 Slot::Wanted { epoch: e, .. } => *s != shard || *e >= epoch,
-                Slot::Lent { .. } | Slot::Running { .. } | Slot::Over { .. } => true,
+                Slot::Lent { .. } | Slot::Running { .. } | Slot::Lost | Slot::Over { .. } => true,
             });
             self.used -= fallen;
             self.lend();
@@ -283,12 +292,16 @@ impl Agent {
                     self.back(call);
                 }
             }
-            ToAgent::Dispatch { shard, epoch, call, go_on, frame } => {
+            ToAgent::Dispatch { shard, epoch, call, incarnation, go_on, frame } => {
                 let live = self.fence(shard, epoch);
+                // What one incarnation says proves nothing of another.
+                let here = self.link.as_ref().is_some_and(|l| *l.capabilities.incarnation == *incarnation);
                 match go_on {
-                    true if live => self.go_on(shard, epoch, call, frame),
+                    true if live && here => self.go_on(shard, epoch, call, frame),
                     true => {}
-                    false => self.dispatch(shard, epoch, call, frame, live),
+                    // The slot that is asked for now is for a later dispatch of this call.
+                    false if !here && self.holds_place(&call) => {}
+                    false => self.dispatch(shard, epoch, call, frame, live && here),
                 }
             }
             ToAgent::Pass { shard, epoch, frame, .. } => {
@@ -318,7 +331,7 @@ impl Agent {
             Some(Slot::Lent { .. }) => self.lent(shard, call, epoch),
             Some(Slot::Running { .. }) => {}
             Some(Slot::Over { epoch: over, .. }) if *over >= epoch => {}
-            Some(Slot::Over { .. }) | None => {
+            Some(Slot::Over { .. } | Slot::Lost) | None => {
                 self.calls.insert(call, (shard, Slot::Wanted { epoch, until }));
                 self.queue.push_back(call);
             }
@@ -336,14 +349,18 @@ impl Agent {
                 self.used -= 1;
                 self.lend();
             }
-            Some((_, Slot::Running { .. } | Slot::Over { .. })) | None => {}
+            Some((_, Slot::Running { .. } | Slot::Lost | Slot::Over { .. })) | None => {}
         }
+    }
+
+    fn holds_place(&self, call: &CallId) -> bool {
+        matches!(self.calls.get(call), Some((_, Slot::Wanted { .. } | Slot::Lent { .. })))
     }
 
     fn dispatch(&mut self, shard: u32, epoch: u64, call: CallId, frame: Frame, live: bool) {
         let slot = self.calls.get(&call).map(|(_, slot)| *slot);
         let unsent = match slot {
-            Some(Slot::Running { .. }) => false,
+            Some(Slot::Running { .. } | Slot::Lost) => false,
             Some(Slot::Over { unsent, .. }) => unsent,
             Some(Slot::Lent { epoch: lent, until })
                 if live && lent == epoch && self.now_ms < until && self.may_leave() =>
@@ -388,7 +405,7 @@ impl Agent {
         }
         match self.calls.insert(call, (shard, Slot::Running { epoch })) {
             Some((_, Slot::Running { .. } | Slot::Lent { .. })) => {}
-            Some((_, Slot::Wanted { .. } | Slot::Over { .. })) | None => self.used += 1,
+            Some((_, Slot::Wanted { .. } | Slot::Lost | Slot::Over { .. })) | None => self.used += 1,
         }
         self.effects.push_back(AgentEffect::Send { conn, frame });
         let message = FromAgent::Sent { agent: self.name.clone(), call, epoch };
@@ -402,7 +419,7 @@ impl Agent {
                 self.calls.insert(call, (shard, Slot::Over { epoch, unsent: true }));
                 return;
             }
-            Some((_, Slot::Wanted { .. } | Slot::Over { .. })) | None => {}
+            Some((_, Slot::Wanted { .. } | Slot::Lost | Slot::Over { .. })) | None => {}
         }
         self.over.push_back((self.now_ms + MEMORY_MS, call));
         self.forget();
@@ -414,7 +431,7 @@ impl Agent {
                 return;
             }
             self.over.pop_front();
-            if matches!(self.calls.get(&call), Some((_, Slot::Over { .. }))) {
+            if matches!(self.calls.get(&call), Some((_, Slot::Over { .. } | Slot::Lost))) {
                 self.calls.remove(&call);
             }
         }
@@ -430,7 +447,7 @@ impl Agent {
                 false
             }
             Slot::Wanted { until, .. } => *until > now,
-            Slot::Lent { .. } | Slot::Running { .. } | Slot::Over { .. } => true,
+            Slot::Lent { .. } | Slot::Running { .. } | Slot::Lost | Slot::Over { .. } => true,
         });
         self.used -= lapsed;
         if before != self.calls.len() {
@@ -472,7 +489,7 @@ impl Machine for Agent {
     fn poll_timeout(&self) -> Option<u64> {
         let due = |slot: &Slot| match slot {
             Slot::Lent { until, .. } | Slot::Wanted { until, .. } => Some(*until),
-            Slot::Running { .. } | Slot::Over { .. } => None,
+            Slot::Running { .. } | Slot::Lost | Slot::Over { .. } => None,
         };
         if self.used == 0 && self.queue.is_empty() {
             return None;

@@ -184,8 +184,9 @@ pub enum ToAgent {
     Want { shard: u32, epoch: u64, call: CallId },
     /// The slot, lent or wanted, isn't needed.
     Back { shard: u32, epoch: u64, call: CallId },
-    /// Send `agent.dispatch`. Repeated until `Sent` or `Unsent`. With `go_on` in its content it needs no slot.
-    Dispatch { shard: u32, epoch: u64, call: CallId, go_on: bool, frame: Frame },
+    /// Send `agent.dispatch` to this incarnation, to no other. Repeated until `Sent` or `Unsent`. With `go_on` it is a
+    /// question and needs no slot.
+    Dispatch { shard: u32, epoch: u64, call: CallId, incarnation: Arc<str>, go_on: bool, frame: Frame },
     /// Send a frame of a call that was dispatched: `control.budget_update`, `agent.cancel`, `control.ack`.
     Pass { shard: u32, epoch: u64, call: CallId, frame: Frame },
     /// The call is settled or void: its slot is free.

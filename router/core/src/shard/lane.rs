@@ -177,7 +177,9 @@ impl Shard {
             go_on,
         };
         let frame = Frame::json(id.to_string(), 1, Flags::SYN, kind::DISPATCH, &dispatch);
-        let message = ToAgent::Dispatch { shard: self.settings.shard, epoch: self.epoch, call: id, go_on, frame };
+        let incarnation = intent.incarnation.as_str().into();
+        let message =
+            ToAgent::Dispatch { shard: self.settings.shard, epoch: self.epoch, call: id, incarnation, go_on, frame };
         self.tell_agent(&agent, message);
     }
 
