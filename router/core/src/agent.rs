@@ -74,6 +74,8 @@ pub struct Agent {
     queue: VecDeque<CallId>,
     used: u32,
     over: VecDeque<(u64, CallId)>,
+    /// No slot lapses and no wish grows stale before.
+    due: u64,
     effects: VecDeque<AgentEffect>,
 }
 
@@ -92,6 +94,7 @@ impl Agent {
             queue: VecDeque::new(),
             used: 0,
             over: VecDeque::new(),
+            due: u64::MAX,
             effects: VecDeque::new(),
         }
     }
@@ -239,6 +242,7 @@ impl Agent {
                 self.calls.remove(&call);
                 continue;
             }
+            self.due = self.due.min(self.now_ms + SLOT_MS);
             *slot = Slot::Lent { epoch, until: self.now_ms + SLOT_MS };
             let shard = *shard;
             self.used += 1;
@@ -326,6 +330,7 @@ impl Agent {
 
     fn want(&mut self, shard: u32, epoch: u64, call: CallId) {
         let until = self.now_ms + WANT_MS;
+        self.due = self.due.min(until);
         match self.calls.get_mut(&call).map(|(_, slot)| slot) {
             Some(Slot::Wanted { until: old, .. }) => *old = until,
             Some(Slot::Lent { .. }) => self.lent(shard, call, epoch),
@@ -450,6 +455,11 @@ impl Agent {
             Slot::Lent { .. } | Slot::Running { .. } | Slot::Lost | Slot::Over { .. } => true,
         });
         self.used -= lapsed;
+        let until = |slot: &Slot| match slot {
+            Slot::Lent { until, .. } | Slot::Wanted { until, .. } => Some(*until),
+            Slot::Running { .. } | Slot::Lost | Slot::Over { .. } => None,
+        };
+        self.due = self.calls.values().filter_map(|(_, s)| until(s)).min().unwrap_or(u64::MAX);
         if before != self.calls.len() {
             let calls = &self.calls;
             self.queue.retain(|c| matches!(calls.get(c), Some((_, Slot::Wanted { .. }))));
@@ -487,14 +497,7 @@ impl Machine for Agent {
     }
 
     fn poll_timeout(&self) -> Option<u64> {
-        let due = |slot: &Slot| match slot {
-            Slot::Lent { until, .. } | Slot::Wanted { until, .. } => Some(*until),
-            Slot::Running { .. } | Slot::Lost | Slot::Over { .. } => None,
-        };
-        if self.used == 0 && self.queue.is_empty() {
-            return None;
-        }
-        self.calls.values().filter_map(|(_, s)| due(s)).min()
+        (self.due < u64::MAX).then_some(self.due)
     }
 
     fn handle_timeout(&mut self, now: Now) {

@@ -8,6 +8,7 @@ pub mod message;
 pub mod price;
 pub mod record;
 pub mod replay;
+pub mod said;
 pub mod settings;
 pub mod shard;
 pub mod state;

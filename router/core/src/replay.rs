@@ -1,10 +1,10 @@
 //! Client frames, built one way: when they are sent first, and again out of the log for one who missed them.
 
-use crate::record::{Ended, Entry, FrameRecord, Key, Record};
-use crate::state::join;
-use atp_proto::content::{Accepted, AgentFinal, AgentPartial, Partial, TaskState, WindowView};
+use crate::record::{Ended, Entry, Key, Record};
+use crate::state::read_said;
+use atp_proto::content::{Accepted, TaskState, WindowView};
 use atp_proto::frame::{Flags, kind};
-use atp_proto::{AgentName, CallId, Cost, Frame, Limit, Qos, StreamId, TenantId, codec};
+use atp_proto::{AgentName, CallId, Cost, Frame, Limit, Qos, StreamId, TenantId};
 use std::collections::BTreeMap;
 
 /// `SYN|ACK control.accepted`; numbered 1 where it answers the submit that made the stream, else unnumbered.
@@ -21,31 +21,6 @@ pub(crate) fn accepted(
     let window = WindowView { max_parallel, max_tokens: limit.tokens, max_usd_micros: limit.usd_micros };
     let content = Accepted { stream_id: stream.into(), state, qos, window, resume_token: None };
     Frame::json(on, seq, Flags::SYN.with(Flags::ACK), kind::ACCEPTED, &content)
-}
-
-/// `agent.result.partial` to the client.
-pub(crate) fn partial(
-    stream: &str,
-    seq: u64,
-    call_id: CallId,
-    agent: &AgentName,
-    part: AgentPartial,
-    ended: Option<&str>,
-) -> Frame {
-    let content = Partial {
-        call_id,
-        agent: agent.clone(),
-        text: part.text,
-        findings: part.findings,
-        cost: part.cost,
-        ended: ended.map(Into::into),
-    };
-    Frame::json(stream, seq, Flags::NONE, kind::RESULT_PARTIAL, &content)
-}
-
-/// What an agent's last message adds to its lane's output.
-pub(crate) fn part_of_final(last: AgentFinal) -> AgentPartial {
-    AgentPartial { text: last.text, findings: last.findings, cost: last.cost, usage_source: last.usage_source }
 }
 
 /// The final and the bill of a closed stream.
@@ -97,8 +72,9 @@ impl StreamReplay {
                 }
             }
             Record::Frame(r) if r.lane > 0 && r.out_seq > 0 => {
-                if let (Some((id, agent)), Some(part)) = (self.agents.get(&r.lane), part_of(r)) {
-                    frames.push(partial(stream, r.out_seq, *id, agent, part, None));
+                if let (Some((id, agent)), Some(said)) = (self.agents.get(&r.lane), read_said(r)) {
+                    let booked = r.booked.map(Cost::from).unwrap_or_default();
+                    frames.push(said.to_client(stream, r.out_seq, *id, agent, booked, None));
                 }
             }
             Record::Settle(r) => self.ended(entry, r.lane, &r.ended, Some(r.actual.into()), frames),
@@ -124,20 +100,8 @@ impl StreamReplay {
             _ => None,
         });
         // A chunk in this entry has a message of its own.
-        let last = last.filter(|f| f.out_seq == 0).and_then(part_of);
-        let part = AgentPartial { cost: cost.unwrap_or_default(), ..last.unwrap_or_default() };
-        frames.push(partial(&self.key.stream, ended.out_seq, *id, agent, part, Some(&ended.how)));
+        let last = last.filter(|f| f.out_seq == 0).and_then(read_said).unwrap_or_default();
+        let cost = cost.unwrap_or_default();
+        frames.push(last.to_client(&self.key.stream, ended.out_seq, *id, agent, cost, Some(&ended.how)));
     }
-}
-
-/// The output of a logged agent message, with the cost that was booked for it.
-fn part_of(frame: &FrameRecord) -> Option<AgentPartial> {
-    let content = join(&frame.bodies).ok()?;
-    let kind_of = codec::decode_body(frame.bodies.first()?.clone()).ok()?.kind;
-    let part = match &*kind_of {
-        kind::RESULT_PARTIAL => serde_json::from_slice::<AgentPartial>(&content).ok()?,
-        kind::RESULT_FINAL => part_of_final(serde_json::from_slice::<AgentFinal>(&content).ok()?),
-        _ => return None,
-    };
-    Some(AgentPartial { cost: frame.booked.map(Cost::from).unwrap_or(part.cost), ..part })
 }

@@ -16,8 +16,9 @@ mod settle;
 use crate::clock::{Clock, Now};
 use crate::message::{Effect, FromAgent, Input, LogRoom, Machine, Metric, Position, ToAgent};
 use crate::record::{AnyRecord, Checkpoint, Entry, Epoch, Genesis, Record};
+use crate::said::Said;
 use crate::settings::Settings;
-use crate::state::{Output, State};
+use crate::state::State;
 use crate::stream::{Phase, Stream};
 use atp_proto::content::Ack;
 use atp_proto::frame::{Flags, kind};
@@ -34,6 +35,8 @@ use std::sync::Arc;
 
 /// Slots and dispatches that weren't answered are asked for again this often.
 const REPEAT_MS: u64 = 1_000;
+/// Effects that an idle queue has room for.
+const QUEUE_KEPT: usize = 4096;
 /// How much later the owner's deadline of a call is than the agent's.
 const OWNER_LATER_MS: u64 = 5_000;
 
@@ -217,16 +220,16 @@ impl Shard {
 
     /// Adds a record to this input's entry and folds it.
     fn record(&mut self, record: Record) {
-        self.record_output(record, None);
+        self.record_said(record, None);
     }
 
-    fn record_output(&mut self, record: Record, output: Option<Output>) {
+    fn record_said(&mut self, record: Record, said: Option<Said>) {
         if self.entry.is_none() {
             self.state.begin(self.clock.logged_ms()).expect("logged time never goes back");
             self.entry = Some(Vec::new());
         }
         let kind = record.kind();
-        if let Err(e) = self.state.apply_record(&record, output) {
+        if let Err(e) = self.state.apply_record(&record, said) {
             panic!("a decision broke the record grammar, {kind}: {e}");
         }
         if let Some(entry) = &mut self.entry {
@@ -306,6 +309,10 @@ impl Shard {
         let Some(live) = self.live.get_mut(&no) else { return };
         for conn in &live.subscribers {
             self.fresh.push(Effect::Send { conn: *conn, frame: frame.clone() });
+        }
+        // `accepted` alone isn't worth its memory in an idle stream; the log has it.
+        if frame.msg_seq == 1 {
+            return;
         }
         live.recent.push_back(frame);
         if live.recent.len() > keep {
@@ -396,7 +403,13 @@ impl Machine for Shard {
     }
 
     fn poll_effect(&mut self) -> Option<Effect> {
-        self.out.pop_front()
+        let effect = self.out.pop_front();
+        if effect.is_none() {
+            // A burst's room isn't kept.
+            self.out.shrink_to(QUEUE_KEPT);
+            self.held.shrink_to(QUEUE_KEPT.max(self.held.len()));
+        }
+        effect
     }
 
     fn poll_timeout(&self) -> Option<u64> {

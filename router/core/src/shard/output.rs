@@ -9,16 +9,14 @@ use super::{Shard, Timer};
 use crate::estimate::CALL_AMOUNT_MAX;
 use crate::message::{Metric, ToAgent};
 use crate::record::{FrameRecord, ProofPb, Record, SourcePb};
-use crate::replay;
-use crate::state::Output;
+use crate::said::Said;
 use crate::stream::{Call, Phase};
 use atp_proto::codec::Received;
-use atp_proto::content::{Ack, AgentError, AgentFinal, AgentPartial, Proof, UsageSource};
+use atp_proto::content::{Ack, AgentError, AgentFinal, Proof, UsageSource};
 use atp_proto::frame::{Flags, kind};
 use atp_proto::limits::RETRY_MS;
 use atp_proto::reassembly::{Fed, Inbound, Message};
 use atp_proto::{AgentName, Amount, CallId, Code, Cost, Frame, WireError};
-use std::sync::Arc;
 
 impl Shard {
     pub(super) fn agent_frame(&mut self, agent: &AgentName, received: Received) {
@@ -116,12 +114,12 @@ impl Shard {
         record.bodies = message.bodies.into_vec();
         self.acks.insert(id, frame.msg_seq);
         match &*frame.kind {
-            kind::RESULT_PARTIAL => match read_cost(frame.read::<AgentPartial>(), |p| Some(p.cost)) {
-                Ok(part) => self.chunk(id, no, lane, record, part, running),
+            kind::RESULT_PARTIAL => match read_cost(Said::read(&frame, false), |said| Some(said.cost)) {
+                Ok(said) => self.chunk(id, no, lane, record, said, running),
                 Err(error) => self.unreadable(id, no, lane, record, &error, running),
             },
             kind::RESULT_FINAL => match read_cost(frame.read::<AgentFinal>(), |f| Some(f.cost)) {
-                Ok(last) => self.last(no, lane, record, last, running),
+                Ok(last) => self.last(no, lane, record, &last, Said::read(&frame, true).unwrap_or_default(), running),
                 Err(error) => self.unreadable(id, no, lane, record, &error, running),
             },
             kind::ERROR => match read_cost(frame.read::<AgentError>(), |e| e.cost) {
@@ -152,50 +150,51 @@ impl Shard {
     }
 
     /// A chunk of the answer: booked, durable, then shown; the grant grows before it is used up.
-    pub(super) fn chunk(
-        &mut self,
-        id: CallId,
-        no: u64,
-        lane: u32,
-        mut record: FrameRecord,
-        part: AgentPartial,
-        running: bool,
-    ) {
+    pub(super) fn chunk(&mut self, id: CallId, no: u64, lane: u32, mut record: FrameRecord, said: Said, running: bool) {
         let Some(call) = self.state.stream(no).and_then(|s| s.call(lane)) else { return };
-        let booked = booked(call, part.cost);
-        let (agent, first) = (call.agent(), call.in_seq == 0);
-        let model: Arc<str> = call.reserve.model.as_str().into();
-        let since = self.clock.logged_ms().saturating_sub(call.intent_at);
+        let booked = booked(call, said.cost);
+        let agent = self.calls.get(&id).map_or_else(|| call.agent(), |live| live.agent.clone());
+        let first = (call.in_seq == 0).then(|| Metric::FirstToken {
+            agent: agent.clone(),
+            model: call.reserve.model.as_str().into(),
+            ms: self.clock.logged_ms().saturating_sub(call.intent_at),
+        });
         let out_seq = if running { self.next_out(no) } else { 0 };
         (record.booked, record.out_seq) = (Some(booked.into()), out_seq);
-        let shown = (out_seq > 0).then(|| AgentPartial { cost: booked, ..part.clone() });
-        let stream_id = record.key.stream.clone();
-        self.record_output(Record::Frame(record), Some(Output::from(part)));
-        if let Some(part) = shown {
-            self.tell(no, replay::partial(&stream_id, out_seq, id, &agent, part, None));
+        let shown = (out_seq > 0).then(|| said.to_client(&record.key.stream, out_seq, id, &agent, booked, None));
+        self.record_said(Record::Frame(record), Some(said));
+        if let Some(frame) = shown {
+            self.tell(no, frame);
         }
-        if first {
-            self.metric(Metric::FirstToken { agent, model, ms: since });
+        if let Some(metric) = first {
+            self.metric(metric);
         }
         if running {
             self.extend(no, lane);
         }
     }
     /// `agent.result.final`: the settlement.
-    pub(super) fn last(&mut self, no: u64, lane: u32, record: FrameRecord, last: AgentFinal, running: bool) {
+    pub(super) fn last(
+        &mut self,
+        no: u64,
+        lane: u32,
+        record: FrameRecord,
+        last: &AgentFinal,
+        said: Said,
+        running: bool,
+    ) {
         let Some(call) = self.state.stream(no).and_then(|s| s.call(lane)) else { return };
         let counted = last.usage_source == UsageSource::Counted;
         let actual = if counted { counted_up(call, last.cost) } else { reported(call, last.cost) };
         let (stated, how) = (last.cost.usd_micros.0, last.finish.as_str());
         let confidence = last.confidence_ppm.map_or(0, |c| c.saturating_add(1));
         if !running {
-            self.record_output(Record::Frame(record), None);
+            self.record_said(Record::Frame(record), Some(said));
             return self.adjust(no, lane, actual);
         }
-        let part = replay::part_of_final(last.clone());
-        self.record_output(Record::Frame(record), Some(Output::from(last)));
+        self.record_said(Record::Frame(record), Some(said.clone()));
         let source = if counted { SourcePb::Counted } else { SourcePb::Reported };
-        self.settle(no, lane, actual, stated, source, how, confidence, part);
+        self.settle(no, lane, actual, stated, source, how, confidence, &said);
     }
 
     /// `control.error` on a call's stream: proof voids it, a cost settles it, else the outcome is unknown.
@@ -220,7 +219,7 @@ impl Shard {
             (Some(_), _) if silent && !twice => self.adjust(no, lane, Cost::default()),
             (_, Some(actual)) if running => {
                 let stated = error.cost.map_or(0, |c| c.usd_micros.0);
-                self.settle(no, lane, actual, stated, SourcePb::Reported, code, 0, AgentPartial::default());
+                self.settle(no, lane, actual, stated, SourcePb::Reported, code, 0, &Said::default());
             }
             (_, Some(actual)) => self.adjust(no, lane, actual),
             (_, None) if running => {

@@ -6,9 +6,9 @@ use crate::estimate::CALL_AMOUNT_MAX;
 use crate::message::{LogRoom, Metric, ToAgent};
 use crate::price::Price;
 use crate::record::{Adjust, Ended, Extend, ProofPb, Record, Settle, SourcePb, Void};
-use crate::replay;
+use crate::said::Said;
 use crate::stream::{Call, Phase};
-use atp_proto::content::{AgentPartial, BudgetUpdate};
+use atp_proto::content::BudgetUpdate;
 use atp_proto::frame::{Flags, kind};
 use atp_proto::{AgentName, Amount, CallId, Cost, Frame, UsdMicros};
 
@@ -81,7 +81,8 @@ impl Shard {
         let ended = Ended { how: how.into(), out_seq };
         self.record(Record::Void(Void { key, lane, proof: proof as i32, ended }));
         if out_seq > 0 {
-            self.tell(no, replay::partial(&stream_id, out_seq, id, &agent, AgentPartial::default(), Some(how)));
+            let frame = Said::default().to_client(&stream_id, out_seq, id, &agent, Cost::default(), Some(how));
+            self.tell(no, frame);
         }
         self.ended(no, lane, id, &agent);
     }
@@ -98,7 +99,7 @@ impl Shard {
             out_tokens: booked.out_tokens.max(worst.tokens.less(booked.in_tokens)),
             usd_micros: booked.usd_micros.max(worst.usd_micros),
         };
-        self.settle(no, lane, actual, 0, source, how, 0, AgentPartial::default());
+        self.settle(no, lane, actual, 0, source, how, 0, &Said::default());
     }
 
     #[allow(clippy::too_many_arguments, reason = "one Settle record, field by field")]
@@ -111,7 +112,7 @@ impl Shard {
         source: SourcePb,
         how: &str,
         confidence: u32,
-        part: AgentPartial,
+        said: &Said,
     ) {
         let Some(stream) = self.state.stream(no) else { return };
         let Some(call) = stream.call(lane) else { return };
@@ -139,10 +140,7 @@ impl Shard {
         }));
         self.metric(metric);
         if out_seq > 0 {
-            self.tell(
-                no,
-                replay::partial(&stream_id, out_seq, id, &agent, AgentPartial { cost: actual, ..part }, Some(how)),
-            );
+            self.tell(no, said.to_client(&stream_id, out_seq, id, &agent, actual, Some(how)));
         }
         self.ended(no, lane, id, &agent);
     }

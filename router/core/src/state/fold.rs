@@ -1,15 +1,16 @@
 //! Each record's effect on the state, and the grammar that refuses it. No decision, no view.
 
-use super::{Done, FORMAT, Output, REMEMBERED_MS, RESULT_FINDINGS_MAX, RESULT_TEXT_BYTES_MAX, State};
+use super::{Done, FORMAT, REMEMBERED_MS, RESULT_FINDINGS_MAX, RESULT_TEXT_BYTES_MAX, State};
 use crate::account::{AccountWindow, replace};
 use crate::record::{
     Accept, Adjust, Close, CostPb, Deny, Epoch, Extend, FrameRecord, Genesis, Intent, Key, Reserve, Settle, SourcePb,
     Void, Window, hex,
 };
+use crate::said::Said;
 use crate::stream::{Call, Phase, Stream};
-use atp_proto::content::{AgentFinal, AgentPartial, UsageSource};
+use atp_proto::frame::kind;
 use atp_proto::money::OutOfRange;
-use atp_proto::{Amount, Cost, codec};
+use atp_proto::{Amount, Cost, Frame, codec};
 use bytes::{Bytes, BytesMut};
 
 impl State {
@@ -104,6 +105,7 @@ impl State {
         if stream.is_closed() {
             return Err("behind Close".into());
         }
+        stream.calls.reserve_exact(holds.len());
         for call in holds {
             if call.lane as usize != stream.calls.len() + 1 {
                 return Err(format!("lane {} follows {}", call.lane, stream.calls.len()));
@@ -267,7 +269,7 @@ impl State {
         Ok(())
     }
 
-    pub(super) fn frame(&mut self, r: &FrameRecord, output: Option<Output>) -> Done {
+    pub(super) fn frame(&mut self, r: &FrameRecord, said: Option<Said>) -> Done {
         let (_, stream) = self.open_stream(&r.key)?;
         if r.lane == 0 {
             if r.cancel {
@@ -292,22 +294,23 @@ impl State {
             call.largest_chunk = Amount::from(call.largest_chunk).max(now.less(before)).into();
             call.booked = booked;
         }
-        let Some(output) = output.filter(|_| call.is_open()) else { return Ok(()) };
-        if output.reported {
-            call.reported = Cost::from(call.reported).max(output.cost).into();
+        let Some(said) = said.filter(|_| call.is_open()) else { return Ok(()) };
+        if said.reported {
+            call.reported = Cost::from(call.reported).max(said.cost).into();
         }
         if closed {
             return Ok(());
         }
-        if let Some(text) = output.text {
+        if let Some(text) = said.text() {
             let room = RESULT_TEXT_BYTES_MAX.saturating_sub(call.text.len());
-            let cut = floor_char_boundary(&text, room);
+            let cut = floor_char_boundary(text, room);
             call.truncated |= cut < text.len();
             call.text.push_str(&text[..cut]);
         }
         let room = RESULT_FINDINGS_MAX.saturating_sub(call.findings.len());
-        call.truncated |= output.findings.len() > room;
-        call.findings.extend(output.findings.into_iter().take(room));
+        let findings = said.findings();
+        call.truncated |= findings.len() > room;
+        call.findings.extend(findings.into_iter().take(room));
         Ok(())
     }
 }
@@ -338,34 +341,15 @@ pub(crate) fn join(bodies: &[Bytes]) -> Result<Bytes, String> {
 }
 
 /// What an agent's logged message adds to its lane.
-pub(super) fn read_output(frame: &FrameRecord) -> Option<Output> {
-    let content = join(&frame.bodies).ok()?;
-    let kind = codec::decode_body(frame.bodies.first()?.clone()).ok()?.kind;
-    match &*kind {
-        atp_proto::frame::kind::RESULT_PARTIAL => {
-            serde_json::from_slice::<AgentPartial>(&content).ok().map(Output::from)
-        }
-        atp_proto::frame::kind::RESULT_FINAL => serde_json::from_slice::<AgentFinal>(&content).ok().map(Output::from),
-        _ => None,
-    }
-}
-
-fn findings_text(findings: Option<Vec<serde_json::Value>>) -> Vec<String> {
-    findings.unwrap_or_default().iter().map(ToString::to_string).collect()
-}
-
-impl From<AgentPartial> for Output {
-    fn from(p: AgentPartial) -> Self {
-        let reported = p.usage_source == UsageSource::Reported;
-        Self { text: p.text, findings: findings_text(p.findings), reported, cost: p.cost }
-    }
-}
-
-impl From<AgentFinal> for Output {
-    fn from(f: AgentFinal) -> Self {
-        let reported = f.usage_source == UsageSource::Reported;
-        Self { text: f.text, findings: findings_text(f.findings), reported, cost: f.cost }
-    }
+pub(crate) fn read_said(frame: &FrameRecord) -> Option<Said> {
+    let first = codec::decode_body(frame.bodies.first()?.clone()).ok()?;
+    let last = match &*first.kind {
+        kind::RESULT_PARTIAL => false,
+        kind::RESULT_FINAL => true,
+        _ => return None,
+    };
+    let content = if frame.bodies.len() == 1 { first.content.clone() } else { join(&frame.bodies).ok()? };
+    Said::read(&Frame { content, ..first }, last).ok()
 }
 
 /// The largest char boundary at or below `at`.

@@ -6,8 +6,9 @@ mod image;
 
 use crate::account::Account;
 use crate::record::{AmountPb, AnyRecord, Entry, Genesis, Record};
+use crate::said::Said;
 use crate::stream::Stream;
-use atp_proto::{CallId, Cost};
+use atp_proto::CallId;
 use bytes::Bytes;
 use prost::Message;
 use std::collections::{BTreeMap, VecDeque};
@@ -31,15 +32,6 @@ const PIECE_BYTES: usize = 1024 * 1024;
 pub struct Corrupt {
     pub position: u64,
     pub message: String,
-}
-
-/// What an agent's message adds to its lane; given along where the caller has parsed it already.
-#[derive(Clone, Debug, Default)]
-pub struct Output {
-    pub text: Option<String>,
-    pub findings: Vec<String>,
-    pub reported: bool,
-    pub cost: Cost,
 }
 
 /// What the log remembers of an agent across its incarnations.
@@ -137,11 +129,11 @@ impl State {
             let Some(record) = record else {
                 return Err(corrupt("record kind written by a newer version".into()));
             };
-            let output = match record {
-                Record::Frame(frame) if frame.lane > 0 => read_output(frame),
+            let said = match record {
+                Record::Frame(frame) if frame.lane > 0 => read_said(frame),
                 _ => None,
             };
-            self.apply_record(record, output).map_err(|e| corrupt(format!("{}: {e}", record.kind())))?;
+            self.apply_record(record, said).map_err(|e| corrupt(format!("{}: {e}", record.kind())))?;
         }
         self.end();
         Ok(())
@@ -189,7 +181,7 @@ impl State {
     }
 
     /// Folds one record of the entry that was begun.
-    pub(crate) fn apply_record(&mut self, record: &Record, output: Option<Output>) -> Done {
+    pub(crate) fn apply_record(&mut self, record: &Record, said: Option<Said>) -> Done {
         match record {
             Record::Genesis(r) => self.genesis_first(r),
             Record::Epoch(r) => self.epoch_begins(r),
@@ -203,13 +195,12 @@ impl State {
             Record::Void(r) => self.void(r),
             Record::Adjust(r) => self.adjust(r),
             Record::Close(r) => self.close(r),
-            Record::Frame(r) => self.frame(r, output),
+            Record::Frame(r) => self.frame(r, said),
             Record::Checkpoint(_) => Ok(()),
         }
     }
 }
 
 pub use fold::NO_COST;
-pub(crate) use fold::join;
-use fold::read_output;
+pub(crate) use fold::read_said;
 pub use image::remaining;
