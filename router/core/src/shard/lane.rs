@@ -125,6 +125,9 @@ impl Shard {
             host: c.host.clone(),
         };
         self.record(Record::Intent(intent));
+        // What an earlier incarnation said is not for this one to hear acknowledged.
+        self.acks.remove(&id);
+        self.acks_held.1.remove(&id);
         let time = self.time_left(no, lane);
         let call = LiveCall::new(no, lane, agent.clone(), self.now_ms + time + OWNER_LATER_MS);
         self.calls.insert(id, call);
