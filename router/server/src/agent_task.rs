@@ -2,6 +2,7 @@
 //! Never touches money; a call's frames go past it, straight to the shard.
 
 use crate::inbox::{Inbox, ToShard};
+use crate::metric;
 use crate::outbox::Outbox;
 use crate::time::Clocks;
 use atp_core::agent::Agent;
@@ -221,7 +222,10 @@ impl AgentTask {
                         connection.outbox.close(Some(error));
                     }
                 }
-                AgentEffect::ToShard { shard: _, message } => told.push(message),
+                AgentEffect::ToShard { shard: _, message } => {
+                    show(&message);
+                    told.push(message);
+                }
             }
         }
         for connection in self.connections.values_mut().filter(|c| !c.waiting.is_empty()) {
@@ -239,6 +243,17 @@ impl AgentTask {
             }
         }
         told
+    }
+}
+
+/// Keeps the metric of the agent's status at what the shard is told.
+fn show(message: &FromAgent) {
+    match message {
+        FromAgent::Up { agent, status, .. } | FromAgent::Status { agent, status } => {
+            metric::agent_status(agent, status.status.as_str());
+        }
+        FromAgent::Down { agent, .. } => metric::agent_status(agent, metric::GONE),
+        FromAgent::Lent { .. } | FromAgent::Sent { .. } | FromAgent::Unsent { .. } | FromAgent::Frame { .. } => {}
     }
 }
 

@@ -1,12 +1,16 @@
 //! Names and labels of `/metrics`, in one place. Labels are bounded: no stream ids, payload types from a fixed list.
 
 use atp_core::message::Metric;
+use atp_proto::AgentName;
 use atp_proto::frame::kind;
 use metrics::{Counter, counter, gauge, histogram};
 use metrics_exporter_prometheus::{PrometheusBuilder, PrometheusHandle};
 use std::sync::OnceLock;
 
 static HANDLE: OnceLock<PrometheusHandle> = OnceLock::new();
+
+/// The status of an agent that isn't connected.
+pub(crate) const GONE: &str = "GONE";
 
 /// Installs the process's recorder at the first call; later calls return the same one.
 pub(crate) fn install() -> PrometheusHandle {
@@ -91,6 +95,15 @@ impl FrameCounts {
 /// A frame, message or task that was let go, by reason.
 pub(crate) fn dropped(reason: &'static str) {
     counter!("atp_dropped_total", "reason" => reason).increment(1);
+}
+
+/// One of an agent's statuses is 1, the others are 0. Handles are bounded by `limits.agents`.
+pub(crate) fn agent_status(agent: &AgentName, status: &'static str) {
+    const ALL: [&str; 5] = ["READY", "BUSY", "PAUSE", "DRAINING", GONE];
+    for one in ALL {
+        let value = if one == status { 1.0 } else { 0.0 };
+        gauge!("atp_agent_status", "agent" => agent.to_string(), "status" => one).set(value);
+    }
 }
 
 #[allow(clippy::cast_precision_loss)] // a gauge is a float by its nature; money never comes back from here

@@ -70,6 +70,14 @@ impl Router {
     /// # Errors
     /// The configuration, an address that is in use, a log that can't be opened or read.
     pub async fn start(config: Config) -> Result<Self, StartError> {
+        Self::start_on(config, Arc::new(log::RealDisk)).await
+    }
+
+    /// As `start`, with the log on a disk of the caller's: how tests make it fail.
+    ///
+    /// # Errors
+    /// As `start`.
+    pub async fn start_on(config: Config, disk: Arc<dyn log::Disk>) -> Result<Self, StartError> {
         let problems = config.problems();
         if !problems.is_empty() {
             return Err(StartError::Config(problems));
@@ -89,7 +97,7 @@ impl Router {
                 Durability::Async => log::Durability::Async,
             },
         };
-        let opened = tokio::task::spawn_blocking(move || open(options)).await;
+        let opened = tokio::task::spawn_blocking(move || open(options, disk)).await;
         let (log, recovered, state) = opened.map_err(|e| StartError::Stopped(e.to_string()))??;
         let report = recovered.report;
         for fact in &report {
@@ -312,9 +320,9 @@ fn address(listener: &TcpListener, asked: SocketAddr) -> SocketAddr {
     listener.local_addr().unwrap_or(asked)
 }
 
-fn open(options: log::Options) -> Result<(LocalLog, log::Recovered, State), StartError> {
+fn open(options: log::Options, disk: Arc<dyn log::Disk>) -> Result<(LocalLog, log::Recovered, State), StartError> {
     let dir = options.dir.clone();
-    let (log, recovered) = LocalLog::open(options)?;
+    let (log, recovered) = LocalLog::open_on(options, disk)?;
     let state = if recovered.last_position == 0 { State::default() } else { fold(dir)? };
     Ok((log, recovered, state))
 }

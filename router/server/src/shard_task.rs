@@ -70,21 +70,26 @@ pub(crate) struct ShardTask {
     appends: Vec<(u64, Bytes, bool)>,
     /// Last position and time of each append that isn't durable yet.
     in_flight: VecDeque<(u64, Instant)>,
-    durable: u64,
     /// Messages for agents, grouped; what an agent's full queue refused stays here and is tried again.
     to_agents: BTreeMap<AgentName, Vec<ToAgent>>,
+    /// A checkpoint waits until the disk has room: what is left belongs to the calls that run.
+    checkpoint_waits: bool,
     meters: Meters,
 }
 
 struct Meters {
     append_seconds: Histogram,
-    batch_records: Histogram,
     inbox_bytes: Gauge,
+}
+
+/// Writes what is queued and seals. That waits for the disk and for threads, so no async worker does it.
+async fn close(log: LocalLog) -> Result<(), String> {
+    let closed = tokio::task::spawn_blocking(move || log.close()).await;
+    closed.map_err(|e| e.to_string())?.map_err(|e| e.to_string())
 }
 
 impl ShardTask {
     pub(crate) fn new(begin: Begin) -> Self {
-        let durable = begin.shard.state().position();
         Self {
             clients: Clients::new(begin.streams_max, begin.inbox.clone(), begin.log_dir, begin.tasks),
             shard: begin.shard,
@@ -99,11 +104,10 @@ impl ShardTask {
             next_ask: 1,
             appends: Vec::new(),
             in_flight: VecDeque::new(),
-            durable,
             to_agents: BTreeMap::new(),
+            checkpoint_waits: false,
             meters: Meters {
                 append_seconds: histogram!("atp_log_append_seconds"),
-                batch_records: histogram!("atp_log_batch_records"),
                 inbox_bytes: gauge!("atp_shard_inbox_bytes"),
             },
         }
@@ -117,17 +121,16 @@ impl ShardTask {
         let ended = self.serve().await;
         match ended {
             Ok(()) => {
-                let log = self.log;
                 self.health.send_modify(|h| h.serving = false);
-                // Sealing waits for the disk.
-                let closed = tokio::task::spawn_blocking(move || log.close()).await;
-                closed.map_err(|e| e.to_string())?.map_err(|e| e.to_string())
+                close(self.log).await
             }
             Err(why) => {
                 self.health.send_modify(|h| {
                     h.serving = false;
                     h.failed = Some(why.clone());
                 });
+                // Gives the lock back; what it says of the failure is known.
+                let _ = close(self.log).await;
                 Err(why)
             }
         }
@@ -182,8 +185,6 @@ impl ShardTask {
                     let (_, since) = self.in_flight.pop_front().expect("looked at just now");
                     self.meters.append_seconds.record((at - since).as_secs_f64());
                 }
-                self.meters.batch_records.record((position - self.durable) as f64);
-                self.durable = position;
                 self.shard.handle(now, Input::Durable { position });
                 let clock_ms = i64::try_from(now.wall_ms)
                     .unwrap_or(i64::MAX)
@@ -195,16 +196,25 @@ impl ShardTask {
                 });
             }
             Event::Room(room) => {
-                if room != LogRoom::Enough {
-                    tracing::warn!(
-                        ?room,
-                        "the disk of the log is nearly full; new work is refused until there is room"
-                    );
+                match room {
+                    LogRoom::Enough => tracing::info!("the disk of the log has room again"),
+                    LogRoom::Low => {
+                        tracing::warn!("the disk of the log is nearly full; new tasks are refused until there is room");
+                    }
+                    LogRoom::Last => {
+                        tracing::warn!("the disk of the log is full; running calls are told to stop");
+                    }
                 }
                 self.health.send_modify(|h| h.room = room);
                 self.shard.handle(now, Input::LogRoom(room));
+                if room == LogRoom::Enough && std::mem::take(&mut self.checkpoint_waits) {
+                    self.shard.handle(now, Input::Checkpoint);
+                }
             }
-            Event::NewSegment => self.shard.handle(now, Input::Checkpoint),
+            Event::NewSegment if self.health.borrow().room == LogRoom::Enough => {
+                self.shard.handle(now, Input::Checkpoint);
+            }
+            Event::NewSegment => self.checkpoint_waits = true,
             Event::Failed(error) => {
                 return Err(format!("the log failed, so nothing is acknowledged any more: {error}"));
             }
