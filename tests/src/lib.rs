@@ -2,3 +2,6 @@
 
 #[path = "../simulation/mod.rs"]
 pub mod simulation;
+
+#[cfg(feature = "blackbox")]
+pub mod blackbox;

@@ -1,0 +1,108 @@
+//! A client of the load: works through its tasks by idempotency key, over as many connections as it takes, and keeps what it
+//! was told. It believes nothing twice: a number that comes again has to bring the same message.
+
+use atp_proto::Frame;
+use atp_proto::content::{Bill, Final, Role, Submit};
+use atp_proto::frame::kind;
+use atp_tests::blackbox::PATIENCE;
+use atp_tests::blackbox::peer::{Peer, submit_by_key};
+use std::collections::BTreeMap;
+use std::io;
+use std::net::SocketAddr;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+/// What a client was told about one task.
+#[derive(Clone, Debug)]
+pub struct Told {
+    pub stream: String,
+    pub frames: BTreeMap<u64, Frame>,
+    /// Connections on which `control.accepted` was read and that then broke.
+    pub broken_after_accept: u32,
+    /// The refusal, where there was no acceptance.
+    pub refused: Option<atp_proto::WireError>,
+}
+
+impl Told {
+    fn frame<T: serde::de::DeserializeOwned>(&self, kind: &str) -> T {
+        let found = self.frames.values().filter(|f| &*f.kind == kind).collect::<Vec<_>>();
+        assert_eq!(found.len(), 1, "{}: one {kind}, not {}", self.stream, found.len());
+        found[0].read().expect("the content of its type")
+    }
+
+    pub fn answer(&self) -> Final {
+        self.frame(kind::RESULT_FINAL)
+    }
+
+    pub fn bill(&self) -> Bill {
+        self.frame(kind::BILL)
+    }
+
+    fn is_whole(&self) -> bool {
+        let last = self.frames.last_key_value();
+        self.refused.is_some() || last.is_some_and(|(n, f)| &*f.kind == kind::BILL && *n == self.frames.len() as u64)
+    }
+}
+
+/// Submits one task and follows it to its bill, whatever happens to the connections.
+pub fn follow(router: SocketAddr, key: &str, content: &Submit, done: &AtomicU64) -> Told {
+    let syn = submit_by_key(key, 1, content);
+    let stream = syn.stream_id.to_string();
+    let mut told = Told { stream, frames: BTreeMap::new(), broken_after_accept: 0, refused: None };
+    let end = Instant::now() + 3 * PATIENCE;
+    while !told.is_whole() {
+        assert!(Instant::now() < end, "no end of {key}: {:?}", told.frames.keys());
+        if session(router, &syn, &mut told).is_err() {
+            told.broken_after_accept += u32::from(!told.frames.is_empty());
+            // The router is away: a moment before it is dialled again.
+            std::thread::park_timeout(Duration::from_millis(20));
+        }
+    }
+    done.fetch_add(1, Ordering::Relaxed);
+    told
+}
+
+fn session(router: SocketAddr, syn: &Frame, told: &mut Told) -> io::Result<()> {
+    let (mut peer, _) = Peer::hello(router, Role::Client)?;
+    peer.try_send(syn)?;
+    while !told.is_whole() {
+        let frame = peer.try_next(PATIENCE)?.ok_or(io::ErrorKind::UnexpectedEof)?;
+        if *frame.stream_id != *told.stream {
+            continue;
+        }
+        if &*frame.kind == kind::ERROR {
+            let error: atp_proto::WireError = frame.read().map_err(io::Error::other)?;
+            assert!(told.frames.is_empty(), "{} was accepted and is refused now: {error}", told.stream);
+            told.refused = Some(error);
+        } else if frame.msg_seq > 0 {
+            let before = told.frames.entry(frame.msg_seq).or_insert_with(|| frame.clone());
+            assert_eq!(*before, frame, "{}: message {} came again as another one", told.stream, frame.msg_seq);
+        }
+    }
+    Ok(())
+}
+
+/// Runs `clients` threads; each takes `task(n)` for the next n until `tasks` are done.
+pub fn run(
+    router: SocketAddr,
+    clients: u64,
+    tasks: u64,
+    done: &AtomicU64,
+    task: impl Fn(u64) -> Submit + Sync,
+) -> Vec<Told> {
+    let next = AtomicU64::new(0);
+    let one = || {
+        let mut all = Vec::new();
+        loop {
+            let n = next.fetch_add(1, Ordering::Relaxed);
+            if n >= tasks {
+                return all;
+            }
+            all.push(follow(router, &format!("key-{n}"), &task(n), done));
+        }
+    };
+    std::thread::scope(|scope| {
+        let running: Vec<_> = (0..clients).map(|_| scope.spawn(one)).collect();
+        running.into_iter().flat_map(|client| client.join().expect("a client")).collect()
+    })
+}

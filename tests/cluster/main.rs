@@ -1,0 +1,5 @@
+//! Real processes, real sockets, real kills. Clients, providers and router write histories; a checker reads them and decides.
+
+mod crash;
+mod load;
+mod money;

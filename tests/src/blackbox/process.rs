@@ -1,0 +1,252 @@
+//! The router and its agents as child processes: started, killed without warning, started again on the same directory and
+//! ports. Asks the router over HTTP as anybody could.
+
+use super::{atp, wait_for};
+use serde_json::Value;
+use std::fmt::Write as _;
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Stdio};
+use std::sync::atomic::{AtomicU16, Ordering};
+use std::time::Duration;
+
+/// A running router with a directory of its own.
+pub struct Router {
+    dir: tempfile::TempDir,
+    child: Option<Child>,
+    atp: SocketAddr,
+    http: SocketAddr,
+}
+
+impl Router {
+    /// Starts a router; `yaml` is what its configuration says beside `listen` and `data_dir`.
+    ///
+    /// # Panics
+    /// When it doesn't serve.
+    #[must_use]
+    pub fn start(yaml: &str) -> Self {
+        let dir = tempfile::tempdir().expect("a directory");
+        let mut router = Self { dir, child: None, atp: free_address(), http: free_address() };
+        let mut text = format!("listen: {{atp: {}, http: {}}}\n", router.atp, router.http);
+        let _ = writeln!(text, "data_dir: {}\n{yaml}", router.dir.path().join("data").display());
+        std::fs::write(router.config(), text).expect("a configuration");
+        router.restart();
+        router
+    }
+
+    fn config(&self) -> PathBuf {
+        self.dir.path().join("atp.yaml")
+    }
+
+    /// Starts it again on what is there.
+    ///
+    /// # Panics
+    /// When it doesn't serve; its own words are in the message.
+    pub fn restart(&mut self) {
+        assert!(self.child.is_none(), "it runs");
+        let err = std::fs::File::create(self.dir.path().join("stderr")).expect("a file");
+        let config = self.config();
+        let mut child = atp::command(&["router", "--json", "--config"])
+            .arg(&config)
+            .stdout(Stdio::piped())
+            .stderr(err)
+            .spawn()
+            .expect("the binary under test starts");
+        let out = child.stdout.take().expect("piped");
+        let mut line = String::new();
+        BufReader::new(out).read_line(&mut line).expect("its standard output");
+        let served = serde_json::from_str::<Value>(&line).is_ok_and(|v| v["atp"] == self.atp.to_string());
+        self.child = Some(child);
+        assert!(served, "the router doesn't serve: {line}\n{}", self.stderr());
+    }
+
+    /// SIGKILL: nothing of the process runs any more when this returns.
+    ///
+    /// # Panics
+    /// When it had ended by itself.
+    pub fn kill(&mut self) {
+        let mut child = self.child.take().expect("it runs");
+        let ended = child.try_wait().expect("a child");
+        assert!(ended.is_none(), "the router ended by itself: {ended:?}\n{}", self.stderr());
+        child.kill().expect("a child");
+        child.wait().expect("a child");
+    }
+
+    /// What the process wrote to its standard error since the last start.
+    #[must_use]
+    pub fn stderr(&self) -> String {
+        std::fs::read_to_string(self.dir.path().join("stderr")).unwrap_or_default()
+    }
+
+    #[must_use]
+    pub fn atp(&self) -> SocketAddr {
+        self.atp
+    }
+
+    /// A directory for what belongs to this router's test: scripts, meters.
+    #[must_use]
+    pub fn dir(&self) -> &Path {
+        self.dir.path()
+    }
+
+    /// `local:DIR` of its log.
+    #[must_use]
+    pub fn log(&self) -> String {
+        format!("local:{}", self.dir.path().join("data").join("log").display())
+    }
+
+    /// One HTTP request; status and document.
+    ///
+    /// # Panics
+    /// When there is no answer.
+    #[must_use]
+    pub fn http(&self, method: &str, path: &str) -> (u16, Value) {
+        let mut io = TcpStream::connect(self.http).expect("the router listens");
+        io.set_read_timeout(Some(super::PATIENCE)).expect("a socket");
+        write!(io, "{method} {path} HTTP/1.0\r\nhost: {}\r\ncontent-length: 0\r\n\r\n", self.http).expect("open");
+        let mut text = String::new();
+        io.read_to_string(&mut text).expect("an answer");
+        let (head, body) = text.split_once("\r\n\r\n").expect("head and body");
+        let status = head.split(' ').nth(1).and_then(|s| s.parse().ok()).expect("a status");
+        (status, serde_json::from_str(body).unwrap_or(Value::Null))
+    }
+
+    /// Folds the log and compares it with the live state.
+    ///
+    /// # Panics
+    /// When they differ.
+    pub fn verify(&self) -> Value {
+        let (status, report) = self.http("POST", "/v1/verify");
+        assert_eq!((status, &report["ok"]), (200, &Value::Bool(true)), "{report:#}");
+        assert_eq!(report["differences"], serde_json::json!([]), "{report:#}");
+        report
+    }
+
+    /// Waits until no money is held, then verifies.
+    ///
+    /// # Panics
+    /// When money stays held, or the log and the live state differ.
+    pub fn settled(&self) -> Value {
+        wait_for("every call to be settled", || {
+            Some(self.http("POST", "/v1/verify").1).filter(|report| report["open_reservations"] == 0)
+        });
+        self.verify()
+    }
+
+    /// Waits until an agent is connected.
+    ///
+    /// # Panics
+    /// When it isn't in time.
+    pub fn has_agent(&self, name: &str) {
+        wait_for(&format!("agent {name}"), || {
+            let (_, answer) = self.http("GET", "/v1/agents");
+            let rows = answer["agents"].as_array()?.clone();
+            rows.iter().find(|row| row["name"] == name && row["status"] == "READY").map(|_| ())
+        });
+    }
+}
+
+impl Drop for Router {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            eprintln!("the router's last words:\n{}", self.stderr());
+        }
+        if let Some(mut child) = self.child.take() {
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+    }
+}
+
+/// A port below the range that outgoing connections take theirs from, so that it is still free after a kill, and so that a
+/// client which dials a router that is away never meets itself.
+fn free_address() -> SocketAddr {
+    static NEXT: AtomicU16 = AtomicU16::new(0);
+    let first = u16::try_from(std::process::id() % 11_000).expect("below 11000");
+    for _ in 0..11_000 {
+        let port = 20_000 + (first + NEXT.fetch_add(1, Ordering::Relaxed) % 11_000) % 11_000;
+        let address = SocketAddr::from(([127, 0, 0, 1], port));
+        if TcpListener::bind(address).is_ok() {
+            return address;
+        }
+    }
+    panic!("no free port between 20000 and 31000");
+}
+
+/// `atp agent scripted` as a child process.
+pub struct Scripted {
+    child: Option<Child>,
+    script: PathBuf,
+    meter: PathBuf,
+    url: String,
+    err: PathBuf,
+}
+
+impl Scripted {
+    /// Starts an agent that plays `yaml` (without `name` and `meter`) against the address, which may be a relay's.
+    ///
+    /// # Panics
+    /// When it doesn't start.
+    #[must_use]
+    pub fn start(dir: &Path, name: &str, router: SocketAddr, yaml: &str) -> Self {
+        let file = |ending: &str| dir.join(format!("{name}.{ending}"));
+        let (script, meter) = (file("yaml"), file("meter.jsonl"));
+        let text = format!("name: {name}\nmeter: {}\n{yaml}", meter.display());
+        std::fs::write(&script, text).expect("a script");
+        let url = format!("atp://{router}");
+        let mut agent = Self { child: None, script, meter, url, err: file("stderr") };
+        agent.restart();
+        agent
+    }
+
+    /// Starts a new process of the same agent.
+    ///
+    /// # Panics
+    /// When it doesn't start.
+    pub fn restart(&mut self) {
+        assert!(self.child.is_none(), "it runs");
+        let err = std::fs::OpenOptions::new().create(true).append(true).open(&self.err).expect("a file");
+        let child = atp::command(&["agent", "scripted", "--url", &self.url, "--script"])
+            .arg(&self.script)
+            .stdout(Stdio::null())
+            .stderr(err)
+            .spawn()
+            .expect("the binary under test starts");
+        self.child = Some(child);
+    }
+
+    /// SIGKILL.
+    ///
+    /// # Panics
+    /// When it had ended by itself.
+    pub fn kill(&mut self) {
+        let mut child = self.child.take().expect("it runs");
+        let ended = child.try_wait().expect("a child");
+        let words = std::fs::read_to_string(&self.err).unwrap_or_default();
+        assert!(ended.is_none(), "the agent ended by itself: {ended:?}\n{words}");
+        child.kill().expect("a child");
+        child.wait().expect("a child");
+    }
+
+    /// Where its provider's charges stand.
+    #[must_use]
+    pub fn meter(&self) -> &Path {
+        &self.meter
+    }
+}
+
+impl Drop for Scripted {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            eprintln!("an agent's words:\n{}", std::fs::read_to_string(&self.err).unwrap_or_default());
+        }
+        if let Some(mut child) = self.child.take() {
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+    }
+}
+
+/// How long a look at a condition on the wire lasts.
+pub const LOOK: Duration = Duration::from_millis(500);
