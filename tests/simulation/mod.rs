@@ -11,6 +11,7 @@ pub mod provider;
 pub mod rng;
 pub mod router;
 pub mod sched;
+pub mod show;
 pub mod world;
 
 pub use check::Violation;

@@ -233,7 +233,6 @@ fn settings(rng: &mut Rng) -> Settings {
             recent_frames: rng.pick(&[0, 1, 4, 16]),
             denials_per_second: rng.pick(&[1, 50]),
             denials_burst: rng.pick(&[1, 2, 500]),
-            ..defaults.limits
         },
         ..defaults
     }

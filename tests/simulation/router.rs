@@ -7,6 +7,7 @@ use crate::simulation::net::Peer;
 use crate::simulation::plan::Plan;
 use crate::simulation::process::Process;
 use crate::simulation::sched::{Event, Replay, Sched};
+use crate::simulation::show::{frame_hash, show_entry, show_frame, show_from_agent, show_input, show_to_agent};
 use atp_core::agent::Agent;
 use atp_core::message::{AgentEffect, AgentInput, Effect, FromAgent, Input, LogRoom, Machine, Query, ToAgent};
 use atp_core::record::{Entry, Genesis};
@@ -17,11 +18,10 @@ use atp_core::state::State;
 use atp_proto::codec::{Received, encode_body};
 use atp_proto::content::{Capabilities, Dispatch};
 use atp_proto::frame::kind;
-use atp_proto::{AgentName, ConnId, Flags, Frame, StreamId, TenantId};
+use atp_proto::{AgentName, ConnId, Frame, StreamId, TenantId};
 use bytes::Bytes;
 use prost::Message;
 use std::collections::VecDeque;
-use std::hash::{Hash, Hasher};
 use std::sync::Arc;
 
 pub struct Router {
@@ -410,7 +410,14 @@ impl Router {
         s.at(at, Event::ToMachine { agent, generation: self.generation, message: Box::new(message) });
     }
 
-    pub fn to_machine(&mut self, s: &mut Sched, check: &mut Check, agent: usize, generation: u32, message: ToAgent) {
+    pub fn hand_to_machine(
+        &mut self,
+        s: &mut Sched,
+        check: &mut Check,
+        agent: usize,
+        generation: u32,
+        message: ToAgent,
+    ) {
         if generation != self.generation || self.machines[agent].is_none() {
             return;
         }
@@ -526,68 +533,4 @@ impl Router {
 fn received(frame: Frame) -> Received {
     let body = encode_body(&frame);
     Received { frame, body }
-}
-
-fn frame_hash(frame: &Frame) -> u64 {
-    let mut hash = crate::simulation::sched::Fnv::default();
-    hash.write(frame.stream_id.as_bytes());
-    frame.msg_seq.hash(&mut hash);
-    hash.write(&frame.content);
-    hash.finish()
-}
-
-fn show_frame(f: &Frame) -> String {
-    let names: Vec<_> = Flags::NAMES.iter().filter(|(_, flag)| f.flags.has(*flag)).map(|(n, _)| *n).collect();
-    format!(
-        "{} #{}.{} {} {} {}",
-        &*f.stream_id,
-        f.msg_seq,
-        f.frag_seq,
-        names.join("|"),
-        &*f.kind,
-        String::from_utf8_lossy(&f.content)
-    )
-}
-
-fn show_input(input: &Input) -> String {
-    match input {
-        Input::Client { conn, received, .. } => format!("client {} {}", conn.0, &*received.frame.kind),
-        Input::Agent(message) => show_from_agent(message),
-        other => format!("{other:?}"),
-    }
-}
-
-fn show_to_agent(message: &ToAgent) -> String {
-    match message {
-        ToAgent::Dispatch { epoch, call, go_on, frame, .. } => {
-            format!("Dispatch epoch {epoch} {call} go_on {go_on} {}", show_frame(frame))
-        }
-        ToAgent::Pass { epoch, frame, .. } => format!("Pass epoch {epoch} {}", show_frame(frame)),
-        other => format!("{other:?}"),
-    }
-}
-
-fn show_from_agent(message: &FromAgent) -> String {
-    match message {
-        FromAgent::Frame { agent, received } => format!("{agent} {}", show_frame(&received.frame)),
-        FromAgent::Up { agent, capabilities, status } => {
-            format!("Up {agent} {} {:?} {:?}", capabilities.incarnation, status.status, capabilities.calls)
-        }
-        other => format!("{other:?}"),
-    }
-}
-
-/// The records of an entry, for a trace.
-#[must_use]
-pub fn show_entry(bytes: &Bytes) -> String {
-    let Ok(entry) = Entry::decode(bytes.clone()) else { return "unreadable".into() };
-    let records = entry.records.iter().filter_map(|r| r.record.as_ref());
-    let shown: Vec<_> = records
-        .map(|r| {
-            let key = r.key().map_or("", |k| &k.stream);
-            let text = if r.kind() == "checkpoint" { String::new() } else { r.to_json().to_string() };
-            format!("{} {key} {text}", r.kind())
-        })
-        .collect();
-    format!("at {} [{}]", entry.at_ms, shown.join(" ; "))
 }

@@ -229,7 +229,9 @@ impl World {
                 Peer::Client(client) => clients.disconnected(s, conn, client),
                 Peer::Agent { agent, .. } => processes[agent].disconnected(s, conn),
             },
-            Event::ToMachine { agent, generation, message } => router.to_machine(s, check, agent, generation, *message),
+            Event::ToMachine { agent, generation, message } => {
+                router.hand_to_machine(s, check, agent, generation, *message)
+            }
             Event::ToShard { generation, message } => router.from_machine(s, check, processes, generation, *message),
             Event::Commit { owner } => router.commit(s, check, processes, owner),
             Event::Unpause { owner } => router.unpause(s, check, processes, owner),
