@@ -1,115 +1,15 @@
 //! One router over in-memory connections: hello and its deadlines, limits at n and n+1, a task from submit to bill,
 //! `verify`, and the same state after a restart. Peers are written by hand, so that nothing but the wire is shared.
 
-use atp_proto::codec::{decode, encode};
+mod support;
+
 use atp_proto::content::*;
 use atp_proto::frame::kind;
-use atp_proto::{AgentName, Amount, Code, Cost, Flags, Frame, Tokens, UsdMicros, WireError};
-use atp_router::{Config, Router};
-use bytes::BytesMut;
-use std::path::Path;
+use atp_proto::{Amount, Code, Cost, Flags, Frame, Tokens, UsdMicros, WireError};
+use atp_router::Router;
 use std::time::Duration;
-use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream};
-
-fn config(dir: &Path) -> Config {
-    let mut config =
-        Config { data_dir: dir.into(), durability: atp_router::config::Durability::Async, ..Config::default() };
-    config.listen.atp.set_port(0);
-    config.listen.http.set_port(0);
-    config.limits.segment_bytes = 1 << 20;
-    config
-}
-
-/// A peer that is nothing but frames.
-struct Peer {
-    io: DuplexStream,
-    bytes: BytesMut,
-}
-
-impl Peer {
-    fn new(router: &Router) -> Self {
-        Self { io: router.connect_memory(), bytes: BytesMut::new() }
-    }
-
-    async fn send(&mut self, frame: Frame) {
-        let mut bytes = BytesMut::new();
-        encode(&frame, &mut bytes);
-        self.io.write_all(&bytes).await.expect("the router reads");
-    }
-
-    /// The next frame that is no heartbeat and no ack; `None`: closed.
-    async fn next(&mut self) -> Option<Frame> {
-        loop {
-            if let Some(received) = decode(&mut self.bytes).expect("the router sends whole frames") {
-                let frame = received.frame;
-                if !frame.flags.has(Flags::HB) && &*frame.kind != kind::ACK {
-                    return Some(frame);
-                }
-                continue;
-            }
-            let read = tokio::time::timeout(Duration::from_secs(60), self.io.read_buf(&mut self.bytes)).await;
-            if read.expect("an answer within a minute").unwrap_or(0) == 0 {
-                return None;
-            }
-        }
-    }
-
-    async fn expect(&mut self, wanted: &str) -> Frame {
-        let frame = self.next().await.expect("open");
-        assert_eq!(&*frame.kind, wanted, "{}", String::from_utf8_lossy(&frame.content));
-        frame
-    }
-
-    async fn hello(router: &Router, role: Role) -> (Self, HelloAck) {
-        let mut peer = Self::new(router);
-        peer.send(Frame::json("", 0, Flags::SYN, kind::HELLO, &Hello { minor_max: 9, role, token: None })).await;
-        let ack = peer.expect(kind::HELLO).await.read().expect("a hello");
-        (peer, ack)
-    }
-
-    /// The error that the router closes the connection with.
-    async fn refused(&mut self) -> WireError {
-        let error = self.expect(kind::ERROR).await.read::<WireError>().expect("an error");
-        assert_eq!(error.fatal, atp_proto::code::Fatal::Connection);
-        assert!(self.next().await.is_none(), "closed behind the error");
-        error
-    }
-}
-
-fn submit(stream: &str, agent: &str) -> Frame {
-    let content = Submit { task: "Say hello".into(), agents: vec![AgentName::new(agent)], ..Submit::default() };
-    Frame::json(stream, 1, Flags::SYN, kind::TASK_SUBMIT, &content)
-}
-
-async fn agent(router: &Router, name: &str) -> Peer {
-    let (mut agent, _) = Peer::hello(router, Role::Agent).await;
-    let capabilities = Capabilities {
-        agent: AgentName::new(name),
-        incarnation: "i1".into(),
-        models: vec![ModelInfo {
-            id: "m".into(),
-            in_usd_micros_per_mtok: Some(1_000_000),
-            out_usd_micros_per_mtok: Some(1_000_000),
-            context_tokens: None,
-        }],
-        max_parallel: 8,
-        reach: Amount::new(20, 100),
-        ..Capabilities::default()
-    };
-    agent.send(Frame::json("", 0, Flags::NONE, kind::CAPABILITIES, &capabilities)).await;
-    agent
-}
-
-async fn http(router: &Router, request: &str) -> (u16, serde_json::Value) {
-    let mut io = tokio::net::TcpStream::connect(router.http_addr()).await.expect("HTTP listens");
-    let text = format!("{request} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\ncontent-length: 0\r\n\r\n");
-    io.write_all(text.as_bytes()).await.expect("HTTP reads");
-    let mut answer = String::new();
-    io.read_to_string(&mut answer).await.expect("HTTP answers");
-    let status = answer.split(' ').nth(1).and_then(|s| s.parse().ok()).expect("a status");
-    let body = answer.split_once("\r\n\r\n").map_or("", |(_, body)| body);
-    (status, serde_json::from_str(body).unwrap_or_else(|_| body.into()))
-}
+use support::{Peer, agent, config, http, submit};
+use tokio::io::AsyncWriteExt;
 
 #[tokio::test]
 async fn hello_is_answered_with_the_lower_minor_and_a_session_of_its_own() {

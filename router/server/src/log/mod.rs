@@ -56,4 +56,4 @@ pub use status::{Event, Events};
 pub type LogId = [u8; 16];
 
 /// The largest entry: a message of 16 MiB and what is recorded around it.
-pub const ENTRY_BYTES_MAX: usize = 20 << 20;
+pub const ENTRY_BYTES_MAX: usize = 32 << 20;
