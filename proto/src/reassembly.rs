@@ -11,6 +11,9 @@ use crate::limits::{
 use bytes::{Bytes, BytesMut};
 use std::collections::BTreeMap;
 
+/// Bytes that one message may be charged for: its content, and a modest head for each fragment.
+const MESSAGE_CHARGE_MAX: usize = MESSAGE_BYTES_MAX + FRAGMENTS_MAX as usize * FRAGMENT_OVERHEAD;
+
 /// A whole message.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Message {
@@ -89,6 +92,8 @@ struct Open {
     /// Of the fragment without MORE.
     last: Option<u32>,
     content_bytes: usize,
+    /// Charged for all its fragments, heads included.
+    bytes: usize,
 }
 
 impl Default for Inbound {
@@ -241,10 +246,17 @@ impl Inbound {
             let message = format!("{bytes} bytes wait for message {}; at most {GAP_BYTES_MAX} may", self.next);
             return Err(WireError::new(Code::Limit, message).used(bytes as u64, GAP_BYTES_MAX as u64));
         }
+        let message_bytes = open.map_or(0, |o| o.bytes) + charge;
+        if message_bytes > MESSAGE_CHARGE_MAX {
+            let message =
+                format!("message {seq} takes {message_bytes} bytes with its heads; at most {MESSAGE_CHARGE_MAX}");
+            return Err(WireError::new(Code::Limit, message).used(message_bytes as u64, MESSAGE_CHARGE_MAX as u64));
+        }
         let received = own(received)?;
         let waiting = self.waiting.get_or_insert_default();
         waiting.bytes += charge;
         let open = waiting.open.entry(seq).or_default();
+        open.bytes += charge;
         open.content_bytes += received.frame.content.len();
         if !received.frame.flags.has(Flags::MORE) {
             open.last = Some(frag_seq);
@@ -260,7 +272,7 @@ impl Open {
     }
 
     fn charge(&self) -> usize {
-        self.fragments.values().map(charge).sum()
+        self.bytes
     }
 
     /// Refuses a fragment that contradicts those that are here.

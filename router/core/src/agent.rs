@@ -348,6 +348,7 @@ impl Agent {
         match self.calls.get(&call) {
             Some((_, Slot::Wanted { .. })) => {
                 self.calls.remove(&call);
+                self.queue.retain(|c| *c != call);
             }
             Some((_, Slot::Lent { .. })) => {
                 self.calls.remove(&call);

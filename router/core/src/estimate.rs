@@ -78,8 +78,10 @@ pub fn estimate(
         None => (0, "declared"),
     };
     let tokens = Tokens(in_tokens).add(Tokens(out_tokens))?;
+    let input_usd = price.cost(Tokens(in_tokens), Tokens::ZERO)?;
     let usd = match declared.and_then(|d| d.usd_micros) {
-        Some(usd) => usd,
+        // The declared figure is for the declared prompt; what this one has more is paid on top.
+        Some(usd) => usd.add(price.cost(Tokens(in_tokens - stated_in), Tokens::ZERO)?)?.max(input_usd),
         None => price.cost(Tokens(in_tokens), Tokens(out_tokens))?,
     };
     let variance = match declared {
@@ -117,7 +119,7 @@ pub fn estimate(
         mean,
         sd: Amount::new(guard(1_000_000, variance.tokens), guard(1_000_000, variance.usd_micros)),
         guarded,
-        input: Amount { tokens: Tokens(in_tokens), usd_micros: price.cost(Tokens(in_tokens), Tokens::ZERO)?.min(usd) },
+        input: Amount { tokens: Tokens(in_tokens), usd_micros: input_usd },
         source,
         model: model.map_or_else(String::new, |m| m.id.clone()),
         price,

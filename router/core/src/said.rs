@@ -1,6 +1,7 @@
 //! What an agent's message says, read without copying: text and findings stay the JSON that they came as, so that a chunk
 //! passes through a router without being unescaped and escaped again.
 
+use crate::estimate::CALL_AMOUNT_MAX;
 use atp_proto::content::{AgentFinal, AgentPartial, UsageSource};
 use atp_proto::frame::{Flags, kind};
 use atp_proto::{AgentName, CallId, Cost, Frame, WireError};
@@ -41,10 +42,15 @@ impl Said {
     /// # Errors
     /// EPROTO naming the field.
     pub fn read(frame: &Frame, last: bool) -> Result<Self, WireError> {
-        match Self::quick(&frame.content) {
-            Some(said) => Ok(said),
-            None => Self::slow(frame, last),
+        let said = match Self::quick(&frame.content) {
+            Some(said) => said,
+            None => Self::slow(frame, last)?,
+        };
+        let largest = said.cost.in_tokens.0.max(said.cost.out_tokens.0).max(said.cost.usd_micros.0);
+        if largest > CALL_AMOUNT_MAX {
+            return Err(WireError::proto(format!("cost: {largest} is more than a call can cost")));
         }
+        Ok(said)
     }
 
     /// The common form: every field as this program writes it.
@@ -59,6 +65,10 @@ impl Said {
         }
         let escaped = text.as_ref().filter(|t| t.contains(&b'\\'));
         let unescaped = escaped.map(|t| serde_json::from_slice::<String>(t)).transpose().ok()?;
+        if let Some(findings) = quick.findings {
+            // Rare, and they go to people's programs: they must be JSON to the last escape.
+            serde_json::from_str::<Vec<serde_json::Value>>(findings.get()).ok()?;
+        }
         let reported = quick.usage_source == UsageSource::Reported;
         Some(Self { text, unescaped, findings: quick.findings.map(raw), cost: quick.cost, reported })
     }

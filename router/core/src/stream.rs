@@ -107,6 +107,12 @@ pub struct Call {
     /// More than one: an earlier attempt may have had its effect, so no proof of a later one voids the call.
     #[prost(uint32, tag = "23")]
     pub intents: u32,
+    /// From here on an upstream remembers the call's key.
+    #[prost(uint64, tag = "24")]
+    pub first_intent_at: u64,
+    /// Bytes of `findings`.
+    #[prost(uint64, tag = "25")]
+    pub findings_bytes: u64,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, prost::Enumeration)]
@@ -196,6 +202,16 @@ impl Call {
     #[must_use]
     pub fn agent(&self) -> AgentName {
         AgentName::new(&self.reserve.agent)
+    }
+    /// Bytes that it keeps for the result.
+    #[must_use]
+    pub fn kept_bytes(&self) -> usize {
+        self.text.len() + self.findings_bytes as usize
+    }
+    /// True while its upstream still knows its key.
+    #[must_use]
+    pub fn is_young(&self, logged_ms: u64) -> bool {
+        self.intent.as_ref().is_some_and(|i| logged_ms < self.first_intent_at.saturating_add(i.idempotent_for_ms))
     }
     /// True when its output ended without success, so that another lane may replace it.
     #[must_use]

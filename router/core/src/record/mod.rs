@@ -317,6 +317,8 @@ pub struct Adjust {
     pub evidence: String,
     #[prost(message, required, tag = "4")]
     pub actual: CostPb,
+    #[prost(enumeration = "SourcePb", tag = "5")]
+    pub source: i32,
 }
 
 /// What the client is told, exactly once; duplicates get it again.
@@ -364,6 +366,9 @@ pub struct FrameRecord {
     /// `task.cancel` was in it.
     #[prost(bool, tag = "7")]
     pub cancel: bool,
+    /// The agent broke its contract in it: nothing of it counts.
+    #[prost(bool, tag = "8")]
+    pub unreadable: bool,
 }
 
 /// One piece of the fold up to `position`; the pieces follow each other without a gap.

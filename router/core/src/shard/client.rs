@@ -11,7 +11,7 @@ use atp_proto::codec::Received;
 use atp_proto::content::{Ack, OpenMessage, Resume, Submit, TaskCancel, TaskState};
 use atp_proto::frame::{Flags, kind};
 use atp_proto::id::{is_id, key_prefix};
-use atp_proto::limits::{RETRY_MS, STREAMS_MAX};
+use atp_proto::limits::{GAP_BYTES_MAX, RETRY_MS, STREAMS_MAX};
 use atp_proto::reassembly::{Fed, Inbound, Message};
 use atp_proto::{AgentName, Code, ConnId, Frame, Limit, Qos, StreamId, TenantId, WireError};
 use bytes::Bytes;
@@ -22,18 +22,22 @@ const FANOUT_MAX: usize = 32;
 /// The longest deadline that is taken, in milliseconds.
 const DEADLINE_MS_MAX: u64 = 24 * 3_600_000;
 const KEY_BYTES_MAX: usize = 256;
+/// Bytes of one connection that may wait for the rest of their submits.
+const PENDING_BYTES_MAX: usize = 2 * GAP_BYTES_MAX;
 
 /// What a task wants, read once from its submit.
 pub(super) struct Wants {
     pub(super) agents: Vec<AgentName>,
     pub(super) fanout: usize,
     pub(super) prompt_tokens: u64,
+    /// False: what can't be had at once is refused.
+    pub(super) wait: bool,
 }
 
 impl Wants {
     /// From the content of `task.submit`, which was read when it was accepted.
     pub(super) fn of(content: &Bytes) -> Self {
-        Self::read(&serde_json::from_slice(content).unwrap_or_default())
+        Self::read(&read_content(content))
     }
 
     pub(super) fn read(submit: &Submit) -> Self {
@@ -42,6 +46,7 @@ impl Wants {
             fanout: submit.fanout.map_or(1, |n| n as usize).max(submit.agents.len()),
             prompt_tokens: prompt_tokens(submit.task.len() + bytes),
             agents: submit.agents.clone(),
+            wait: submit.wait,
         }
     }
 }
@@ -51,6 +56,7 @@ pub(super) struct Pending {
     inbound: Inbound,
     asked: usize,
     armed: bool,
+    progress: (u64, usize),
 }
 
 /// Refusals of a tenant that may be logged.
@@ -96,7 +102,9 @@ impl Shard {
             inbound: Inbound::default(),
             asked: 0,
             armed: false,
+            progress: (0, 0),
         });
+        let armed = pending.armed;
         match pending.inbound.feed(received) {
             Ok(Fed::Ready(message)) => {
                 let mut next = Some(message);
@@ -108,9 +116,16 @@ impl Shard {
                     self.pending.remove(&key);
                 }
             }
-            Ok(Fed::Waiting) if pending.armed => {}
+            Ok(Fed::Waiting) if self.pending_bytes(conn) > PENDING_BYTES_MAX => {
+                self.pending.remove(&key);
+                let error = WireError::new(Code::Limit, "too many bytes of unfinished submits on this connection");
+                self.refuse(conn, &id, &error.used(PENDING_BYTES_MAX as u64, PENDING_BYTES_MAX as u64));
+            }
+            Ok(Fed::Waiting) if armed => {}
             Ok(Fed::Waiting) => {
-                pending.armed = true;
+                if let Some(pending) = self.pending.get_mut(&key) {
+                    pending.armed = true;
+                }
                 self.timer(self.now_ms + RETRY_MS[0], Timer::Gap(conn, id));
             }
             Ok(Fed::Duplicate(_)) => self.metric(Metric::Redelivered),
@@ -121,10 +136,19 @@ impl Shard {
         }
     }
 
+    fn pending_bytes(&self, conn: ConnId) -> usize {
+        let of_conn = self.pending.range((conn, StreamId::new(""))..).take_while(|((c, _), _)| *c == conn);
+        of_conn.map(|(_, p)| p.inbound.waiting_bytes()).sum()
+    }
+
     /// A message still lacks something: ask for it, and give up after the last interval.
     pub(super) fn gap_due(&mut self, conn: ConnId, id: &StreamId) {
         let key = (conn, id.clone());
         let Some(pending) = self.pending.get_mut(&key) else { return };
+        let progress = (pending.inbound.next_expected(), pending.inbound.waiting_bytes());
+        if progress != pending.progress || pending.inbound.missing().is_empty() {
+            (pending.progress, pending.asked) = (progress, 0);
+        }
         if pending.asked == RETRY_MS.len() {
             self.pending.remove(&key);
             let error = WireError::new(Code::SeqRetry, "fragments or messages are missing; send the message again");
@@ -386,7 +410,7 @@ impl Shard {
         if let Some(live) = self.live.get_mut(&no) {
             live.subscribers.retain(|c| *c != conn);
             let first = live.recent.front().map_or(upto + 1, |f| f.msg_seq);
-            if after + 1 >= first {
+            if after.saturating_add(1) >= first {
                 let frames: Vec<Frame> = live.recent.iter().filter(|f| f.msg_seq > after).cloned().collect();
                 live.subscribers.push(conn);
                 frames.into_iter().for_each(|frame| self.send(conn, frame));
@@ -395,12 +419,23 @@ impl Shard {
         } else if after >= upto {
             return;
         }
-        self.effect(Effect::Replay { conn, tenant, stream: id, from, after, upto });
+        // A reader that is on its way with the same frames serves this wish too.
+        let running = self.replaying.entry((conn, no)).or_insert((u64::MAX, 0));
+        if after < running.0 {
+            *running = (after, running.1 + 1);
+            self.effect(Effect::Replay { conn, tenant, stream: id, from, after, upto });
+        }
     }
 
     pub(super) fn replayed(&mut self, conn: ConnId, tenant: &TenantId, stream: &StreamId, upto: u64) {
-        if let Some(no) = self.state.stream_no(tenant.as_str(), stream.as_str()) {
-            self.follow(conn, no, upto);
+        if let Some(no) = self.state.stream_no(tenant.as_str(), stream.as_str())
+            && let Some(running) = self.replaying.get_mut(&(conn, no))
+        {
+            running.1 -= 1;
+            if running.1 == 0 {
+                self.replaying.remove(&(conn, no));
+                self.follow(conn, no, upto);
+            }
         }
     }
 
@@ -409,6 +444,7 @@ impl Shard {
             live.subscribers.retain(|c| *c != conn);
         }
         self.pending.retain(|(c, _), _| *c != conn);
+        self.replaying.retain(|(c, _), _| *c != conn);
     }
 
     fn cancel(&mut self, no: u64, frame: &Frame) {
@@ -442,6 +478,11 @@ fn unknown(id: &StreamId) -> WireError {
 
 fn other_content(what: &str) -> WireError {
     WireError::new(Code::Idempotency, format!("this {what} was used with other content; take a new one"))
+}
+
+/// The content of a submit that was read when it was accepted.
+pub(super) fn read_content(content: &Bytes) -> Submit {
+    Frame::raw("", 1, Flags::SYN, kind::TASK_SUBMIT, content.clone()).read().unwrap_or_default()
 }
 
 /// SHA-256 over what the task is: content (with agents, budget and deadline), QoS and task type.

@@ -118,20 +118,19 @@ impl Shard {
                 Ok(true) => {}
                 Ok(false) => waiting = true,
                 Err(error) => {
-                    if let Some(live) = self.live.get_mut(&no) {
-                        live.left_out.push(format!("lane {lane} was not tried again: {error}"));
+                    let said = format!("lane {lane} was not tried again: {error}");
+                    if let Some(live) = self.live.get_mut(&no).filter(|l| !l.left_out.contains(&said)) {
+                        live.left_out.push(said);
                     }
                 }
             }
         }
         let open = self.state.stream(no).is_some_and(Stream::has_open_calls);
-        if open || waiting {
+        if !self.lanes(no, |c| c.phase() == Phase::Reserved).is_empty() {
+            self.ask(no);
+        } else if waiting {
             self.ask_later(no);
-            let slots = self.lanes(no, |c| c.phase() == Phase::Reserved);
-            if !slots.is_empty() {
-                self.ask(no);
-            }
-        } else {
+        } else if !open {
             self.close(no, None);
         }
     }
@@ -203,7 +202,10 @@ impl Shard {
         for frame in replay::closing(id.as_str(), &close) {
             self.tell(no, frame);
         }
-        self.live.remove(&no);
+        if let Some(live) = self.live.remove(&no) {
+            self.timers.remove(&(live.deadline_at, Timer::Deadline(no)));
+            self.timers.remove(&(live.ask_at, Timer::Ask(no)));
+        }
         self.metric(Metric::Admission { outcome: state.as_str(), code: Code::parse(&code).map_or("", Code::as_str) });
     }
 

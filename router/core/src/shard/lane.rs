@@ -45,6 +45,8 @@ pub(super) struct LiveCall {
     pub(super) due: u64,
     pub(super) asked: usize,
     pub(super) gap: bool,
+    /// How far the messages behind a gap had come when they were last looked at.
+    pub(super) progress: (u64, usize),
     pub(super) answered: bool,
 }
 
@@ -63,6 +65,7 @@ impl LiveCall {
             due: 0,
             asked: 0,
             gap: false,
+            progress: (0, 0),
             answered: false,
         }
     }
@@ -121,7 +124,7 @@ impl Shard {
             external: c.effects == Effects::External,
             idempotent_for_ms: c.idempotent_for_ms,
             slices: matches!(c.stop, Stop::Close | Stop::Kill),
-            counted_up_ppm: c.counted_up_ppm.map_or(COUNTED_UP_PPM, u64::from),
+            counted_up_ppm: c.counted_up_ppm.map_or(COUNTED_UP_PPM, u64::from).min(1_000_000),
             host: c.host.clone(),
         };
         self.record(Record::Intent(intent));
@@ -163,8 +166,7 @@ impl Shard {
         } else {
             hold
         };
-        let submit: Submit =
-            if go_on { Submit::default() } else { serde_json::from_slice(&stream.submit).unwrap_or_default() };
+        let submit = if go_on { Submit::default() } else { super::client::read_content(&stream.submit) };
         let dispatch = Dispatch {
             call_id: id,
             shard: self.settings.shard,
@@ -257,7 +259,7 @@ impl Shard {
         let Some(call) = stream.call(lane).filter(|c| c.phase() == Phase::Running) else { return };
         let Some(intent) = &call.intent else { return };
         let id = stream.call_id(lane);
-        let young = self.clock.logged_ms() < call.intent_at.saturating_add(intent.idempotent_for_ms);
+        let young = call.is_young(self.clock.logged_ms());
         let external = intent.external;
         if young && self.live.get(&no).is_some_and(|l| l.stopping.is_none()) {
             if let Some(live) = self.calls.get_mut(&id) {
@@ -296,10 +298,8 @@ impl Shard {
         }
         let (handing, due) = (live.handing, live.lost_at.unwrap_or(live.expires_at).min(live.expires_at));
         if live.wants_slot {
-            let young = call
-                .intent
-                .as_ref()
-                .is_some_and(|i| self.clock.logged_ms() < call.intent_at.saturating_add(i.idempotent_for_ms));
+            let wanted = self.live.get(&no).is_some_and(|l| l.stopping.is_none());
+            let young = wanted && call.is_young(self.clock.logged_ms());
             return if young { self.want_again(id) } else { self.lost(no, lane) };
         }
         match handing {

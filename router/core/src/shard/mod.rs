@@ -35,6 +35,8 @@ use std::sync::Arc;
 
 /// Slots and dispatches that weren't answered are asked for again this often.
 const REPEAT_MS: u64 = 1_000;
+/// Bytes of content of the frames that a stream keeps for a connection that catches up.
+const RECENT_BYTES_MAX: usize = 32 * 1024;
 /// Effects that an idle queue has room for.
 const QUEUE_KEPT: usize = 4096;
 /// How much later the owner's deadline of a call is than the agent's.
@@ -94,6 +96,8 @@ pub struct Shard {
     seats: BTreeMap<AgentName, Seat>,
     books: BTreeMap<String, Book>,
     pending: BTreeMap<(ConnId, StreamId), Pending>,
+    /// Connections that are being served from the log, by stream: the lowest `after`, and how many readers are on their way.
+    replaying: BTreeMap<(ConnId, u64), (u64, u32)>,
     denials: BTreeMap<TenantId, Bucket>,
     /// Slots in use per agent, as far as this shard's calls go.
     in_flight: BTreeMap<AgentName, u32>,
@@ -134,6 +138,7 @@ impl Shard {
             seats: BTreeMap::new(),
             books: BTreeMap::new(),
             pending: BTreeMap::new(),
+            replaying: BTreeMap::new(),
             denials: BTreeMap::new(),
             in_flight: BTreeMap::new(),
             timers: BTreeSet::new(),
@@ -195,8 +200,12 @@ impl Shard {
         }
     }
 
+    /// Takes new settings. A limit that changed is recorded at once: running calls live under it too.
     pub fn set_settings(&mut self, settings: Arc<Settings>) {
         self.settings = settings;
+        let accounts: Vec<String> = self.state.accounts.keys().cloned().collect();
+        accounts.into_iter().for_each(|account| self.rolled(&account));
+        self.commit();
     }
 
     /// The fold, ahead of what is durable.
@@ -315,7 +324,8 @@ impl Shard {
             return;
         }
         live.recent.push_back(frame);
-        if live.recent.len() > keep {
+        let bytes = |recent: &VecDeque<Frame>| recent.iter().map(|f| f.content.len()).sum::<usize>();
+        while live.recent.len() > keep || bytes(&live.recent) > RECENT_BYTES_MAX {
             live.recent.pop_front();
         }
     }

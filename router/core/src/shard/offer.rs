@@ -6,7 +6,7 @@ use crate::estimate::{Estimate, estimate};
 use crate::record::WindowRef;
 use crate::settings::WindowSettings;
 use crate::stream::Stream;
-use atp_proto::content::{Capabilities, Stop, Submit};
+use atp_proto::content::{Capabilities, Status, Stop, Submit};
 use atp_proto::{AgentName, Amount, Code, Qos, TenantId, WireError};
 use std::sync::Arc;
 
@@ -61,8 +61,15 @@ impl Shard {
         let here = self.seats.iter().filter(|(_, s)| s.up && s.skip_until <= self.now_ms && matches(&s.capabilities));
         let mut offers: Vec<Offer> =
             here.filter_map(|(name, _)| self.offer(name, wants.prompt_tokens, qos, &window, String::new())).collect();
-        // Cheapest first; ties: fewer tokens, then name (the order of the map).
-        offers.sort_by_key(|o| (o.estimate.guarded.usd_micros, o.estimate.guarded.tokens));
+        // Those that can begin now, then cheapest first; ties: fewer tokens, then name (the order of the map).
+        let ready = |o: &Offer| {
+            self.seats.get(&o.agent).is_some_and(|s| matches!(s.status.status, Status::Ready | Status::Busy))
+        };
+        offers.retain(ready);
+        offers.sort_by_key(|o| {
+            let full = self.in_flight(&o.agent) >= self.seat_window(&o.agent);
+            (full, o.estimate.guarded.usd_micros, o.estimate.guarded.tokens)
+        });
         for (rank, offer) in offers.iter_mut().enumerate() {
             offer.rule = format!("match: rank {} by cost", rank + 1);
         }
@@ -73,7 +80,7 @@ impl Shard {
     pub(super) fn judge(&self, tenant: &TenantId, submit: &Submit, qos: Qos, task_type: &str) -> Result<(), WireError> {
         let wants = super::client::Wants::read(submit);
         let limit = submit.budget.min(self.settings.stream_window.limit);
-        let offers = match self.offers(&wants, task_type, qos) {
+        let mut offers = match self.offers(&wants, task_type, qos) {
             Ok(offers) if !offers.is_empty() => offers,
             Ok(_) if submit.wait => return Ok(()),
             Ok(_) => {
@@ -86,6 +93,9 @@ impl Shard {
             }
         };
         let stream = Level { limit, ..Level::default() };
+        if wants.agents.is_empty() {
+            self.drop_unaffordable(tenant.as_str(), u64::MAX, &stream, &mut offers)?;
+        }
         match self.fit(tenant.as_str(), u64::MAX, &stream, 0, &offers[..1]) {
             Fit::Never(error) => Err(error),
             Fit::Wait(need) if !submit.wait => Err(self.window_error(tenant.as_str(), need)),
@@ -102,6 +112,31 @@ impl Shard {
                     }
                 }
             }
+        }
+    }
+
+    /// Drops offers that this window can never pay.
+    ///
+    /// # Errors
+    /// EBUDGET of the best one where all are such.
+    pub(super) fn drop_unaffordable(
+        &self,
+        tenant: &str,
+        no: u64,
+        stream: &Level,
+        offers: &mut Vec<Offer>,
+    ) -> Result<(), WireError> {
+        let mut refused = None;
+        offers.retain(|offer| match self.fit(tenant, no, stream, 0, std::slice::from_ref(offer)) {
+            Fit::Never(error) => {
+                refused.get_or_insert(error);
+                false
+            }
+            Fit::Wait(_) | Fit::Lanes(_) => true,
+        });
+        match refused {
+            Some(error) if offers.is_empty() => Err(error),
+            Some(_) | None => Ok(()),
         }
     }
 

@@ -55,7 +55,10 @@ impl Shard {
                 self.acks.insert(id, in_seq);
                 self.metric(Metric::Redelivered);
             }
-            Err(error) => self.garbage(id, no, lane, &error),
+            Err(error) => {
+                self.garbage(id, no, lane, &error);
+                self.calls.remove(&id);
+            }
         }
         // Of an ended call only what waits for order is kept.
         if self.calls.get(&id).is_some_and(|c| c.inbound.is_idle())
@@ -82,9 +85,15 @@ impl Shard {
             (live.gap, live.asked) = (false, 0);
             return;
         }
+        let progress = (live.inbound.next_expected(), live.inbound.waiting_bytes());
+        if progress != live.progress || live.inbound.missing().is_empty() {
+            (live.progress, live.asked) = (progress, 0);
+        }
         if live.asked == RETRY_MS.len() {
             let error = WireError::new(Code::SeqRetry, "messages of the agent are missing");
-            return self.garbage(id, no, lane, &error);
+            self.garbage(id, no, lane, &error);
+            self.calls.remove(&id);
+            return;
         }
         let ack = Ack { msg_seq: live.inbound.next_expected() - 1, open: live.inbound.missing() };
         let wait = RETRY_MS[live.asked];
@@ -139,7 +148,7 @@ impl Shard {
         error: &WireError,
         running: bool,
     ) {
-        self.record(Record::Frame(record));
+        self.record(Record::Frame(FrameRecord { unreadable: true, ..record }));
         if running {
             self.garbage(id, no, lane, error);
         }
@@ -190,7 +199,7 @@ impl Shard {
         let confidence = last.confidence_ppm.map_or(0, |c| c.saturating_add(1));
         if !running {
             self.record_said(Record::Frame(record), Some(said));
-            return self.adjust(no, lane, actual);
+            return self.adjust(no, lane, actual, if counted { SourcePb::Counted } else { SourcePb::Reported });
         }
         self.record_said(Record::Frame(record), Some(said.clone()));
         let source = if counted { SourcePb::Counted } else { SourcePb::Reported };
@@ -203,7 +212,11 @@ impl Shard {
         let silent = call.in_seq == 0 && call.booked().amount().is_ok_and(Amount::is_zero);
         let (agent, external) = (call.agent(), call.intent.as_ref().is_some_and(|i| i.external));
         let twice = call.intents > 1;
-        let actual = error.cost.map(|cost| reported(call, cost));
+        // Where anything was counted on the way, an error's cost is a count too.
+        let counted = Cost::from(call.booked).in_tokens > Cost::from(call.reported).in_tokens
+            || Cost::from(call.booked).out_tokens > Cost::from(call.reported).out_tokens;
+        let source = if counted { SourcePb::Counted } else { SourcePb::Reported };
+        let actual = error.cost.map(|cost| if counted { counted_up(call, cost) } else { reported(call, cost) });
         self.record(Record::Frame(record));
         if matches!(error.code, Code::WindowAgent | Code::Draining)
             && let Some(seat) = self.seats.get_mut(&agent)
@@ -216,12 +229,12 @@ impl Shard {
                 let proof = if proof == Proof::Rejected { ProofPb::Rejected } else { ProofPb::NotCalled };
                 self.disproved(no, lane, proof, code);
             }
-            (Some(_), _) if silent && !twice => self.adjust(no, lane, Cost::default()),
+            (Some(_), _) if silent && !twice => self.adjust(no, lane, Cost::default(), SourcePb::Reported),
             (_, Some(actual)) if running => {
                 let stated = error.cost.map_or(0, |c| c.usd_micros.0);
-                self.settle(no, lane, actual, stated, SourcePb::Reported, code, 0, &Said::default());
+                self.settle(no, lane, actual, stated, source, code, 0, &Said::default());
             }
-            (_, Some(actual)) => self.adjust(no, lane, actual),
+            (_, Some(actual)) => self.adjust(no, lane, actual, source),
             (_, None) if running => {
                 let code = if external { Code::OutcomeUnknown.as_str() } else { code };
                 self.settle_unknown(no, lane, SourcePb::UnknownAtHold, code);

@@ -46,7 +46,11 @@ impl Shard {
             let offers = self.offers(&live.wants, &stream.accept.task_type, stream_qos(stream));
             match offers {
                 Ok(offers) if !offers.is_empty() => self.bid(no, offers),
-                Ok(_) | Err(_) => self.ask_later(no),
+                Ok(_) | Err(_) => {
+                    // It waits for an agent, not for money.
+                    self.leave_books(no);
+                    self.ask_later(no);
+                }
             }
             return;
         }
@@ -80,12 +84,20 @@ impl Shard {
         let (fanout, named) = (live.wants.fanout, !live.wants.agents.is_empty());
         let (tenant, level) = (stream.accept.account.clone(), stream.level());
         let ids: Vec<CallId> = (1..=fanout as u32).map(|lane| stream.call_id(lane)).collect();
+        let wait = live.wants.wait;
+        if !named && let Err(error) = self.drop_unaffordable(&tenant, no, &level, &mut offers) {
+            return self.close_refused(no, error);
+        }
         match self.fit(&tenant, no, &level, 0, &offers[..1]) {
-            Fit::Lanes(_) => {}
-            Fit::Wait(need) => {
+            Fit::Lanes(_) => self.leave_books(no),
+            Fit::Wait(need) if wait => {
                 self.books.entry(tenant).or_default().waiting.insert(no, need);
                 self.ask_later(no);
                 return;
+            }
+            Fit::Wait(need) => {
+                let error = self.window_error(&tenant, need);
+                return self.close_refused(no, error);
             }
             Fit::Never(error) => return self.close_refused(no, error),
         }
@@ -139,8 +151,9 @@ impl Shard {
             let reserved = self.state.stream(no).and_then(|s| s.call(lane));
             let ours = reserved.is_some_and(|c| c.reserve.agent == agent.as_str());
             let first = reserved.is_some_and(|c| c.phase() == Phase::Reserved);
-            let again = self.calls.get(&call).is_some_and(|c| c.wants_slot);
-            let stopping = self.live.get(&no).is_some_and(|l| l.stopping.is_some());
+            let young = reserved.is_some_and(|c| c.is_young(self.clock.logged_ms()));
+            let again = young && self.calls.get(&call).is_some_and(|c| c.wants_slot);
+            let stopping = self.live.get(&no).is_none_or(|l| l.stopping.is_some());
             match ours && here && (first || again) && !stopping && self.room == LogRoom::Enough {
                 true => self.intend(no, lane, &agent),
                 // A repeat of a slot that is in use already is not given back.
@@ -166,7 +179,12 @@ impl Shard {
         let holds = match self.fit(&tenant, no, &level, 0, &offers) {
             Fit::Lanes(holds) => holds,
             Fit::Wait(need) => {
+                let wait = self.live.get(&no).is_some_and(|l| l.wants.wait);
                 self.withdraw_loudly(no, None);
+                if !wait {
+                    let error = self.window_error(&tenant, need);
+                    return self.close_refused(no, error);
+                }
                 self.books.entry(tenant).or_default().waiting.insert(no, need);
                 self.ask_later(no);
                 return;
@@ -254,16 +272,16 @@ impl Shard {
         let (tenant, level, old_agent) = (stream.accept.account.clone(), stream.level(), old.agent());
         let open = stream.calls.iter().filter(|c| c.is_open()).count() as u32;
         let used: BTreeSet<AgentName> = stream.calls.iter().map(crate::stream::Call::agent).collect();
-        let Ok(mut offers) = self.offers(&live.wants, &stream.accept.task_type, stream_qos(stream)) else {
-            // A named agent is away; another named one may be replaced all the same.
-            return Ok(false);
-        };
-        if live.wants.agents.is_empty() {
+        let (wants, qos) = (&live.wants, stream_qos(stream));
+        let offers = if wants.agents.is_empty() {
+            let mut offers = self.offers(wants, &stream.accept.task_type, qos).unwrap_or_default();
             // Somebody else first, then the same again.
             offers.sort_by_key(|o| used.contains(&o.agent));
+            offers
         } else {
-            offers.retain(|o| o.agent == old_agent);
-        }
+            let window = self.settings.stream_window;
+            self.offer(&old_agent, wants.prompt_tokens, qos, &window, String::new()).into_iter().collect()
+        };
         let Some(mut offer) = offers.into_iter().next() else { return Ok(false) };
         offer.rule = format!("retry of lane {failed} after {}", old.ended);
         match self.fit(&tenant, no, &level, open, std::slice::from_ref(&offer)) {

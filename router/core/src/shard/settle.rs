@@ -1,7 +1,7 @@
 //! A call's money while it runs and when it ends: slices, settlement, void, adjust, and what is booked for which tokens.
 
-use super::Shard;
 use super::lane::COUNTED_UP_PPM;
+use super::{Shard, Timer};
 use crate::estimate::CALL_AMOUNT_MAX;
 use crate::message::{LogRoom, Metric, ToAgent};
 use crate::price::Price;
@@ -10,7 +10,7 @@ use crate::said::Said;
 use crate::stream::{Call, Phase};
 use atp_proto::content::BudgetUpdate;
 use atp_proto::frame::{Flags, kind};
-use atp_proto::{AgentName, Amount, CallId, Cost, Frame, UsdMicros};
+use atp_proto::{AgentName, Amount, CallId, Cost, Frame, Tokens, UsdMicros};
 
 impl Shard {
     /// Extends a running call's hold when what is left of its grant is below one slice; oldest call first.
@@ -19,6 +19,9 @@ impl Shard {
         let Some(call) = stream.call(lane).filter(|c| c.phase() == Phase::Running) else { return };
         let stopping = self.live.get(&no).is_none_or(|l| l.stopping.is_some());
         if stopping || !call.intent.as_ref().is_some_and(|i| i.slices) {
+            if let Some(book) = self.books.get_mut(&stream.accept.account) {
+                book.starved.remove(&(no, lane));
+            }
             return;
         }
         let (hold, guarded) = (call.hold(), Amount::from(call.reserve.guarded));
@@ -31,22 +34,24 @@ impl Shard {
             if left.tokens < slice.tokens { slice.tokens.0 } else { 0 },
             if left.usd_micros < slice.usd_micros { slice.usd_micros.0 } else { 0 },
         );
-        let account = stream.accept.account.clone();
         let at = (no, lane);
-        if wanted.is_zero() {
-            if let Some(book) = self.books.get_mut(&account) {
+        // What the task's own budget has no room for is nobody else's to wait for.
+        let useful = wanted.min(stream.level().free());
+        if useful.is_zero() {
+            if let Some(book) = self.books.get_mut(&stream.accept.account) {
                 book.starved.remove(&at);
             }
             return;
         }
+        let account = stream.accept.account.clone();
         let levels = self.levels(stream, &call.reserve.windows);
         let (key, id) = (stream.accept.key.clone(), stream.call_id(lane));
         let older = self.books.get(&account).is_some_and(|b| b.starved.first().is_some_and(|first| *first < at));
         let free = levels.iter().map(crate::account::Level::free).reduce(Amount::min).unwrap_or_default();
         let blocked = older || self.room > LogRoom::Enough;
-        let given = if blocked { Amount::ZERO } else { wanted.min(free) };
+        let given = if blocked { Amount::ZERO } else { useful.min(free) };
         let book = self.books.entry(account).or_default();
-        match wanted.fits(given) {
+        match useful.fits(given) {
             true => book.starved.remove(&at),
             false => book.starved.insert(at),
         };
@@ -149,11 +154,13 @@ impl Shard {
     pub(super) fn ended(&mut self, no: u64, lane: u32, id: CallId, agent: &AgentName) {
         if self.calls.contains_key(&id) {
             self.flies(id, false);
-            self.calls.remove(&id);
             let message = ToAgent::Ended { shard: self.settings.shard, epoch: self.epoch, call: id };
             self.tell_agent(agent, message);
         } else {
             self.give_back(agent, id);
+        }
+        if let Some(live) = self.calls.remove(&id) {
+            self.timers.remove(&(live.due, Timer::Call(id)));
         }
         self.note_short(no, lane);
         let account = self.state.stream(no).map(|s| s.accept.account.clone()).unwrap_or_default();
@@ -164,16 +171,18 @@ impl Shard {
     }
 
     /// A later and better figure for a settled call: once.
-    pub(super) fn adjust(&mut self, no: u64, lane: u32, actual: Cost) {
+    pub(super) fn adjust(&mut self, no: u64, lane: u32, actual: Cost, source: SourcePb) {
         let Some(stream) = self.state.stream(no) else { return };
         let Some(call) = stream.call(lane).filter(|c| c.phase() == Phase::Settled) else { return };
         let evidence = "final".to_owned();
-        if call.evidence.contains(&evidence) {
+        // A call that was settled by its own final has had its say.
+        let guessed = matches!(call.source(), SourcePb::UnknownAtHold | SourcePb::Expired);
+        if !guessed || call.evidence.contains(&evidence) {
             return;
         }
         let key = stream.accept.key.clone();
         let account = stream.accept.account.clone();
-        self.record(Record::Adjust(Adjust { key, lane, evidence, actual: actual.into() }));
+        self.record(Record::Adjust(Adjust { key, lane, evidence, actual: actual.into(), source: source as i32 }));
         self.money_returned(&account);
     }
 
@@ -212,11 +221,12 @@ pub(super) fn reported(call: &Call, stated: Cost) -> Cost {
 
 /// The end of a call whose usage was counted: booked up until a report adjusts it.
 pub(super) fn counted_up(call: &Call, stated: Cost) -> Cost {
+    let most = |n: u64| n.min(CALL_AMOUNT_MAX);
     let up = 1_000_000 + call.intent.as_ref().map_or(COUNTED_UP_PPM, |i| i.counted_up_ppm);
     let total = booked(call, stated);
     Cost {
-        in_tokens: total.in_tokens.scale_ppm_up(up).unwrap_or(total.in_tokens),
-        out_tokens: total.out_tokens.scale_ppm_up(up).unwrap_or(total.out_tokens),
-        usd_micros: total.usd_micros.scale_ppm_up(up).unwrap_or(total.usd_micros),
+        in_tokens: Tokens(most(total.in_tokens.scale_ppm_up(up).unwrap_or(total.in_tokens).0)),
+        out_tokens: Tokens(most(total.out_tokens.scale_ppm_up(up).unwrap_or(total.out_tokens).0)),
+        usd_micros: UsdMicros(most(total.usd_micros.scale_ppm_up(up).unwrap_or(total.usd_micros).0)),
     }
 }

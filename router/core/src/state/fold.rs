@@ -1,6 +1,6 @@
 //! Each record's effect on the state, and the grammar that refuses it. No decision, no view.
 
-use super::{Done, FORMAT, REMEMBERED_MS, RESULT_FINDINGS_MAX, RESULT_TEXT_BYTES_MAX, State};
+use super::{Done, FORMAT, REMEMBERED_MS, RESULT_BYTES_MAX, RESULT_FINDINGS_MAX, State};
 use crate::account::{AccountWindow, replace};
 use crate::record::{
     Accept, Adjust, Close, CostPb, Deny, Epoch, Extend, FrameRecord, Genesis, Intent, Key, Reserve, Settle, SourcePb,
@@ -122,8 +122,12 @@ impl State {
 
     pub(super) fn move_held(&mut self, windows: &[crate::record::WindowRef], from: Amount, to: Amount) -> Done {
         for at in windows {
-            let window = self.account_window(&at.account, &at.window)?;
-            replace(&mut window.held, from, to).map_err(range)?;
+            match self.account_window(&at.account, &at.window) {
+                Ok(window) => replace(&mut window.held, from, to).map_err(range)?,
+                // A window that is long over is forgotten once nothing is held in it.
+                Err(_) if from.is_zero() && to.is_zero() => {}
+                Err(e) => return Err(e),
+            }
         }
         Ok(())
     }
@@ -144,6 +148,13 @@ impl State {
         }
         call.set_phase(Phase::Running);
         call.intents += 1;
+        if call.intents == 1 {
+            call.first_intent_at = at;
+        } else {
+            // The upstream repeats its whole answer.
+            (call.text, call.findings) = (String::new(), Vec::new());
+            (call.findings_bytes, call.truncated) = (0, false);
+        }
         call.intent = Some(Intent { key: Key::default(), ..r.clone() });
         (call.intent_at, call.intent_epoch, call.in_seq) = (at, epoch, 0);
         Ok(())
@@ -182,14 +193,15 @@ impl State {
         if r.ended.out_seq > 0 {
             told(stream, r.ended.out_seq)?;
         }
+        self.move_held(&windows, hold, Amount::ZERO)?;
         for w in &windows {
-            let window = self.account_window(&w.account, &w.window)?;
-            replace(&mut window.held, hold, Amount::ZERO).map_err(range)?;
-            replace(&mut window.settled, Amount::ZERO, actual).map_err(range)?;
+            if let Ok(window) = self.account_window(&w.account, &w.window) {
+                replace(&mut window.settled, Amount::ZERO, actual).map_err(range)?;
+            }
         }
         let totals = self.agents.entry(agent).or_default();
-        totals.spent_usd_micros =
-            totals.spent_usd_micros.checked_add(actual.usd_micros.0).ok_or("amount out of range")?;
+        // A statistic, unlike the levels above: it may stop at the end of its range.
+        totals.spent_usd_micros = totals.spent_usd_micros.saturating_add(actual.usd_micros.0);
         if matches!(r.source(), SourcePb::Reported | SourcePb::Counted) {
             totals.overshoot = Amount::from(totals.overshoot).max(actual.less(hold)).into();
         }
@@ -233,7 +245,7 @@ impl State {
         let from = Cost::from(call.actual).amount().map_err(range)?;
         let to = Cost::from(r.actual).amount().map_err(range)?;
         call.actual = r.actual;
-        call.set_source(SourcePb::Reported);
+        call.source = r.source;
         call.evidence.push(r.evidence.clone());
         let (windows, agent) = (call.reserve.windows.clone(), call.reserve.agent.clone());
         replace(&mut stream.settled, from, to).map_err(range)?;
@@ -244,8 +256,8 @@ impl State {
             }
         }
         let totals = self.agents.entry(agent).or_default();
-        let spent = totals.spent_usd_micros.checked_sub(from.usd_micros.0).and_then(|s| s.checked_add(to.usd_micros.0));
-        totals.spent_usd_micros = spent.ok_or("amount out of range")?;
+        let spent = totals.spent_usd_micros.saturating_sub(from.usd_micros.0);
+        totals.spent_usd_micros = spent.saturating_add(to.usd_micros.0);
         Ok(())
     }
 
@@ -264,6 +276,7 @@ impl State {
         for call in &mut stream.calls {
             call.text = String::new();
             call.findings = Vec::new();
+            call.findings_bytes = 0;
         }
         self.ended.push_back((at, no));
         Ok(())
@@ -275,7 +288,8 @@ impl State {
             if r.cancel {
                 stream.cancel = true;
             } else if stream.submit.is_empty() && !stream.is_closed() {
-                stream.submit = join(&r.bodies)?;
+                // A copy: a slice would keep the connection's whole read buffer.
+                stream.submit = Bytes::copy_from_slice(&join(&r.bodies)?);
             }
             return Ok(());
         }
@@ -283,6 +297,7 @@ impl State {
             told(stream, r.out_seq)?;
         }
         let closed = stream.is_closed();
+        let kept = stream.calls.iter().map(Call::kept_bytes).sum::<usize>();
         let call = stream.call_mut(r.lane).ok_or("no such lane")?;
         if r.msg_seq != call.in_seq + 1 {
             return Err(format!("message {} of lane {} follows {}", r.msg_seq, r.lane, call.in_seq));
@@ -301,16 +316,23 @@ impl State {
         if closed {
             return Ok(());
         }
+        let mut bytes = RESULT_BYTES_MAX.saturating_sub(kept);
         if let Some(text) = said.text() {
-            let room = RESULT_TEXT_BYTES_MAX.saturating_sub(call.text.len());
-            let cut = floor_char_boundary(text, room);
+            let cut = floor_char_boundary(text, bytes);
             call.truncated |= cut < text.len();
+            bytes -= cut;
             call.text.push_str(&text[..cut]);
         }
         let room = RESULT_FINDINGS_MAX.saturating_sub(call.findings.len());
-        let findings = said.findings();
-        call.truncated |= findings.len() > room;
-        call.findings.extend(findings.into_iter().take(room));
+        for finding in said.findings() {
+            if call.findings.len() < room && finding.len() <= bytes {
+                bytes -= finding.len();
+                call.findings_bytes += finding.len() as u64;
+                call.findings.push(finding);
+            } else {
+                call.truncated = true;
+            }
+        }
         Ok(())
     }
 }
@@ -342,6 +364,9 @@ pub(crate) fn join(bodies: &[Bytes]) -> Result<Bytes, String> {
 
 /// What an agent's logged message adds to its lane.
 pub(crate) fn read_said(frame: &FrameRecord) -> Option<Said> {
+    if frame.unreadable {
+        return None;
+    }
     let first = codec::decode_body(frame.bodies.first()?.clone()).ok()?;
     let last = match &*first.kind {
         kind::RESULT_PARTIAL => false,

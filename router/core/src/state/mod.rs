@@ -19,8 +19,9 @@ pub const FOLD_VERSION: u32 = 1;
 pub const FORMAT: u32 = 1;
 /// Ids and keys are remembered for this long after a stream's end (ATP-4), in logged time.
 pub const REMEMBERED_MS: u64 = 24 * 3_600_000;
-/// Bytes of one lane's text in the result; more is cut there and marked, the partials had it all.
-pub const RESULT_TEXT_BYTES_MAX: usize = 1024 * 1024;
+/// Bytes of text and findings of all lanes in a result; more is cut there and marked, the partials had it all. It bounds
+/// the entry of a Close: text stands twice in it and may grow sixfold as JSON.
+pub const RESULT_BYTES_MAX: usize = 512 * 1024;
 /// Findings of one lane in the result.
 pub const RESULT_FINDINGS_MAX: usize = 4096;
 /// Bytes of a checkpoint's piece.
@@ -156,10 +157,12 @@ impl State {
                 break;
             }
             self.ended.pop_front();
-            if self.streams.get(&no).is_some_and(Stream::has_open_calls) {
-                self.ended.push_back((self.logged_ms, no));
-            } else {
-                self.forget(no);
+            match self.streams.get_mut(&no).filter(|s| s.has_open_calls()) {
+                Some(stream) => {
+                    stream.ended_at = self.logged_ms;
+                    self.ended.push_back((self.logged_ms, no));
+                }
+                None => self.forget(no),
             }
         }
     }

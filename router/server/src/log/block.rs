@@ -7,7 +7,7 @@ use bytes::Bytes;
 pub(super) const PAGE: u64 = 4096;
 pub(super) const HEADER: usize = 80;
 /// More than any writer makes (one entry of `ENTRY_BYTES_MAX`); checked before memory is taken.
-pub(super) const BODY_MAX: usize = 32 << 20;
+pub(super) const BODY_MAX: usize = 40 << 20;
 pub(super) const CHECKPOINT: u8 = 1;
 pub(super) const SEAL: u8 = 2;
 
