@@ -53,10 +53,9 @@ async fn a_reload_changes_an_account_and_a_bad_one_changes_nothing() {
 
     // What needs a restart is named, and nothing of the same configuration is taken.
     let mut bad = config.clone();
-    bad.settings.accounts.insert(
-        TenantId::new("default"),
-        atp_core::settings::AccountSettings { limit: limit(50_000_000), ..account },
-    );
+    bad.settings
+        .accounts
+        .insert(TenantId::new("default"), atp_core::settings::AccountSettings { limit: limit(50_000_000), ..account });
     let good = bad.clone();
     bad.limits.agents += 1;
     bad.data_dir = dir.path().join("elsewhere");
