@@ -1,10 +1,12 @@
 //! Refusals (section 5): code, scope, limit, what was used, and the bounds of a submit at n and n + 1.
 
 use crate::{agent, last, shared};
-use atp_proto::content::Submit;
+use atp_proto::content::{Final, Hello, Role, Submit, TaskState};
 use atp_proto::frame::kind;
-use atp_proto::{AgentName, Code, Flags, Frame, Limit, Tokens, UsdMicros};
-use atp_tests::blackbox::peer::{Peer, submit, task};
+use atp_proto::{AgentName, Code, Flags, Frame, Limit, Tokens, UsdMicros, WireError};
+use atp_tests::blackbox::peer::{Peer, encoded, submit, task};
+use atp_tests::blackbox::process::Router;
+use std::collections::BTreeSet;
 
 fn cancel(peer: &mut Peer, stream: &str) {
     peer.send(&Frame::raw(stream, 0, Flags::NONE, kind::TASK_CANCEL, "{}".into()));
@@ -54,6 +56,73 @@ fn atp_5_1_eagentdown_and_ewindow_for_who_will_not_wait() {
     assert_eq!(facts, (Code::Window, Some("agent:b-5-1"), Some(1), Some(1)), "{error}");
     worker.send(&last(call, 1, 1));
     client.to_the_bill("first");
+}
+
+#[test]
+fn atp_5_1_who_will_not_wait_never_waits_also_in_a_burst() {
+    let router = shared();
+    let mut one = crate::capabilities("c-5-1");
+    one.max_parallel = 1;
+    let mut worker = Peer::agent(router.atp(), &one);
+    router.has_agent("c-5-1");
+    let mut client = Peer::client(router.atp());
+    let id = |n: usize| format!("burst-{n}");
+    // All of them in one write, so that most are judged before the slot is known to be taken.
+    let hurried = Submit { wait: false, ..task("c-5-1") };
+    let burst: Vec<u8> = (0..30).flat_map(|n| encoded(&submit(&id(n), &hurried))).collect();
+    client.send_bytes(&burst);
+    let call = worker.dispatched().call_id;
+    // One runs. The others are told no while it does, before or after they were accepted.
+    let mut told = BTreeSet::new();
+    while told.len() < 29 {
+        let frame = client.next();
+        let error = match &*frame.kind {
+            kind::ERROR => Some(frame.read::<WireError>().unwrap()),
+            kind::RESULT_FINAL => frame.read::<Final>().unwrap().error,
+            _ => continue,
+        };
+        assert_eq!(error.map(|e| e.code), Some(Code::Window), "{frame:?}");
+        assert!(told.insert(frame.stream_id.to_string()), "told twice");
+    }
+    worker.send(&last(call, 1, 1));
+    loop {
+        let frame = client.next();
+        if &*frame.kind == kind::RESULT_FINAL {
+            assert_eq!(frame.read::<Final>().unwrap().state, TaskState::Done);
+            assert!(!told.contains(&*frame.stream_id));
+            return;
+        }
+    }
+}
+
+#[test]
+fn atp_5_3_an_unknown_credential_is_eauth() {
+    let router = shared();
+    for (token, taken) in [("atp_nobody_has_this", false), ("eyJhbGciOi.eyJzdWIi.c2ln", false), ("sk-anything", true)] {
+        let mut peer = crate::dial(router.atp());
+        let hello = Hello { minor_max: 1, role: Role::Client, token: Some(token.into()) };
+        peer.send(&Frame::json("", 0, Flags::SYN, kind::HELLO, &hello));
+        if taken {
+            assert_eq!(&*peer.next().kind, kind::HELLO);
+        } else {
+            let error = peer.closed();
+            assert_eq!((error.code, error.judged), (Code::Auth, false), "{error}");
+        }
+    }
+}
+
+#[test]
+fn atp_5_3_n_connections_are_served_and_one_more_is_elimit() {
+    let router = Router::start("log: {durability: async}\nlimits: {connections: 2}");
+    let first = Peer::client(router.atp());
+    let mut second = Peer::client(router.atp());
+    let error = crate::dial(router.atp()).closed();
+    assert_eq!((error.code, error.limit, error.judged), (Code::Limit, Some(2), false), "{error}");
+    second.send(&submit("still-served", &task("nobody")));
+    second.expect(kind::ACCEPTED);
+    // Who leaves makes room.
+    drop(first);
+    atp_tests::blackbox::wait_for("a free place", || Peer::hello(router.atp(), Role::Client).ok());
 }
 
 #[test]

@@ -3,8 +3,11 @@
 use crate::{STREAMS, agent, bill, kinds, last, partial, shared, whole_task};
 use atp_proto::content::{Accepted, CallState, Final, Partial, Resume, Submit, TaskState};
 use atp_proto::frame::kind;
-use atp_proto::{CallId, Code, Flags, Frame, StreamId, TenantId};
+use atp_proto::{CallId, Code, Flags, Frame, StreamId, TenantId, WireError};
 use atp_tests::blackbox::peer::{Peer, submit, task};
+use atp_tests::blackbox::process::Router;
+use atp_tests::blackbox::{PATIENCE, wait_for};
+use std::io::ErrorKind;
 
 fn resume(stream: &str, after: u64) -> Frame {
     Frame::json(stream, 0, Flags::SYN, kind::RESUME, &Resume { token: None, after })
@@ -200,5 +203,83 @@ fn atp_4_1_n_streams_are_open_on_a_connection_and_one_more_is_elimit() {
     for n in 1..=STREAMS {
         client.send(&cancel(&id(n)));
         client.to_the_bill(&id(n));
+    }
+}
+
+/// The unsent bytes of a connection are bounded; what a slow reader missed is in the log.
+#[test]
+fn atp_1_6_a_slow_reader_misses_nothing() {
+    const CHUNKS: u64 = 400;
+    let router = Router::start("log: {durability: async}");
+    let mut worker = agent(&router, "slow");
+    let mut client = Peer::client(router.atp());
+    client.send(&submit("slow-1-6", &task("slow")));
+    let call = worker.dispatched().call_id;
+    // 24 MB: more than the outbox and the sockets hold. Nobody reads them.
+    let text = "x".repeat(60_000);
+    for seq in 1..=CHUNKS {
+        worker.send(&partial(call, seq, &text, 1));
+    }
+    worker.send(&last(call, CHUNKS + 1, 1));
+    wait_for("the task's end", || {
+        client.send(&Frame::heartbeat(false));
+        (router.http("GET", "/v1/streams/slow-1-6").1["state"] == "done").then_some(())
+    });
+    // Now it reads; should the router have hung up meanwhile, it goes on where it was.
+    let mut seen: Vec<Frame> = Vec::new();
+    while seen.last().is_none_or(|f| &*f.kind != kind::BILL) {
+        match client.try_next(PATIENCE) {
+            Ok(Some(frame)) if &*frame.kind == kind::ERROR => {
+                assert_eq!(frame.read::<WireError>().unwrap().code, Code::Limit);
+            }
+            Ok(Some(frame)) if frame.msg_seq > 0 => {
+                let (last, part) = seen.last().map_or((0, 0), |f| (f.msg_seq, f.frag_seq));
+                let next = (frame.msg_seq, frame.frag_seq);
+                // Long messages, the final here, come in fragments.
+                assert!(next == (last + 1, 0) || next <= (last, part + 1), "a gap: {next:?} after {last}, {part}");
+                if next > (last, part) {
+                    seen.push(frame);
+                }
+            }
+            Ok(Some(_)) => {}
+            Err(e) if e.kind() == ErrorKind::TimedOut => panic!("nothing comes after {}", seen.len()),
+            Ok(None) | Err(_) => {
+                while seen.last().is_some_and(|f| f.flags.has(Flags::MORE)) {
+                    seen.pop();
+                }
+                client = Peer::client(router.atp());
+                client.send(&resume("slow-1-6", seen.last().map_or(0, |f| f.msg_seq)));
+            }
+        }
+    }
+    assert_eq!(seen.last().map(|f| f.msg_seq), Some(1 + CHUNKS + 3));
+    let mut other = Peer::client(router.atp());
+    other.send(&resume("slow-1-6", 0));
+    for (again, first) in other.to_the_bill("slow-1-6").iter().zip(&seen) {
+        assert_eq!(again, first);
+    }
+}
+
+#[test]
+fn atp_4_11_a_closed_stream_is_resumed_after_a_restart() {
+    let mut router = Router::start("log: {durability: fsync}");
+    let mut worker = agent(&router, "r");
+    let mut client = Peer::client(router.atp());
+    let frames = whole_task(&mut client, &mut worker, "r", "again");
+    client.send(&submit("refused", &Submit { wait: false, ..task("nobody") }));
+    let refusal = client.refused("refused");
+    let before = router.verify();
+    for _ in 0..2 {
+        router.kill();
+        router.restart();
+        let mut client = Peer::client(router.atp());
+        for after in 0..frames.len() {
+            client.send(&resume("again", after as u64));
+            assert_eq!(client.to_the_bill("again"), frames[after..]);
+        }
+        client.send(&submit("refused", &Submit { wait: false, ..task("nobody") }));
+        assert_eq!(client.refused("refused"), refusal, "a refusal is remembered as well");
+        let after = router.verify();
+        assert!(after["position"].as_u64() > before["position"].as_u64(), "a new epoch");
     }
 }
