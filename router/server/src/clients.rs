@@ -1,32 +1,35 @@
 //! The clients' connections as their shard sees them: what is sent to each, which of its streams it has open,
-//! and which streams lag because a full outbox took no more. A lagging stream is read again from the log, never lost.
+//! and which streams lag because neither the outbox nor this memory took more. A lagging stream is read again from the
+//! log, never lost, and nothing overtakes that: a client sees each stream in order.
 
+use crate::catch_up::{Replay, replay};
 use crate::inbox::{Inbox, ToShard};
-use crate::log::Reader;
 use crate::metric;
-use crate::outbox::Outbox;
+use crate::outbox::{Outbox, weight};
 use atp_core::clock::Now;
 use atp_core::message::{Input, Machine};
-use atp_core::record::Entry;
-use atp_core::replay::StreamReplay;
 use atp_core::shard::Shard;
 use atp_proto::codec::{Received, encode_body};
 use atp_proto::content::Resume;
 use atp_proto::frame::kind;
 use atp_proto::{Code, ConnId, Flags, Frame, StreamId, TenantId, WireError};
-use prost::Message;
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::path::PathBuf;
-use tokio::sync::mpsc;
 use tokio_util::task::TaskTracker;
 
 /// Unnumbered frames that may wait beside a full outbox; a client that never reads gets no more of them.
 const UNNUMBERED_WAITING_MAX: usize = 1024;
+/// Bytes that wait here for one connection whose outbox is full; reading the log again costs far more.
+const WAITING_BYTES_MAX: usize = 24 << 20;
+/// The same for all connections together.
+const ALL_WAITING_BYTES_MAX: usize = 128 << 20;
 
 pub(crate) struct Clients {
     list: HashMap<ConnId, Client>,
     /// Connections with frames of this drain.
     touched: Vec<ConnId>,
+    /// Weight of all frames that wait here.
+    bytes: usize,
     streams_max: usize,
     inbox: Inbox,
     log_dir: PathBuf,
@@ -36,21 +39,33 @@ pub(crate) struct Clients {
 struct Client {
     tenant: TenantId,
     outbox: Outbox,
-    /// Frames of this drain; unnumbered ones may wait here for room.
+    /// Frames of this drain, behind those that the outbox had no room for.
     frames: VecDeque<Frame>,
+    /// What `frames` weigh.
+    bytes: usize,
     /// Streams that this connection opened or watches.
     streams: BTreeSet<StreamId>,
-    /// By stream: the last msg_seq that the outbox took. What came later is read from the log when there is room.
-    lagging: BTreeMap<StreamId, u64>,
-    /// Streams whose next `control.accepted` answers our own question, not the client's.
-    own_resumes: BTreeSet<StreamId>,
+    /// Streams whose later frames are read from the log when there is room.
+    lagging: BTreeMap<StreamId, Lag>,
+    /// Replays that wait for what is queued before them, or for the reader.
+    replays: Vec<Replay>,
+    /// A reader of the log is on its way for this connection.
+    reading: bool,
     /// A task waits for room.
     waiting: bool,
 }
 
+/// Where a lagging stream goes on.
+struct Lag {
+    /// The last msg_seq that the connection was sent.
+    after: u64,
+    /// The shard was asked to go on; its `accepted` ends the lag. Frames before that were decided before it was asked.
+    asked: bool,
+}
+
 impl Clients {
     pub(crate) fn new(streams_max: usize, inbox: Inbox, log_dir: PathBuf, tasks: TaskTracker) -> Self {
-        Self { list: HashMap::new(), touched: Vec::new(), streams_max, inbox, log_dir, tasks }
+        Self { list: HashMap::new(), touched: Vec::new(), bytes: 0, streams_max, inbox, log_dir, tasks }
     }
 
     pub(crate) fn open(&mut self, conn: ConnId, tenant: TenantId, outbox: Outbox) {
@@ -58,16 +73,20 @@ impl Clients {
             tenant,
             outbox,
             frames: VecDeque::new(),
+            bytes: 0,
             streams: BTreeSet::new(),
             lagging: BTreeMap::new(),
-            own_resumes: BTreeSet::new(),
+            replays: Vec::new(),
+            reading: false,
             waiting: false,
         };
         self.list.insert(conn, client);
     }
 
     pub(crate) fn gone(&mut self, conn: ConnId) {
-        self.list.remove(&conn);
+        if let Some(client) = self.list.remove(&conn) {
+            self.bytes -= client.bytes;
+        }
     }
 
     /// Gives what a client sent to the shard, unless it opens more streams than a connection may have.
@@ -85,10 +104,20 @@ impl Clients {
                     .used(client.streams.len() as u64, self.streams_max as u64);
                     let frame = Frame::json(&*received.frame.stream_id, 0, Flags::RST, kind::ERROR, &error);
                     self.touched.push(conn);
+                    client.bytes += weight(&frame);
+                    self.bytes += weight(&frame);
                     client.frames.push_back(frame);
                     continue;
                 }
                 client.streams.insert(StreamId::new(&received.frame.stream_id));
+            }
+            if let Some(lag) = client.lagging.get_mut(&*received.frame.stream_id)
+                && !lag.asked
+                && &*received.frame.kind == kind::RESUME
+                && let Ok(resume) = received.frame.read::<Resume>()
+            {
+                // Its own wish is answered at once; the frames follow when the lag ends, from where it wishes.
+                lag.after = resume.after;
             }
             shard.handle(now, Input::Client { conn, tenant: tenant.clone(), received });
         }
@@ -100,44 +129,69 @@ impl Clients {
         if frame.flags.has(Flags::FIN) || frame.flags.has(Flags::RST) {
             client.streams.remove(&*frame.stream_id);
         }
-        if !client.own_resumes.is_empty()
-            && frame.msg_seq == 0
-            && &*frame.kind == kind::ACCEPTED
-            && client.own_resumes.remove(&*frame.stream_id)
+        if !client.lagging.is_empty()
+            && let Some(lag) = client.lagging.get(&*frame.stream_id)
         {
-            return;
+            if frame.msg_seq > 0 {
+                // The log has it; here it would overtake what the connection still lacks.
+                return;
+            }
+            if lag.asked && (&*frame.kind == kind::ACCEPTED || frame.flags.has(Flags::RST)) {
+                client.lagging.remove(&*frame.stream_id);
+                if &*frame.kind == kind::ACCEPTED {
+                    return;
+                }
+            }
         }
         if client.frames.is_empty() {
             self.touched.push(conn);
         }
+        let weight = weight(&frame);
+        client.bytes += weight;
+        self.bytes += weight;
         client.frames.push_back(frame);
     }
 
-    /// Hands what was grouped to the outboxes. What one refuses is noted, and read from the log later.
+    /// Reads a stream's frames from the log for a connection, once all that is queued for it is on its way.
+    pub(crate) fn replay(&mut self, conn: ConnId, replay: Replay) {
+        let Some(client) = self.list.get_mut(&conn) else { return };
+        client.replays.push(replay);
+        self.touched.push(conn);
+    }
+
+    /// The reader of the connection has ended; the next one may begin.
+    pub(crate) fn replayed(&mut self, conn: ConnId) {
+        if let Some(client) = self.list.get_mut(&conn) {
+            client.reading = false;
+            self.touched.push(conn);
+        }
+    }
+
+    /// Hands what was grouped to the outboxes. What one refuses waits here, or is noted and read from the log later.
     pub(crate) fn flush(&mut self) {
         for conn in std::mem::take(&mut self.touched) {
             self.flush_one(conn);
         }
     }
 
-    pub(crate) fn flush_one(&mut self, conn: ConnId) {
+    fn flush_one(&mut self, conn: ConnId) {
         let Some(client) = self.list.get_mut(&conn) else { return };
-        if !client.lagging.is_empty() {
-            // A stream that lags goes on from the log; a later frame must not overtake that.
-            let lagging = &client.lagging;
-            client.frames.retain(|f| f.msg_seq == 0 || !lagging.contains_key(&*f.stream_id));
+        let taken = client.outbox.send(&mut client.frames);
+        client.bytes -= taken;
+        self.bytes -= taken;
+        if client.bytes > WAITING_BYTES_MAX || self.bytes > ALL_WAITING_BYTES_MAX {
+            self.bytes -= client.bytes;
+            client.lag();
+            self.bytes += client.bytes;
         }
-        client.outbox.send(&mut client.frames);
-        if client.frames.is_empty() {
-            return;
+        if client.frames.is_empty() && !client.replays.is_empty() && !client.reading {
+            client.reading = true;
+            let replays = std::mem::take(&mut client.replays);
+            let (outbox, inbox, dir) = (client.outbox.clone(), self.inbox.clone(), self.log_dir.clone());
+            self.tasks.spawn(replay(conn, client.tenant.clone(), replays, outbox, inbox, dir));
         }
-        for frame in client.frames.iter().filter(|f| f.msg_seq > 0) {
-            client.lagging.entry(StreamId::new(&frame.stream_id)).or_insert(frame.msg_seq - 1);
-            metric::dropped("outbox_full");
-        }
-        client.frames.retain(|f| f.msg_seq == 0);
-        client.frames.truncate(UNNUMBERED_WAITING_MAX);
-        if !client.waiting {
+        let resumes = !client.reading && client.lagging.values().any(|lag| !lag.asked);
+        if !client.waiting && (resumes || !client.frames.is_empty()) {
             client.waiting = true;
             let (outbox, inbox) = (client.outbox.clone(), self.inbox.clone());
             self.tasks.spawn(async move {
@@ -147,18 +201,26 @@ impl Clients {
         }
     }
 
-    /// There is room again: lagging streams are resumed on the client's behalf, from the log.
-    pub(crate) fn catch_up(&mut self, shard: &mut Shard, now: Now, conn: ConnId) {
-        let Some(client) = self.list.get_mut(&conn) else { return };
+    /// There is room again: what waits goes out; behind that, lagging streams are resumed on the client's behalf.
+    pub(crate) fn room(&mut self, conn: ConnId) -> Vec<Input> {
+        let Some(client) = self.list.get_mut(&conn) else { return Vec::new() };
         client.waiting = false;
+        let taken = client.outbox.send(&mut client.frames);
+        client.bytes -= taken;
+        self.bytes -= taken;
         self.touched.push(conn);
-        let tenant = client.tenant.clone();
-        for (stream, after) in std::mem::take(&mut client.lagging) {
-            let frame = Frame::json(stream.as_str(), 0, Flags::SYN, kind::RESUME, &Resume { token: None, after });
-            let body = encode_body(&frame);
-            client.own_resumes.insert(stream);
-            shard.handle(now, Input::Client { conn, tenant: tenant.clone(), received: Received { frame, body } });
+        if !client.frames.is_empty() || client.reading {
+            return Vec::new();
         }
+        let mut inputs = Vec::new();
+        for (stream, lag) in client.lagging.iter_mut().filter(|(_, lag)| !lag.asked) {
+            lag.asked = true;
+            let resume = Resume { token: None, after: lag.after };
+            let frame = Frame::json(stream.as_str(), 0, Flags::SYN, kind::RESUME, &resume);
+            let body = encode_body(&frame);
+            inputs.push(Input::Client { conn, tenant: client.tenant.clone(), received: Received { frame, body } });
+        }
+        inputs
     }
 
     pub(crate) fn close(&mut self, conn: ConnId, error: WireError) {
@@ -167,66 +229,24 @@ impl Clients {
             client.outbox.close(Some(error));
         }
     }
-
-    /// Reads the log behind `from` in a thread of its own and sends the stream's frames as fast as the client takes them.
-    pub(crate) fn replay(
-        &mut self,
-        conn: ConnId,
-        tenant: TenantId,
-        stream: StreamId,
-        from: u64,
-        after: u64,
-        upto: u64,
-    ) {
-        let Some(client) = self.list.get(&conn) else { return };
-        let (outbox, inbox, dir) = (client.outbox.clone(), self.inbox.clone(), self.log_dir.clone());
-        let (frames, mut read) = mpsc::channel::<Vec<Frame>>(4);
-        let (t, s) = (tenant.clone(), stream.clone());
-        let reader = tokio::task::spawn_blocking(move || read_stream(&dir, &t, &s, from, after, upto, &frames));
-        self.tasks.spawn(async move {
-            while let Some(frames) = read.recv().await {
-                let mut frames = VecDeque::from(frames);
-                loop {
-                    outbox.send(&mut frames);
-                    if frames.is_empty() {
-                        break;
-                    }
-                    outbox.room().await;
-                }
-                if outbox.is_closed() {
-                    break;
-                }
-            }
-            drop(read);
-            match reader.await {
-                Ok(Ok(())) => {}
-                Ok(Err(error)) => outbox.close(Some(WireError::new(Code::Log, format!("replay: {error}")))),
-                Err(_) => outbox.close(Some(WireError::new(Code::Log, "replay: reading the log ended early"))),
-            }
-            let _ = inbox.send(256, ToShard::Replayed { conn, tenant, stream, upto }).await;
-        });
-    }
 }
 
-fn read_stream(
-    dir: &std::path::Path,
-    tenant: &TenantId,
-    stream: &StreamId,
-    from: u64,
-    after: u64,
-    upto: u64,
-    to: &mpsc::Sender<Vec<Frame>>,
-) -> Result<(), String> {
-    let mut replay = StreamReplay::new(tenant, stream, after, upto);
-    let reader = Reader::open(dir).map_err(|e| e.to_string())?;
-    for item in reader.entries(from + 1) {
-        let (position, bytes) = item.map_err(|e| e.to_string())?;
-        let entry = Entry::decode(bytes).map_err(|e| format!("entry {position}: {e}"))?;
-        let frames = replay.feed(position, &entry);
-        let last = frames.last().is_some_and(|f| f.msg_seq >= upto);
-        if !frames.is_empty() && to.blocking_send(frames).is_err() || last {
-            break;
+impl Client {
+    /// Gives up the memory of the numbered frames that wait: their streams go on from the log.
+    fn lag(&mut self) {
+        for frame in self.frames.iter().filter(|f| f.msg_seq > 0) {
+            if !self.lagging.contains_key(&*frame.stream_id) {
+                let lag = Lag { after: frame.msg_seq - 1, asked: false };
+                self.lagging.insert(StreamId::new(&frame.stream_id), lag);
+            }
+            metric::dropped("outbox_full");
         }
+        self.frames.retain(|f| f.msg_seq == 0);
+        self.frames.truncate(UNNUMBERED_WAITING_MAX);
+        self.frames.shrink_to(UNNUMBERED_WAITING_MAX);
+        self.bytes = self.frames.iter().map(weight).sum();
     }
-    Ok(())
 }
+
+#[cfg(test)]
+mod tests;

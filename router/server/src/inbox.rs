@@ -35,12 +35,11 @@ pub(crate) enum ToShard {
     },
     /// What an `Agent` decided.
     Agent(Vec<FromAgent>),
-    /// A replay was sent.
+    /// Replays of these streams were sent, each up to its msg_seq.
     Replayed {
         conn: ConnId,
         tenant: TenantId,
-        stream: StreamId,
-        upto: u64,
+        done: Vec<(StreamId, u64)>,
     },
     /// A fact from the shell itself.
     Input(Box<Input>),

@@ -1,6 +1,7 @@
 //! The router's shell: sockets, tasks, the log and the HTTP surface around the core. Decides nothing about streams or money.
 
 mod agent_task;
+mod catch_up;
 mod clients;
 pub mod config;
 mod connection;

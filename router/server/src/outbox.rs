@@ -69,10 +69,11 @@ pub(crate) fn outbox(closed: CancellationToken) -> (Outbox, Writer) {
 }
 
 impl Outbox {
-    /// Queues the frames from the front as long as there is room; what stays in `frames` wasn't taken.
-    pub(crate) fn send(&self, frames: &mut VecDeque<Frame>) {
+    /// Queues the frames from the front as long as there is room; what stays in `frames` wasn't taken. Returns the weight
+    /// of what left `frames`.
+    pub(crate) fn send(&self, frames: &mut VecDeque<Frame>) -> usize {
         if self.is_closed() {
-            frames.clear();
+            return frames.drain(..).map(|f| weight(&f)).sum();
         }
         let mut room = UNSENT_BYTES_MAX.saturating_sub(self.gauge.unsent.load(Ordering::Acquire));
         let (mut taken, mut bytes) = (0, 0);
@@ -87,11 +88,10 @@ impl Outbox {
         if taken > 0 {
             let Ok(permit) = self.queue.try_reserve() else {
                 if self.queue.is_closed() {
-                    frames.clear();
-                } else {
-                    self.gauge.mark_full();
+                    return frames.drain(..).map(|f| weight(&f)).sum();
                 }
-                return;
+                self.gauge.mark_full();
+                return 0;
             };
             self.gauge.unsent.fetch_add(bytes, Ordering::AcqRel);
             if taken == 1 {
@@ -103,6 +103,7 @@ impl Outbox {
         if !frames.is_empty() {
             self.gauge.mark_full();
         }
+        bytes
     }
 
     /// Queues one frame; false: there is no room.
@@ -147,13 +148,18 @@ impl Outbox {
 impl Gauge {
     fn mark_full(&self) {
         let now = 1 + u64::try_from(self.origin.elapsed().as_millis()).unwrap_or(u64::MAX - 1);
-        let _ = self.full_since.compare_exchange(0, now, Ordering::AcqRel, Ordering::Relaxed);
+        let _ = self.full_since.compare_exchange(0, now, Ordering::SeqCst, Ordering::SeqCst);
+        // All may have been written meanwhile, and nothing written later would say that there is room.
+        if self.unsent.load(Ordering::SeqCst) == 0 {
+            self.full_since.store(0, Ordering::SeqCst);
+            self.room.notify_waiters();
+        }
     }
 
     fn written(&self, bytes: usize) {
-        let before = self.unsent.fetch_sub(bytes, Ordering::AcqRel);
+        let before = self.unsent.fetch_sub(bytes, Ordering::SeqCst);
         if before - bytes <= UNSENT_BYTES_MAX / 2 {
-            let was_full = self.full_since.load(Ordering::Acquire) != 0;
+            let was_full = self.full_since.load(Ordering::SeqCst) != 0;
             if was_full {
                 self.full_since.store(0, Ordering::Release);
             }

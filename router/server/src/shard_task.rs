@@ -2,6 +2,7 @@
 //! Decides nothing itself but what the process's bounds demand. One task, no locks.
 
 use crate::agent_task::{AgentMessage, Agents, sleep_until};
+use crate::catch_up::Replay;
 use crate::clients::Clients;
 use crate::inbox::{Inbox, Taking, ToShard};
 use crate::log::{Event, Events, LocalLog};
@@ -241,11 +242,18 @@ impl ShardTask {
                     self.shard.handle(now, Input::Agent(message));
                 }
             }
-            ToShard::Replayed { conn, tenant, stream, upto } => {
-                self.shard.handle(now, Input::Replayed { conn, tenant, stream, upto });
+            ToShard::Replayed { conn, tenant, done } => {
+                self.clients.replayed(conn);
+                for (stream, upto) in done {
+                    self.shard.handle(now, Input::Replayed { conn, tenant: tenant.clone(), stream, upto });
+                }
             }
             ToShard::Input(input) => self.shard.handle(now, *input),
-            ToShard::Room { conn } => self.clients.catch_up(&mut self.shard, now, conn),
+            ToShard::Room { conn } => {
+                for input in self.clients.room(conn) {
+                    self.shard.handle(now, input);
+                }
+            }
             ToShard::Ask { query, reply } => {
                 let id = self.next_ask;
                 self.next_ask += 1;
@@ -268,9 +276,8 @@ impl ShardTask {
                 Effect::Send { conn, frame } => self.clients.send(conn, frame),
                 Effect::Append { position, entry, checkpoint } => self.appends.push((position, entry, checkpoint)),
                 Effect::ToAgent { agent, message } => self.to_agents.entry(agent).or_default().push(message),
-                Effect::Replay { conn, tenant, stream, from, after, upto } => {
-                    self.clients.flush_one(conn);
-                    self.clients.replay(conn, tenant, stream, from, after, upto);
+                Effect::Replay { conn, tenant: _, stream, from, after, upto } => {
+                    self.clients.replay(conn, Replay { stream, from, after, upto });
                 }
                 Effect::Close { conn, error } => self.clients.close(conn, error),
                 Effect::Answer { id, answer } => {

@@ -21,6 +21,13 @@ pub trait Disk: Send + Sync + 'static {
     fn write(&self, file: &File, bytes: &[u8], offset: u64) -> io::Result<()> {
         file.write_all_at(bytes, offset)
     }
+    /// Gives `file` that many bytes of disk, which read as zeros, without writing them. Not every file system can.
+    ///
+    /// # Errors
+    /// As of `fallocate(2)`.
+    fn reserve(&self, file: &File, bytes: u64) -> io::Result<()> {
+        Ok(rustix::fs::fallocate(file, rustix::fs::FallocateFlags::empty(), 0, bytes)?)
+    }
     /// `fdatasync`.
     ///
     /// # Errors

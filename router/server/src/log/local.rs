@@ -92,7 +92,7 @@ impl LocalLog {
         let queue = Arc::new(Queue::new(end.link.next_position));
         let ready = std::mem::take(&mut end.spares);
         let next_number = ready.iter().map(|spare| spare.number).max().unwrap_or(end.segment.number) + 1;
-        let spares = Arc::new(Spares::new(ready));
+        let spares = Arc::new(Spares::new(ready, durability));
         let dirty = Arc::new(Dirty::default());
         let (sender, status) = watch::channel(Status { durable: recovered.last_position, ..Status::default() });
         let setup = Setup {

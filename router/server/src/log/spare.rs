@@ -3,7 +3,7 @@
 
 use super::disk::{Disk, is_full};
 use super::room::LAST_BYTES;
-use super::{LogError, segment};
+use super::{Durability, LogError, segment};
 use std::collections::VecDeque;
 use std::fs::File;
 use std::path::{Path, PathBuf};
@@ -28,6 +28,7 @@ pub(super) struct Spare {
 pub(super) struct Spares {
     state: Mutex<State>,
     asked: Condvar,
+    durability: Durability,
 }
 
 #[derive(Debug)]
@@ -40,9 +41,9 @@ struct State {
 }
 
 impl Spares {
-    pub(super) fn new(ready: VecDeque<Spare>) -> Self {
+    pub(super) fn new(ready: VecDeque<Spare>, durability: Durability) -> Self {
         let state = State { ready, wanted: None, failed: None, closing: false };
-        Self { state: Mutex::new(state), asked: Condvar::new() }
+        Self { state: Mutex::new(state), asked: Condvar::new(), durability }
     }
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
@@ -139,6 +140,14 @@ impl Spares {
             }
             other => other?,
         };
+        // Written zeros make the sync of a block cheap; where no commit waits for one, room is enough.
+        if self.durability == Durability::Async {
+            match disk.reserve(&file, bytes) {
+                Ok(()) => return disk.sync(&file).map(|()| Some(file)),
+                Err(error) if is_full(&error) => return Err(error),
+                Err(_) => {}
+            }
+        }
         let zeros = vec![0; STEP];
         let mut at = 0;
         while at < bytes {
