@@ -65,16 +65,16 @@ fn a_router_is_killed_at_fifty_instants() {
     let (atp, relay) = (router.atp(), Relay::to(router.atp()));
     let names = ["steady-0", "steady-1", "steady-2"];
     let agents = names.map(|name| Scripted::start(router.dir(), name, relay.address(), &script(Effects::None)));
-    let (done, killed) = (AtomicU64::new(0), AtomicBool::new(false));
+    let killed = AtomicBool::new(false);
     let next = AtomicU64::new(0);
     // The load lasts as long as the kills do.
     let client = || {
         let mut all = Vec::new();
         while !killed.load(Ordering::Relaxed) {
             let n = next.fetch_add(1, Ordering::Relaxed);
-            let fanout = (n % 5 == 0).then_some(2);
+            let fanout = n.is_multiple_of(5).then_some(2);
             let task = Submit { task: format!("task {n}"), fanout, ..Submit::default() };
-            all.push(load::follow(atp, &format!("key-{n}"), &task, &done));
+            all.push(load::follow(atp, &format!("key-{n}"), &task));
         }
         all
     };
@@ -123,7 +123,7 @@ fn agents_are_killed_at_random_instants() {
     let mut agents =
         plans.map(|(name, effects)| Scripted::start(router.dir(), name, relay.address(), &script(effects)));
     plans.iter().for_each(|(name, _)| router.has_agent(name));
-    let (done, killed) = (AtomicU64::new(0), AtomicBool::new(false));
+    let killed = AtomicBool::new(false);
     let next = AtomicU64::new(0);
     let atp = router.atp();
     let client = || {
@@ -132,7 +132,7 @@ fn agents_are_killed_at_random_instants() {
             let n = next.fetch_add(1, Ordering::Relaxed);
             let name = plans[n as usize % plans.len()].0;
             let task = Submit { task: format!("task {n}"), agents: vec![AgentName::new(name)], ..Submit::default() };
-            all.push((name, load::follow(atp, &format!("key-{n}"), &task, &done)));
+            all.push((name, load::follow(atp, &format!("key-{n}"), &task)));
         }
         all
     };

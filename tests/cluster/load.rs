@@ -14,13 +14,13 @@ use std::time::{Duration, Instant};
 
 /// What a client was told about one task.
 #[derive(Clone, Debug)]
-pub struct Told {
-    pub stream: String,
-    pub frames: BTreeMap<u64, Frame>,
+pub(crate) struct Told {
+    pub(crate) stream: String,
+    pub(crate) frames: BTreeMap<u64, Frame>,
     /// Connections on which `control.accepted` was read and that then broke.
-    pub broken_after_accept: u32,
+    pub(crate) broken_after_accept: u32,
     /// The refusal, where there was no acceptance.
-    pub refused: Option<atp_proto::WireError>,
+    pub(crate) refused: Option<atp_proto::WireError>,
 }
 
 impl Told {
@@ -30,11 +30,11 @@ impl Told {
         found[0].read().expect("the content of its type")
     }
 
-    pub fn answer(&self) -> Final {
+    pub(crate) fn answer(&self) -> Final {
         self.frame(kind::RESULT_FINAL)
     }
 
-    pub fn bill(&self) -> Bill {
+    pub(crate) fn bill(&self) -> Bill {
         self.frame(kind::BILL)
     }
 
@@ -45,7 +45,7 @@ impl Told {
 }
 
 /// Submits one task and follows it to its bill, whatever happens to the connections.
-pub fn follow(router: SocketAddr, key: &str, content: &Submit, done: &AtomicU64) -> Told {
+pub(crate) fn follow(router: SocketAddr, key: &str, content: &Submit) -> Told {
     let syn = submit_by_key(key, 1, content);
     let stream = syn.stream_id.to_string();
     let mut told = Told { stream, frames: BTreeMap::new(), broken_after_accept: 0, refused: None };
@@ -58,7 +58,6 @@ pub fn follow(router: SocketAddr, key: &str, content: &Submit, done: &AtomicU64)
             std::thread::park_timeout(Duration::from_millis(20));
         }
     }
-    done.fetch_add(1, Ordering::Relaxed);
     told
 }
 
@@ -83,13 +82,7 @@ fn session(router: SocketAddr, syn: &Frame, told: &mut Told) -> io::Result<()> {
 }
 
 /// Runs `clients` threads; each takes `task(n)` for the next n until `tasks` are done.
-pub fn run(
-    router: SocketAddr,
-    clients: u64,
-    tasks: u64,
-    done: &AtomicU64,
-    task: impl Fn(u64) -> Submit + Sync,
-) -> Vec<Told> {
+pub(crate) fn run(router: SocketAddr, clients: u64, tasks: u64, task: impl Fn(u64) -> Submit + Sync) -> Vec<Told> {
     let next = AtomicU64::new(0);
     let one = || {
         let mut all = Vec::new();
@@ -98,7 +91,7 @@ pub fn run(
             if n >= tasks {
                 return all;
             }
-            all.push(follow(router, &format!("key-{n}"), &task(n), done));
+            all.push(follow(router, &format!("key-{n}"), &task(n)));
         }
     };
     std::thread::scope(|scope| {

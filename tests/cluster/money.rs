@@ -6,7 +6,6 @@ use atp_proto::{Code, Limit, UsdMicros};
 use atp_tests::blackbox::history::{billed, true_bill, true_sum};
 use atp_tests::blackbox::process::{Router, Scripted};
 use std::collections::BTreeMap;
-use std::sync::atomic::AtomicU64;
 
 const AGENTS: u64 = 4;
 const PARALLEL: u64 = 8;
@@ -41,17 +40,16 @@ tasks: {retries: 0}",
         names.iter().map(|name| Scripted::start(router.dir(), name, router.atp(), &script())).collect();
     names.iter().for_each(|name| router.has_agent(name));
 
-    let done = AtomicU64::new(0);
     let task = |n: u64| Submit {
         task: format!("task {n}"),
         // Two out of three wait for money that may come back; a few spread over two agents.
-        wait: n % 3 > 0,
-        fanout: (n % 10 == 0).then_some(2),
+        wait: !n.is_multiple_of(3),
+        fanout: n.is_multiple_of(10).then_some(2),
         deadline_ms: Some(20_000),
         budget: Limit { usd_micros: Some(UsdMicros(100_000)), tokens: None },
         ..Submit::default()
     };
-    let told = load::run(router.atp(), CLIENTS, CLIENTS, &done, task);
+    let told = load::run(router.atp(), CLIENTS, CLIENTS, task);
     router.settled();
 
     let truth = true_bill(agents.iter().map(Scripted::meter));

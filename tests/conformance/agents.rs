@@ -19,7 +19,7 @@ fn acked(worker: &mut Peer, call: CallId, msg_seq: u64) {
     loop {
         let frame = worker.expect(kind::ACK);
         assert_eq!(&*frame.stream_id, call.to_string());
-        if frame.read::<Ack>().unwrap().msg_seq >= msg_seq {
+        if frame.read::<Ack>().expect("an ack").msg_seq >= msg_seq {
             return;
         }
     }

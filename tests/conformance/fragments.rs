@@ -131,7 +131,7 @@ fn atp_4_7_what_is_missing_is_asked_for_and_then_given_up() {
     peer.send(&fragments[2]);
     let mut asked = 0;
     let error = loop {
-        let frame = peer.next();
+        let frame = peer.frame();
         match &*frame.kind {
             kind::ACK if &*frame.stream_id == "given-up" => {
                 let ack: Ack = frame.read().unwrap();

@@ -75,7 +75,7 @@ fn atp_5_1_who_will_not_wait_never_waits_also_in_a_burst() {
     // One runs. The others are told no while it does, before or after they were accepted.
     let mut told = BTreeSet::new();
     while told.len() < 29 {
-        let frame = client.next();
+        let frame = client.frame();
         let error = match &*frame.kind {
             kind::ERROR => Some(frame.read::<WireError>().unwrap()),
             kind::RESULT_FINAL => frame.read::<Final>().unwrap().error,
@@ -86,7 +86,7 @@ fn atp_5_1_who_will_not_wait_never_waits_also_in_a_burst() {
     }
     worker.send(&last(call, 1, 1));
     loop {
-        let frame = client.next();
+        let frame = client.frame();
         if &*frame.kind == kind::RESULT_FINAL {
             assert_eq!(frame.read::<Final>().unwrap().state, TaskState::Done);
             assert!(!told.contains(&*frame.stream_id));
@@ -103,7 +103,7 @@ fn atp_5_3_an_unknown_credential_is_eauth() {
         let hello = Hello { minor_max: 1, role: Role::Client, token: Some(token.into()) };
         peer.send(&Frame::json("", 0, Flags::SYN, kind::HELLO, &hello));
         if taken {
-            assert_eq!(&*peer.next().kind, kind::HELLO);
+            assert_eq!(&*peer.frame().kind, kind::HELLO);
         } else {
             let error = peer.closed();
             assert_eq!((error.code, error.judged), (Code::Auth, false), "{error}");

@@ -16,7 +16,7 @@ fn atp_4_1_the_lower_minor_version_is_spoken() {
     for (minor_max, minor) in [(0, 0), (1, 1), (7, 1)] {
         let mut peer = dial(router.atp());
         peer.send(&hello(Role::Client, minor_max));
-        let frame = peer.next();
+        let frame = peer.frame();
         assert!(frame.flags.has(Flags::SYN.with(Flags::ACK)) && frame.stream_id.is_empty(), "{frame:?}");
         let ack: HelloAck = frame.read().unwrap();
         assert_eq!((ack.minor, ack.heartbeat_ms), (minor, 5_000));
@@ -66,7 +66,7 @@ fn atp_4_9_heartbeats_are_sent_and_answered_and_silence_is_loss() {
     peer.send(&Frame::heartbeat(false));
     let (mut asked, mut answered) = (0, 0);
     while asked < 3 || answered < 1 {
-        let frame = peer.next();
+        let frame = peer.frame();
         assert!(frame.flags.has(Flags::HB) && frame.stream_id.is_empty(), "{frame:?}");
         if frame.flags.has(Flags::ACK) {
             answered += 1;

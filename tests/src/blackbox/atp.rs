@@ -35,11 +35,11 @@ fn build() -> PathBuf {
         .expect("cargo runs");
     assert!(output.status.success(), "the binary under test can't be built: cargo build -p atp failed");
     let text = String::from_utf8_lossy(&output.stdout);
-    let built = text.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok()).filter_map(|message| {
+    let mut built = text.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok()).filter_map(|message| {
         let is_atp = message["reason"] == "compiler-artifact" && message["target"]["name"] == "atp";
         message["executable"].as_str().filter(|_| is_atp).map(PathBuf::from)
     });
-    built.last().expect("cargo names the executable of package atp")
+    built.next_back().expect("cargo names the executable of package atp")
 }
 
 /// Runs a command of the binary to its end.

@@ -123,7 +123,7 @@ impl Peer {
     ///
     /// # Panics
     /// When the router closed, or nothing came.
-    pub fn next(&mut self) -> Frame {
+    pub fn frame(&mut self) -> Frame {
         self.try_next(PATIENCE).expect("a frame").expect("the router doesn't close")
     }
 
@@ -133,7 +133,7 @@ impl Peer {
     /// When the stream is refused instead, or nothing came.
     pub fn expect(&mut self, kind: &str) -> Frame {
         loop {
-            let frame = self.next();
+            let frame = self.frame();
             if &*frame.kind == kind {
                 return frame;
             }
@@ -148,7 +148,7 @@ impl Peer {
     pub fn to_the_bill(&mut self, stream: &str) -> Vec<Frame> {
         let mut frames: Vec<Frame> = Vec::new();
         loop {
-            let frame = self.next();
+            let frame = self.frame();
             if &*frame.stream_id != stream || frame.msg_seq == 0 {
                 assert!(!frame.flags.has(Flags::RST), "{}", said(&frame));
                 continue;
@@ -167,7 +167,7 @@ impl Peer {
     /// When something else is said on it.
     pub fn refused(&mut self, stream: &str) -> WireError {
         loop {
-            let frame = self.next();
+            let frame = self.frame();
             if &*frame.stream_id != stream || &*frame.kind == kind::ACK {
                 continue;
             }
@@ -182,7 +182,7 @@ impl Peer {
     /// When it doesn't.
     pub fn closed(&mut self) -> WireError {
         let error = loop {
-            let frame = self.next();
+            let frame = self.frame();
             if frame.stream_id.is_empty() && &*frame.kind == kind::ERROR {
                 break frame.read::<WireError>().expect("an error");
             }
