@@ -1,5 +1,6 @@
 //! Real processes, real sockets, real kills. Clients, providers and router write histories; a checker reads them and decides.
 
 mod crash;
+mod disk;
 mod load;
 mod money;
