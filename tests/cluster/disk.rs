@@ -172,7 +172,7 @@ fn what_runs_is_settled_whenever_the_disk_fills() {
 }
 
 fn fill_and_free() {
-    let rounds = if std::env::var_os("ATP_TEST_ALL").is_some() { 40 } else { 10 };
+    let rounds = if std::env::var_os("ATP_TEST_ALL").is_some() { 24 } else { 6 };
     let mut rng = Rng::new(seed(4));
     let mut router = Router::start(CONFIG);
     router.kill();
