@@ -183,8 +183,7 @@ fn fill_and_free() {
     let agents = scripts.map(|(name, script)| Scripted::start(router.dir(), name, relay.address(), &script));
     ["chatty-0", "chatty-1", "brief"].iter().for_each(|name| router.has_agent(name));
 
-    let (done, over, next, refusals) =
-        (AtomicU64::new(0), AtomicBool::new(false), AtomicU64::new(0), AtomicU64::new(0));
+    let (over, next, refusals) = (AtomicBool::new(false), AtomicU64::new(0), AtomicU64::new(0));
     let client = || {
         let mut all: Vec<Told> = Vec::new();
         while !over.load(Ordering::Relaxed) {
@@ -192,7 +191,7 @@ fn fill_and_free() {
             let task = Submit { task: format!("task {n}"), fanout: (n % 4 == 0).then_some(2), ..Submit::default() };
             loop {
                 // Nothing was judged, so the same task comes again under the same key.
-                let told = load::follow(atp, &format!("key-{n}"), &task, &done);
+                let told = load::follow(atp, &format!("key-{n}"), &task);
                 let Some(error) = &told.refused else {
                     all.push(told);
                     break;
@@ -217,7 +216,7 @@ fn fill_and_free() {
             met += in_flight(&router);
             ready(&router, false);
             let (key, task) = (format!("extra-{round}"), Submit { task: "more".into(), ..Submit::default() });
-            let refused = load::follow(atp, &key, &task, &done).refused.expect("the disk is full");
+            let refused = load::follow(atp, &key, &task).refused.expect("the disk is full");
             refused_for_room(&refused);
             if leave == 0 {
                 wait_for("the last mark", || router.stderr().contains("running calls are told to stop").then_some(()));
@@ -234,7 +233,7 @@ fn fill_and_free() {
                 router.restart();
             }
             ready(&router, true);
-            let told = load::follow(atp, &key, &task, &done);
+            let told = load::follow(atp, &key, &task);
             assert!(told.refused.is_none(), "there is room again: {:?}", told.refused);
             extra.push(told);
         }
