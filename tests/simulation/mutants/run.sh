@@ -16,23 +16,43 @@ target=${CARGO_TARGET_DIR:-$root/target}/mutants
 copy=$target/copy
 
 names=()
-for name in "$@"; do names+=("${name%.patch}"); done
+for name in "$@"; do names+=("$(basename "$name" .patch)"); done
 if [ ${#names[@]} = 0 ]; then
     for patch in "$here"/*.patch; do names+=("$(basename "$patch" .patch)"); done
 fi
 
-# The same place each time, so that Cargo finds what it has built before.
+# The same place each time, so that Cargo finds what it has built before. Of the members that no mutant needs only the
+# manifest is there, with empty targets: Cargo wants to read them, nothing compiles them.
+needed=(proto canonicalizer router/core tests)
 rm -rf "$copy"
 mkdir -p "$copy"
-tar -C "$root" --exclude=./target --exclude=./.git --exclude='./*/target' --exclude=./ops/demo -cf - . | tar -C "$copy" -xf -
+tar -C "$root" --exclude=target --exclude='*.patch' -cf - Cargo.toml Cargo.lock "${needed[@]}" | tar -C "$copy" -xf -
+members=$(sed -n 's/^members = \[\(.*\)\]$/\1/p' "$root/Cargo.toml" | tr -d '",')
+for member in $members; do
+    if [ -e "$copy/$member/Cargo.toml" ]; then continue; fi
+    mkdir -p "$copy/$member/src"
+    cp "$root/$member/Cargo.toml" "$copy/$member/"
+    : >"$copy/$member/src/lib.rs"
+    echo 'fn main() {}' >"$copy/$member/src/main.rs"
+done
 cd "$copy"
+# What was built last may be a mutant: the copied file's old time would hide that.
+find router/core/src -name '*.rs' -exec touch {} +
 export CARGO_TARGET_DIR=$target
 
 build() {
     cargo build --quiet --locked --profile sim -p atp-tests --no-default-features --bin sim >"$target/build.log" 2>&1
 }
+# A mutant that loops forever is caught as well.
 sim() {
-    "$target/sim/sim" --schedules "$schedules" --threads "$threads" >"$target/sim.log" 2>&1
+    timeout 300 "$target/sim/sim" --schedules "$schedules" --threads "$threads" --keep-going >"$target/sim.log" 2>&1
+}
+# The invariant that named it; a panic of the core only where no checker spoke.
+caught_by() {
+    local lines
+    lines=$(grep '^FAILED .* times, first with seed' "$target/sim.log" | sed 's/^FAILED //' || true)
+    grep -v ': no panic$' <<<"$lines" | sort -t' ' -k1,1nr | head -1 | grep . || head -1 <<<"$lines" | grep . ||
+        echo "the run ended without a verdict: $(tail -1 "$target/sim.log")"
 }
 
 failed=()
@@ -43,6 +63,7 @@ if ! sim; then
     echo "the simulation fails without any mutant: nothing can be said about them"
     exit 1
 fi
+printf '%-42s %4d s  %s\n' "(none)" $((SECONDS - begun)) "$(head -1 "$target/sim.log")"
 
 for name in "${names[@]}"; do
     start=$SECONDS
@@ -50,11 +71,11 @@ for name in "${names[@]}"; do
     if [ ! -f "$patch" ]; then
         verdict="no such mutant"
         failed+=("$name")
-    elif ! patch --quiet -p1 --dry-run --forward -i "$patch" >/dev/null; then
+    elif ! patch --quiet -p1 --dry-run --forward --fuzz=0 -i "$patch" >/dev/null; then
         verdict="NO LONGER APPLIES"
         failed+=("$name")
     else
-        patch --quiet -p1 -i "$patch"
+        patch --quiet -p1 --no-backup-if-mismatch -i "$patch"
         if ! build; then
             verdict="NO LONGER BUILDS: $(grep -m1 '^error' "$target/build.log" || true)"
             failed+=("$name")
@@ -62,10 +83,9 @@ for name in "${names[@]}"; do
             verdict="ESCAPED $schedules schedules"
             failed+=("$name")
         else
-            verdict="caught: $(grep -m1 'FAILED .* first with seed' "$target/sim.log" | sed 's/^FAILED //')"
+            verdict="caught $(caught_by)"
         fi
-        patch --quiet -p1 -R -i "$patch"
-        find . -name '*.orig' -path './router/*' -delete
+        patch --quiet -p1 -R --no-backup-if-mismatch -i "$patch"
     fi
     printf '%-42s %4d s  %s\n' "$name" $((SECONDS - start)) "$verdict"
 done
