@@ -419,23 +419,21 @@ impl Shard {
         } else if after >= upto {
             return;
         }
-        // A reader that is on its way with the same frames serves this wish too.
-        let running = self.replaying.entry((conn, no)).or_insert((u64::MAX, 0));
-        if after < running.0 {
-            *running = (after, running.1 + 1);
-            self.effect(Effect::Replay { conn, tenant, stream: id, from, after, upto });
+        match self.replaying.get_mut(&(conn, no)) {
+            // One reader at a time: this wish is served when that one is back.
+            Some(wish) => *wish = (*wish).min(after),
+            None => {
+                self.replaying.insert((conn, no), u64::MAX);
+                self.effect(Effect::Replay { conn, tenant, stream: id, from, after, upto });
+            }
         }
     }
 
     pub(super) fn replayed(&mut self, conn: ConnId, tenant: &TenantId, stream: &StreamId, upto: u64) {
         if let Some(no) = self.state.stream_no(tenant.as_str(), stream.as_str())
-            && let Some(running) = self.replaying.get_mut(&(conn, no))
+            && let Some(wish) = self.replaying.remove(&(conn, no))
         {
-            running.1 -= 1;
-            if running.1 == 0 {
-                self.replaying.remove(&(conn, no));
-                self.follow(conn, no, upto);
-            }
+            self.follow(conn, no, upto.min(wish));
         }
     }
 

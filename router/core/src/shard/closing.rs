@@ -3,7 +3,7 @@
 use super::{OWNER_LATER_MS, REPEAT_MS, Shard, Timer};
 use crate::account::Level;
 use crate::clock::rfc3339;
-use crate::message::Metric;
+use crate::message::{LogRoom, Metric};
 use crate::record::{Close, ProofPb, Record, SourcePb};
 use crate::replay;
 use crate::state::{RESULT_FINDINGS_MAX, remaining};
@@ -233,6 +233,12 @@ impl Shard {
                 return partly(WireError::new(Code::Log, "the router's log is full; this is what is known"));
             }
             Some(Why::Cancel) | None => {}
+        }
+        if any("grant") && self.room > LogRoom::Enough {
+            return partly(WireError::new(
+                Code::Log,
+                "the log's disk is nearly full: no grant could grow; this is what is known",
+            ));
         }
         if any("grant") {
             let limit = stream.level();

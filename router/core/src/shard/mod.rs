@@ -96,8 +96,8 @@ pub struct Shard {
     seats: BTreeMap<AgentName, Seat>,
     books: BTreeMap<String, Book>,
     pending: BTreeMap<(ConnId, StreamId), Pending>,
-    /// Connections that are being served from the log, by stream: the lowest `after`, and how many readers are on their way.
-    replaying: BTreeMap<(ConnId, u64), (u64, u32)>,
+    /// Connections that a reader serves from the log, by stream, and the least `after` that was wished for meanwhile.
+    replaying: BTreeMap<(ConnId, u64), u64>,
     denials: BTreeMap<TenantId, Bucket>,
     /// Slots in use per agent, as far as this shard's calls go.
     in_flight: BTreeMap<AgentName, u32>,

@@ -12,7 +12,7 @@ use crate::record::{FrameRecord, ProofPb, Record, SourcePb};
 use crate::said::Said;
 use crate::stream::{Call, Phase};
 use atp_proto::codec::Received;
-use atp_proto::content::{Ack, AgentError, AgentFinal, Proof, UsageSource};
+use atp_proto::content::{Ack, AgentError, AgentFinal, Finish, Proof, UsageSource};
 use atp_proto::frame::{Flags, kind};
 use atp_proto::limits::RETRY_MS;
 use atp_proto::reassembly::{Fed, Inbound, Message};
@@ -197,6 +197,12 @@ impl Shard {
         let actual = if counted { counted_up(call, last.cost) } else { reported(call, last.cost) };
         let (stated, how) = (last.cost.usd_micros.0, last.finish.as_str());
         let confidence = last.confidence_ppm.map_or(0, |c| c.saturating_add(1));
+        // Cut short, a second attempt saw less than its upstream may have billed for the first one.
+        let partial_view = call.intents > 1 && last.finish != Finish::Complete;
+        if partial_view {
+            self.record_said(Record::Frame(record), Some(said));
+            return self.settle_unknown(no, lane, SourcePb::UnknownAtHold, how);
+        }
         if !running {
             self.record_said(Record::Frame(record), Some(said));
             return self.adjust(no, lane, actual, if counted { SourcePb::Counted } else { SourcePb::Reported });
@@ -230,6 +236,7 @@ impl Shard {
                 self.disproved(no, lane, proof, code);
             }
             (Some(_), _) if silent && !twice => self.adjust(no, lane, Cost::default(), SourcePb::Reported),
+            (_, Some(_)) if twice => self.settle_unknown(no, lane, SourcePb::UnknownAtHold, code),
             (_, Some(actual)) if running => {
                 let stated = error.cost.map_or(0, |c| c.usd_micros.0);
                 self.settle(no, lane, actual, stated, source, code, 0, &Said::default());

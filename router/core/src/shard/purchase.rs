@@ -1,13 +1,13 @@
 //! Slots, and the one entry that holds the money of all lanes when the first slot is there.
 //! Slot first, then money; Extend goes before Reserve.
 
-use super::Shard;
 use super::lane::LiveCall;
 use super::offer::{Fit, Offer, stream_qos};
+use super::{REPEAT_MS, Shard};
 use crate::message::{LogRoom, Metric, ToAgent};
 use crate::record::{Record, Reserve, ReserveCall};
 use crate::stream::Phase;
-use atp_proto::{AgentName, Amount, CallId, WireError};
+use atp_proto::{AgentName, Amount, CallId, Code, WireError};
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
@@ -32,7 +32,16 @@ impl Shard {
 
     /// The repeat: lanes that are owed, then slots that are missing.
     pub(super) fn ask_again(&mut self, no: u64) {
-        if self.live.get(&no).is_some_and(|l| l.ask_at <= self.now_ms) {
+        let Some(live) = self.live.get(&no) else { return };
+        let Some(stream) = self.state.stream(no) else { return };
+        if stream.calls.is_empty() && live.bid.is_some() && !live.wants.wait {
+            // It had its chance: whoever won't wait is told so.
+            let error = WireError::new(Code::Window, "no agent that matches had a free slot").retry_after_ms(REPEAT_MS);
+            let scope = format!("tenant:{}", stream.accept.account);
+            self.withdraw_loudly(no, None);
+            return self.close_refused(no, error.scope(scope));
+        }
+        if live.ask_at <= self.now_ms {
             self.advance(no);
             self.ask(no);
         }
