@@ -404,6 +404,11 @@ impl Shard {
 
     /// Sends what lies behind `after`, from memory where it is there, else from the log; then what comes.
     fn follow(&mut self, conn: ConnId, no: u64, after: u64) {
+        if let Some(wish) = self.replaying.get_mut(&(conn, no)) {
+            // One reader at a time, and nothing overtakes it: this wish is served when it is back.
+            *wish = (*wish).min(after);
+            return;
+        }
         let Some(stream) = self.state.stream(no) else { return };
         let (upto, from) = (stream.out_seq, stream.from);
         let (tenant, id) = (stream.tenant(), stream.id());
@@ -419,14 +424,8 @@ impl Shard {
         } else if after >= upto {
             return;
         }
-        match self.replaying.get_mut(&(conn, no)) {
-            // One reader at a time: this wish is served when that one is back.
-            Some(wish) => *wish = (*wish).min(after),
-            None => {
-                self.replaying.insert((conn, no), u64::MAX);
-                self.effect(Effect::Replay { conn, tenant, stream: id, from, after, upto });
-            }
-        }
+        self.replaying.insert((conn, no), u64::MAX);
+        self.effect(Effect::Replay { conn, tenant, stream: id, from, after, upto });
     }
 
     pub(super) fn replayed(&mut self, conn: ConnId, tenant: &TenantId, stream: &StreamId, upto: u64) {
