@@ -365,7 +365,7 @@ impl Router {
                 _ => {
                     self.machine(s, check, agent, AgentInput::Alive { conn: id });
                     let name = self.names[agent].clone();
-                    self.to_shard(s, agent, FromAgent::Frame { agent: name, received: received(frame) });
+                    self.tell_shard(s, agent, FromAgent::Frame { agent: name, received: received(frame) });
                 }
             },
         }
@@ -461,13 +461,13 @@ impl Router {
                 }
                 AgentEffect::ToShard { message, .. } => {
                     check.slots.said(agent, &message, s.now_ms, &mut check.verdict);
-                    self.to_shard(s, agent, message);
+                    self.tell_shard(s, agent, message);
                 }
             }
         }
     }
 
-    fn to_shard(&mut self, s: &mut Sched, agent: usize, message: FromAgent) {
+    fn tell_shard(&mut self, s: &mut Sched, agent: usize, message: FromAgent) {
         s.note(&agent, || format!("agent {agent} tells the shard {}", show_from_agent(&message)));
         let far = !s.healed && (s.faults.loss_percent > 0 || s.faults.duplicate_percent > 0);
         let repeated = matches!(message, FromAgent::Lent { .. } | FromAgent::Sent { .. } | FromAgent::Unsent { .. });
