@@ -200,8 +200,8 @@ impl Shard {
         // Cut short, a second attempt saw less than its upstream may have billed for the first one.
         let partial_view = call.intents > 1 && last.finish != Finish::Complete;
         if partial_view {
-            self.record_said(Record::Frame(record), Some(said));
-            return self.settle_unknown(no, lane, SourcePb::UnknownAtHold, how);
+            self.record_said(Record::Frame(record), Some(said.clone()));
+            return self.settle_at_worst(no, lane, SourcePb::UnknownAtHold, how, &said);
         }
         if !running {
             self.record_said(Record::Frame(record), Some(said));

@@ -93,6 +93,11 @@ impl Shard {
     }
 
     pub(super) fn settle_unknown(&mut self, no: u64, lane: u32, source: SourcePb, how: &str) {
+        self.settle_at_worst(no, lane, source, how, &Said::default());
+    }
+
+    /// Settles at hold + reach: what a lost call may have cost. `said` is the last it let be known.
+    pub(super) fn settle_at_worst(&mut self, no: u64, lane: u32, source: SourcePb, how: &str, said: &Said) {
         let Some(call) = self.state.stream(no).and_then(|s| s.call(lane)).filter(|c| c.phase() == Phase::Running)
         else {
             return;
@@ -104,7 +109,7 @@ impl Shard {
             out_tokens: booked.out_tokens.max(worst.tokens.less(booked.in_tokens)),
             usd_micros: booked.usd_micros.max(worst.usd_micros),
         };
-        self.settle(no, lane, actual, 0, source, how, 0, &Said::default());
+        self.settle(no, lane, actual, 0, source, how, 0, said);
     }
 
     #[allow(clippy::too_many_arguments, reason = "one Settle record, field by field")]
