@@ -45,7 +45,7 @@ build() {
 }
 # A mutant that loops forever is caught as well.
 sim() {
-    timeout 300 "$target/sim/sim" --schedules "$schedules" --threads "$threads" --keep-going >"$target/sim.log" 2>&1
+    timeout 90 "$target/sim/sim" --schedules "$schedules" --threads "$threads" --keep-going >"$target/sim.log" 2>&1
 }
 # The invariant that named it; a panic of the core only where no checker spoke.
 caught_by() {
