@@ -53,6 +53,13 @@ macro_rules! unit {
                 let product = u128::from(self.0) * u128::from(ppm);
                 u64::try_from(product.div_ceil(1_000_000)).map(Self).map_err(|_| OutOfRange)
             }
+
+            /// The largest amount that, scaled up by `1_000_000 + margin_ppm`, still fits in this one.
+            #[must_use]
+            pub fn within_margin(self, margin_ppm: u64) -> Self {
+                let whole = u128::from(self.0) * 1_000_000 / (1_000_000 + u128::from(margin_ppm));
+                Self(u64::try_from(whole).unwrap_or(self.0))
+            }
         }
 
         impl fmt::Display for $name {
@@ -275,5 +282,8 @@ mod tests {
         assert_eq!(Tokens(1).sub(Tokens(2)), Err(OutOfRange));
         assert_eq!(UsdMicros(3).scale_ppm_up(500_000), Ok(UsdMicros(2)));
         assert_eq!(UsdMicros::MAX.scale_ppm_up(1_000_001), Err(OutOfRange));
+        assert_eq!(Tokens(110).within_margin(100_000), Tokens(100));
+        assert_eq!(Tokens(109).within_margin(100_000), Tokens(99));
+        assert_eq!(Tokens::MAX.within_margin(0), Tokens::MAX);
     }
 }

@@ -28,8 +28,8 @@ pub struct Conn {
     down: Pipe,
     pub router_open: bool,
     pub peer_open: bool,
-    /// The agent's capabilities were read.
-    pub introduced: bool,
+    /// What the agent's capabilities said, once they were read.
+    pub incarnation: Option<std::sync::Arc<str>>,
     pub opened_at: u64,
 }
 
@@ -47,7 +47,7 @@ impl Sched {
             down: Pipe::default(),
             router_open: true,
             peer_open: true,
-            introduced: false,
+            incarnation: None,
             opened_at: self.now_ms,
         });
         self.net.conns.len() - 1

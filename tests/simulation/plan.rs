@@ -283,6 +283,7 @@ fn agent(rng: &mut Rng, index: usize, calm: bool) -> AgentPlan {
             effects: if rng.percent(25) { Effects::External } else { Effects::None },
             worst_case: matches!(stop, Stop::Limit | Stop::None).then_some(Amount::new(worst_tokens, worst_micros)),
             idempotent_for_ms: rng.pick(&[0, 0, 60_000]),
+            counted_up_ppm: rng.percent(25).then_some(100_000),
             ..Capabilities::default()
         },
         name,

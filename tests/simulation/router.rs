@@ -350,7 +350,7 @@ impl Router {
             Peer::Agent { agent, .. } => match &*frame.kind {
                 kind::CAPABILITIES => {
                     let capabilities: Box<Capabilities> = Box::new(frame.read().expect("the process's own"));
-                    s.net.conns[conn].introduced = true;
+                    s.net.conns[conn].incarnation = Some(capabilities.incarnation.as_str().into());
                     if self.machines[agent].is_none() {
                         let (name, settings) = (self.names[agent].clone(), self.settings.clone());
                         self.machines[agent] = Some(Agent::new(name, settings, s.now()));
@@ -365,7 +365,9 @@ impl Router {
                 _ => {
                     self.machine(s, check, agent, AgentInput::Alive { conn: id });
                     let name = self.names[agent].clone();
-                    self.tell_shard(s, agent, FromAgent::Frame { agent: name, received: received(frame) });
+                    let incarnation =
+                        s.net.conns[conn].incarnation.clone().expect("the process introduces itself first");
+                    self.tell_shard(s, agent, FromAgent::Frame { agent: name, incarnation, received: received(frame) });
                 }
             },
         }

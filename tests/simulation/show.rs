@@ -53,7 +53,7 @@ pub fn show_to_agent(message: &ToAgent) -> String {
 #[must_use]
 pub fn show_from_agent(message: &FromAgent) -> String {
     match message {
-        FromAgent::Frame { agent, received } => format!("{agent} {}", show_frame(&received.frame)),
+        FromAgent::Frame { agent, received, .. } => format!("{agent} {}", show_frame(&received.frame)),
         FromAgent::Up { agent, capabilities, status } => {
             format!("Up {agent} {} {:?} {:?}", capabilities.incarnation, status.status, capabilities.calls)
         }

@@ -17,6 +17,8 @@ use std::time::Duration;
 const STREAM_BYTES_MAX: usize = 16 * 1024 * 1024;
 /// Bytes of the answer that are searched for findings at its end.
 const ANSWER_BYTES_MAX: usize = 1024 * 1024;
+/// An own count is booked this much up.
+const COUNTED_UP_PPM: u32 = 100_000;
 /// `max_tokens` where neither the router nor the configuration names one.
 pub const OUTPUT_TOKENS_MAX: u64 = 4096;
 
@@ -179,6 +181,8 @@ impl Llm {
         }];
         capabilities.stop = Stop::Close;
         capabilities.effects = Effects::None;
+        // Until the provider's report at the end, what is stated is this adapter's count.
+        capabilities.counted_up_ppm = Some(COUNTED_UP_PPM);
         let reach = self.provider.reach_tokens();
         capabilities.reach = Amount::new(reach, Running::price(prices, 0, reach));
     }

@@ -134,7 +134,8 @@ pub struct Capabilities {
     #[serde(default)]
     #[serde(deserialize_with = "crate::lenient::lenient")]
     pub idempotent_for_ms: u64,
-    /// `counted` usage is booked this much up; absent 100,000 (10 %).
+    /// Stated: the running costs are the adapter's own count. `counted` usage is booked this much up (absent: 100,000, which
+    /// is 10 %), and the grant that the agent is told leaves room for it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub counted_up_ppm: Option<u32>,
     /// Calls that are still running or whose end wasn't acknowledged.

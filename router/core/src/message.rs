@@ -156,6 +156,12 @@ pub enum Metric {
         model: Arc<str>,
         ms: u64,
     },
+    /// An agent's call cost more than its hold and its reach: the promise P <= L + K x reach rested on a wrong figure of it.
+    Breach {
+        agent: AgentName,
+        usd_micros: u64,
+        tokens: u64,
+    },
     Redelivered,
     Dropped {
         reason: &'static str,
@@ -230,9 +236,10 @@ pub enum FromAgent {
         call: CallId,
         epoch: u64,
     },
-    /// A frame on a call's stream.
+    /// A frame on a call's stream, from a connection of this incarnation.
     Frame {
         agent: AgentName,
+        incarnation: Arc<str>,
         received: Received,
     },
 }

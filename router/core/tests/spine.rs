@@ -30,6 +30,7 @@ struct House {
     to_client: Vec<Frame>,
     to_agent: VecDeque<Frame>,
     answers: Vec<Answer>,
+    counted_up_ppm: Option<u32>,
 }
 
 fn received(frame: Frame) -> Received {
@@ -53,6 +54,7 @@ impl House {
             to_client: vec![],
             to_agent: VecDeque::new(),
             answers: vec![],
+            counted_up_ppm: None,
         };
         house.run();
         house
@@ -122,6 +124,7 @@ impl House {
             }],
             reach: Amount::new(20, 80),
             calls,
+            counted_up_ppm: self.counted_up_ppm,
             ..Capabilities::default()
         };
         self.agent.handle(self.now, AgentInput::Connected { conn: AGENT, capabilities: Box::new(capabilities) });
@@ -138,7 +141,12 @@ impl House {
     }
 
     fn says(&mut self, frame: Frame) {
-        let message = FromAgent::Frame { agent: AgentName::new("a"), received: received(frame) };
+        self.says_as("p1", frame);
+    }
+
+    fn says_as(&mut self, incarnation: &str, frame: Frame) {
+        let (agent, incarnation) = (AgentName::new("a"), incarnation.into());
+        let message = FromAgent::Frame { agent, incarnation, received: received(frame) };
         self.shard.handle(self.now, Input::Agent(message));
         self.run();
     }
@@ -222,6 +230,40 @@ fn a_frame_in_a_bill_out() {
     house.shard.handle(house.now, Input::Query { id: 1, query: Query::Verify });
     house.run();
     assert!(matches!(house.answers.last(), Some(Answer::Verify(v)) if v.open_reservations == 0));
+}
+
+#[test]
+fn what_another_process_of_the_handle_says_does_not_count() {
+    let mut house = House::new();
+    house.connect(vec![]);
+    house.submit("s1", &task("hi"));
+    let call = house.dispatched();
+    house.says(partial(&call, 1, "one", 10));
+    house.says_as("p2", last(&call, 2, 1));
+    assert_eq!(house.kinds().last().unwrap(), "agent.result.partial", "still running");
+    house.says(last(&call, 2, 25));
+    let bill: Bill = house.to_client.last().unwrap().read().unwrap();
+    assert_eq!(bill.settled, Amount::new(95, 170));
+}
+
+#[test]
+fn an_agent_that_counts_is_told_less_than_its_hold() {
+    let mut house = House::new();
+    house.counted_up_ppm = Some(100_000);
+    house.connect(vec![]);
+    house.submit("s1", &task("hi"));
+    let call = house.dispatched();
+    // Guarded: 201 tokens of prompt, 1000 + 500 of output; 10 % of what is told stay for what is booked on top.
+    assert_eq!(call.grant.tokens, Tokens(1_701 * 10 / 11));
+    let counted = AgentFinal {
+        cost: Cost { in_tokens: Tokens(201), out_tokens: Tokens(1_345), usd_micros: UsdMicros(0) },
+        usage_source: UsageSource::Counted,
+        finish: Finish::Grant,
+        ..AgentFinal::default()
+    };
+    house.says(Frame::json(call.call_id.to_string(), 1, Flags::FIN, kind::RESULT_FINAL, &counted));
+    let bill: Bill = house.to_client.last().unwrap().read().unwrap();
+    assert_eq!(bill.calls[0].actual.amount().unwrap().tokens, Tokens(222 + 1_480));
 }
 
 #[test]

@@ -115,6 +115,13 @@ struct Connection<R> {
     closed: CancellationToken,
 }
 
+/// The agent of a connection, once its capabilities were taken.
+struct Introduced {
+    name: AgentName,
+    incarnation: Arc<str>,
+    handle: AgentHandle,
+}
+
 /// What a read yielded.
 enum Read {
     Some,
@@ -340,15 +347,15 @@ impl<R: AsyncRead + Unpin> Connection<R> {
     }
 
     async fn agent(&mut self) -> Ended {
-        let mut connected: Option<(AgentName, AgentHandle)> = None;
+        let mut connected: Option<Introduced> = None;
         let ended = self.agent_frames(&mut connected).await;
-        if let Some((_, handle)) = connected {
+        if let Some(Introduced { handle, .. }) = connected {
             let _ = handle.queue.send(AgentMessage::Disconnected { conn: self.conn }).await;
         }
         ended
     }
 
-    async fn agent_frames(&mut self, connected: &mut Option<(AgentName, AgentHandle)>) -> Ended {
+    async fn agent_frames(&mut self, connected: &mut Option<Introduced>) -> Ended {
         let mut own = Vec::new();
         let mut second = Instant::now();
         let mut own_count = 0;
@@ -373,13 +380,14 @@ impl<R: AsyncRead + Unpin> Connection<R> {
             }
             frames.retain(|r| self.is_for_agents(&r.frame));
             if !frames.is_empty() {
-                let Some((agent, _)) = connected else {
+                let Some(Introduced { name, incarnation, .. }) = connected else {
                     return WireError::proto(
                         "control.capabilities: an agent's first frame after hello, before any call's",
                     )
                     .into();
                 };
-                let message = ToShard::AgentFrames { agent: agent.clone(), frames };
+                let (agent, incarnation) = (name.clone(), incarnation.clone());
+                let message = ToShard::AgentFrames { agent, incarnation, frames };
                 if self.shared.inbox.send(weight, message).await.is_err() {
                     return WireError::new(Code::Draining, "this router is stopping").into();
                 }
@@ -393,10 +401,10 @@ impl<R: AsyncRead + Unpin> Connection<R> {
         }
     }
 
-    async fn own_of_agent(&self, frame: &Frame, connected: &mut Option<(AgentName, AgentHandle)>) -> Result<(), Ended> {
+    async fn own_of_agent(&self, frame: &Frame, connected: &mut Option<Introduced>) -> Result<(), Ended> {
         match &*frame.kind {
             "" => {
-                if let Some((_, handle)) = connected {
+                if let Some(Introduced { handle, .. }) = connected {
                     let _ = handle.queue.send(AgentMessage::Alive { conn: self.conn }).await;
                 }
                 Ok(())
@@ -404,7 +412,7 @@ impl<R: AsyncRead + Unpin> Connection<R> {
             kind::CAPABILITIES => self.capabilities(frame, connected).await,
             kind::STATUS => {
                 let status: AgentStatus = frame.read()?;
-                let Some((_, handle)) = connected else {
+                let Some(Introduced { handle, .. }) = connected else {
                     return Err(WireError::proto("control.status: send control.capabilities first").into());
                 };
                 let _ = handle.queue.send(AgentMessage::Status { conn: self.conn, status }).await;
@@ -423,19 +431,28 @@ impl<R: AsyncRead + Unpin> Connection<R> {
         }
     }
 
-    async fn capabilities(&self, frame: &Frame, connected: &mut Option<(AgentName, AgentHandle)>) -> Result<(), Ended> {
+    async fn capabilities(&self, frame: &Frame, connected: &mut Option<Introduced>) -> Result<(), Ended> {
         let capabilities: Box<Capabilities> = Box::new(frame.read()?);
         check_capabilities(&capabilities)?;
         let handle = match connected {
-            Some((name, handle)) if *name == capabilities.agent => handle.clone(),
-            Some((name, _)) => {
-                let message =
-                    format!("agent: this connection is `{name}`; open another one for `{}`", capabilities.agent);
+            Some(known) if known.name != capabilities.agent => {
+                let message = format!(
+                    "agent: this connection is `{}`; open another one for `{}`",
+                    known.name, capabilities.agent
+                );
                 return Err(WireError::proto(message).into());
             }
+            Some(known) if *known.incarnation != capabilities.incarnation => {
+                return Err(WireError::proto("incarnation: it is new per start of the process, not per message").into());
+            }
+            Some(known) => known.handle.clone(),
             None => self.shared.agents.of(&capabilities.agent)?,
         };
-        *connected = Some((capabilities.agent.clone(), handle.clone()));
+        *connected = Some(Introduced {
+            name: capabilities.agent.clone(),
+            incarnation: capabilities.incarnation.as_str().into(),
+            handle: handle.clone(),
+        });
         let (up, told) = oneshot::channel();
         let outbox = self.outbox.clone();
         let message = AgentMessage::Connected { conn: self.conn, capabilities, outbox, up };

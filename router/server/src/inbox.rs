@@ -31,6 +31,7 @@ pub(crate) enum ToShard {
     /// What one read of an agent's connection yielded for its calls.
     AgentFrames {
         agent: AgentName,
+        incarnation: Arc<str>,
         frames: Vec<Received>,
     },
     /// What an `Agent` decided.

@@ -139,6 +139,10 @@ pub(crate) fn record(metric: Metric) {
             histogram!("gen_ai_server_time_to_first_token_seconds", "gen_ai_request_model" => model.to_string())
                 .record(ms as f64 / 1000.0);
         }
+        Metric::Breach { agent, usd_micros, tokens } => {
+            tracing::warn!(%agent, usd_micros, tokens, "a call cost more than its grant and its agent's reach");
+            counter!("atp_reach_breaches_total", "agent" => agent.to_string()).increment(1);
+        }
         Metric::Redelivered => counter!("atp_redelivered_total").increment(1),
         Metric::Dropped { reason } => dropped(reason),
         Metric::StreamsOpen { qos, n } => gauge!("atp_streams_open", "qos" => qos.as_str()).set(n as f64),

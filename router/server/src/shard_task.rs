@@ -231,9 +231,10 @@ impl ShardTask {
                 self.clients.gone(conn);
                 self.shard.handle(now, Input::ConnGone { conn });
             }
-            ToShard::AgentFrames { agent, frames } => {
+            ToShard::AgentFrames { agent, incarnation, frames } => {
                 for received in frames {
-                    let frame = FromAgent::Frame { agent: agent.clone(), received };
+                    let (agent, incarnation) = (agent.clone(), incarnation.clone());
+                    let frame = FromAgent::Frame { agent, incarnation, received };
                     self.shard.handle(now, Input::Agent(frame));
                 }
             }

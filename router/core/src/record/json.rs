@@ -40,7 +40,7 @@ impl Record {
             Self::Intent(r) => {
                 json!({"call_id": r.key.call(r.lane), "lane": r.lane, "agent": r.agent, "incarnation": r.incarnation,
                 "upstream_key": r.upstream_key, "reach": amount(&r.reach), "external": r.external, "idempotent_for_ms": r.idempotent_for_ms,
-                "slices": r.slices, "counted_up_ppm": r.counted_up_ppm, "host": r.host})
+                "slices": r.slices, "counted_up_ppm": r.counted_up_ppm, "margin_ppm": r.margin_ppm, "host": r.host})
             }
             Self::Extend(r) => json!({"call_id": r.key.call(r.lane), "lane": r.lane, "hold": amount(&r.hold)}),
             Self::Settle(r) => {

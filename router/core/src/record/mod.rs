@@ -248,6 +248,9 @@ pub struct Intent {
     pub counted_up_ppm: u64,
     #[prost(string, tag = "11")]
     pub host: String,
+    /// The agent counts on its way, so it is told this much less than its hold.
+    #[prost(uint64, tag = "12")]
+    pub margin_ppm: u64,
 }
 
 /// The hold grows; `hold` is the new total.

@@ -1,5 +1,6 @@
 //! One call from Intent on: its dispatch, the agent that comes and goes, and what follows when that is lost.
 
+use super::settle::told;
 use super::{OWNER_LATER_MS, REPEAT_MS, Shard, Timer};
 use crate::estimate::{CALL_AMOUNT_MAX, output_tokens};
 use crate::message::{Metric, ToAgent};
@@ -125,6 +126,7 @@ impl Shard {
             idempotent_for_ms: c.idempotent_for_ms,
             slices: matches!(c.stop, Stop::Close | Stop::Kill),
             counted_up_ppm: c.counted_up_ppm.map_or(COUNTED_UP_PPM, u64::from).min(1_000_000),
+            margin_ppm: c.counted_up_ppm.map_or(0, u64::from).min(1_000_000),
             host: c.host.clone(),
         };
         self.record(Record::Intent(intent));
@@ -176,8 +178,8 @@ impl Shard {
             inputs: submit.inputs,
             model: Some(call.reserve.model.clone()).filter(|m| !m.is_empty()),
             task_type: stream.accept.task_type.clone(),
-            grant: hold,
-            max_output_tokens: output_tokens(ceiling, input, price).map(|n| n.max(1)),
+            grant: told(call, hold),
+            max_output_tokens: output_tokens(told(call, ceiling), input, price).map(|n| n.max(1)),
             deadline_ms,
             go_on,
         };

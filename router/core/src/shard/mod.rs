@@ -361,7 +361,7 @@ impl Shard {
             FromAgent::Lent { agent, incarnation, call, epoch } => self.slot_lent(agent, incarnation, call, epoch),
             FromAgent::Sent { call, epoch, .. } => self.dispatch_sent(call, epoch),
             FromAgent::Unsent { call, epoch, .. } => self.dispatch_unsent(call, epoch),
-            FromAgent::Frame { agent, received } => self.agent_frame(&agent, received),
+            FromAgent::Frame { agent, incarnation, received } => self.agent_frame(&agent, &incarnation, received),
         }
     }
 

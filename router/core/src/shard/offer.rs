@@ -7,7 +7,7 @@ use crate::record::WindowRef;
 use crate::settings::WindowSettings;
 use crate::stream::Stream;
 use atp_proto::content::{Capabilities, Status, Stop, Submit};
-use atp_proto::{AgentName, Amount, Code, Qos, TenantId, WireError};
+use atp_proto::{AgentName, Amount, Code, Qos, TenantId, Tokens, WireError};
 use std::sync::Arc;
 
 /// One agent that could run a lane.
@@ -236,11 +236,14 @@ impl Shard {
 fn first_grant_suffices(offer: &Offer, need: Amount) -> bool {
     let e = &offer.estimate;
     let slice = |guarded: u64, input: u64| guarded.div_ceil(4).min(guarded.saturating_sub(input));
-    let least = Amount::new(
-        e.input.tokens.0.saturating_add(slice(e.guarded.tokens.0, e.input.tokens.0)),
-        e.input.usd_micros.0.saturating_add(slice(e.guarded.usd_micros.0, e.input.usd_micros.0)),
-    );
-    least.fits(need)
+    // An agent that counts is told less than its hold; the prompt has to fit in that too.
+    let margin = offer.capabilities.counted_up_ppm.map_or(0, u64::from).min(1_000_000);
+    let covers = |need: u64, guarded: u64, input: u64| {
+        let least = input.saturating_add(slice(guarded, input));
+        least <= need && (input == 0 || input <= Tokens(need).within_margin(margin).0)
+    };
+    covers(need.tokens.0, e.guarded.tokens.0, e.input.tokens.0)
+        && covers(need.usd_micros.0, e.guarded.usd_micros.0, e.input.usd_micros.0)
 }
 
 pub(super) fn stream_qos(stream: &Stream) -> Qos {

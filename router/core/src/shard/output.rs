@@ -19,7 +19,7 @@ use atp_proto::reassembly::{Fed, Inbound, Message};
 use atp_proto::{AgentName, Amount, CallId, Code, Cost, Frame, WireError};
 
 impl Shard {
-    pub(super) fn agent_frame(&mut self, agent: &AgentName, received: Received) {
+    pub(super) fn agent_frame(&mut self, agent: &AgentName, incarnation: &str, received: Received) {
         let known = CallId::parse(&received.frame.stream_id).and_then(|id| Some((id, self.state.call(&id)?)));
         let Some((id, (no, lane))) = known else {
             return self.forget_there(agent, &received.frame);
@@ -30,6 +30,10 @@ impl Shard {
         }
         if call.phase() == Phase::Void {
             return self.forget_there(agent, &received.frame);
+        }
+        // What one process says is nothing that another one of the same handle has said.
+        if call.intent.as_ref().is_some_and(|i| i.incarnation != incarnation) {
+            return self.metric(Metric::Dropped { reason: "other_incarnation" });
         }
         let in_seq = call.in_seq;
         let live = self.calls.entry(id).or_insert_with(|| LiveCall {

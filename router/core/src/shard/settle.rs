@@ -25,7 +25,7 @@ impl Shard {
             return;
         }
         let (hold, guarded) = (call.hold(), Amount::from(call.reserve.guarded));
-        let Ok(spent) = call.booked().amount() else { return };
+        let Ok(spent) = call.booked().amount().and_then(|spent| with_margin(call, spent)) else { return };
         let (left, chunk) = (hold.less(spent), Amount::from(call.largest_chunk));
         let slice = |guarded: u64, chunk: u64| guarded.div_ceil(4).max(chunk.saturating_mul(4));
         let slice =
@@ -45,7 +45,7 @@ impl Shard {
         }
         let account = stream.accept.account.clone();
         let levels = self.levels(stream, &call.reserve.windows);
-        let (key, id) = (stream.accept.key.clone(), stream.call_id(lane));
+        let (key, id, counting) = (stream.accept.key.clone(), stream.call_id(lane), margin_ppm(call));
         let older = self.books.get(&account).is_some_and(|b| b.starved.first().is_some_and(|first| *first < at));
         let free = levels.iter().map(crate::account::Level::free).reduce(Amount::min).unwrap_or_default();
         let blocked = older || self.room > LogRoom::Enough;
@@ -64,7 +64,13 @@ impl Shard {
         // No more will come where nobody else holds what could come back.
         let last = !wanted.fits(given)
             && levels.iter().any(|l| l.held == hold && !wanted.less(given).fits(l.free().less(given)));
-        let update = BudgetUpdate { call_id: id, shard: self.settings.shard, epoch: self.epoch, grant: total, last };
+        let update = BudgetUpdate {
+            call_id: id,
+            shard: self.settings.shard,
+            epoch: self.epoch,
+            grant: within_margin(total, counting),
+            last,
+        };
         self.pass(id, Frame::json(id.to_string(), 0, Flags::NONE, kind::BUDGET_UPDATE, &update));
     }
     /// Proof that the newest dispatch had no effect. It says nothing of an earlier one with the same upstream key: such a call
@@ -127,6 +133,13 @@ impl Shard {
         let Some(stream) = self.state.stream(no) else { return };
         let Some(call) = stream.call(lane) else { return };
         let (key, id, agent) = (stream.accept.key.clone(), stream.call_id(lane), call.agent());
+        let reach = call.intent.as_ref().map(|i| Amount::from(i.reach)).unwrap_or_default();
+        let worst = call.hold().add(reach).unwrap_or(call.hold());
+        let breach = actual.amount().is_ok_and(|actual| !actual.fits(worst)).then(|| Metric::Breach {
+            agent: agent.clone(),
+            usd_micros: actual.usd_micros.less(worst.usd_micros).0,
+            tokens: actual.amount().unwrap_or_default().tokens.less(worst.tokens).0,
+        });
         let metric = Metric::Settled {
             account: stream.tenant(),
             agent: agent.clone(),
@@ -149,6 +162,9 @@ impl Shard {
             confidence_ppm_plus_1: confidence,
         }));
         self.metric(metric);
+        if let Some(breach) = breach {
+            self.metric(breach);
+        }
         if out_seq > 0 {
             self.tell(no, said.to_client(&stream_id, out_seq, id, &agent, actual, Some(how)));
         }
@@ -216,6 +232,29 @@ pub(super) fn priced(call: &Call, tokens: Cost) -> UsdMicros {
 pub(super) fn booked(call: &Call, stated: Cost) -> Cost {
     let total = call.booked().max(stated);
     Cost { usd_micros: priced(call, total), ..total }
+}
+
+fn margin_ppm(call: &Call) -> u64 {
+    call.intent.as_ref().map_or(0, |i| i.margin_ppm)
+}
+
+fn within_margin(amount: Amount, margin_ppm: u64) -> Amount {
+    let unlimited = |whole: bool, part| if whole { u64::MAX } else { part };
+    Amount::new(
+        unlimited(amount.tokens == Tokens::MAX, amount.tokens.within_margin(margin_ppm).0),
+        unlimited(amount.usd_micros == UsdMicros::MAX, amount.usd_micros.within_margin(margin_ppm).0),
+    )
+}
+
+/// What an agent is told that it may spend of an amount: less where it counts, for what is booked on top of its count.
+pub(super) fn told(call: &Call, amount: Amount) -> Amount {
+    within_margin(amount, margin_ppm(call))
+}
+
+/// What a count stands for.
+fn with_margin(call: &Call, counted: Amount) -> Result<Amount, atp_proto::money::OutOfRange> {
+    let up = 1_000_000 + margin_ppm(call);
+    Ok(Amount { tokens: counted.tokens.scale_ppm_up(up)?, usd_micros: counted.usd_micros.scale_ppm_up(up)? })
 }
 
 /// The end of a call whose provider reported usage.
