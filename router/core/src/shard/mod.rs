@@ -8,6 +8,7 @@ mod client;
 mod closing;
 mod lane;
 mod offer;
+mod outflow;
 mod output;
 mod purchase;
 mod seat;
@@ -27,6 +28,7 @@ use book::Book;
 use client::{Bucket, Pending};
 use closing::Stopping;
 use lane::LiveCall;
+use outflow::Outflow;
 use prost::Message;
 use purchase::Bid;
 use seat::Seat;
@@ -37,8 +39,6 @@ use std::sync::Arc;
 const REPEAT_MS: u64 = 1_000;
 /// Bytes of content of the frames that a stream keeps for a connection that catches up.
 const RECENT_BYTES_MAX: usize = 32 * 1024;
-/// Effects that an idle queue has room for.
-const QUEUE_KEPT: usize = 4096;
 /// How much later the owner's deadline of a call is than the agent's.
 const OWNER_LATER_MS: u64 = 5_000;
 
@@ -86,9 +86,7 @@ pub struct Shard {
     room: LogRoom,
     draining: bool,
     entry: Option<Vec<AnyRecord>>,
-    fresh: Vec<Effect>,
-    held: VecDeque<(Position, Effect)>,
-    out: VecDeque<Effect>,
+    out: Outflow,
     live: BTreeMap<u64, Live>,
     calls: BTreeMap<CallId, LiveCall>,
     /// Calls that are asked a slot for and not reserved.
@@ -129,9 +127,7 @@ impl Shard {
             room: LogRoom::Enough,
             draining: false,
             entry: None,
-            fresh: Vec::new(),
-            held: VecDeque::new(),
-            out: VecDeque::new(),
+            out: Outflow::default(),
             live: BTreeMap::new(),
             calls: BTreeMap::new(),
             bids: BTreeMap::new(),
@@ -254,19 +250,11 @@ impl Shard {
             let entry = Entry { at_ms: self.clock.logged_ms(), records };
             self.state.end();
             let position = self.state.position();
-            self.out.push_back(Effect::Append { position, entry: entry.encode_to_vec().into(), checkpoint });
+            self.out.free(Effect::Append { position, entry: entry.encode_to_vec().into(), checkpoint });
         }
         let position = self.state.position();
-        for effect in self.fresh.drain(..) {
-            self.held.push_back((position, effect));
-        }
-        self.release();
-    }
-
-    fn release(&mut self) {
-        while self.held.front().is_some_and(|(position, _)| *position <= self.durable) {
-            self.out.extend(self.held.pop_front().map(|(_, effect)| effect));
-        }
+        self.out.place(position);
+        self.out.release(self.durable);
         self.flush_acks();
     }
 
@@ -281,7 +269,7 @@ impl Shard {
                     let frame =
                         Frame::json(call.to_string(), 0, Flags::NONE, kind::ACK, &Ack { msg_seq, open: Vec::new() });
                     let message = ToAgent::Pass { shard: self.settings.shard, epoch: self.epoch, call, frame };
-                    self.out.push_back(Effect::ToAgent { agent, message });
+                    self.out.free(Effect::ToAgent { agent, message });
                 }
             }
             if self.acks.is_empty() {
@@ -297,19 +285,19 @@ impl Shard {
     }
 
     fn effect(&mut self, effect: Effect) {
-        self.fresh.push(effect);
+        self.out.hold(effect);
     }
 
     fn metric(&mut self, metric: Metric) {
-        self.fresh.push(Effect::Metric(metric));
+        self.out.hold(Effect::Metric(metric));
     }
 
     fn send(&mut self, conn: ConnId, frame: Frame) {
-        self.fresh.push(Effect::Send { conn, frame });
+        self.out.hold(Effect::Send { conn, frame });
     }
 
     fn tell_agent(&mut self, agent: &AgentName, message: ToAgent) {
-        self.fresh.push(Effect::ToAgent { agent: agent.clone(), message });
+        self.out.hold(Effect::ToAgent { agent: agent.clone(), message });
     }
 
     /// Sends a numbered frame to all who follow the stream, and keeps it for those who catch up.
@@ -317,7 +305,7 @@ impl Shard {
         let keep = self.settings.limits.recent_frames;
         let Some(live) = self.live.get_mut(&no) else { return };
         for conn in &live.subscribers {
-            self.fresh.push(Effect::Send { conn: *conn, frame: frame.clone() });
+            self.out.hold(Effect::Send { conn: *conn, frame: frame.clone() });
         }
         // `accepted` alone isn't worth its memory in an idle stream; the log has it.
         if frame.msg_seq == 1 {
@@ -413,13 +401,7 @@ impl Machine for Shard {
     }
 
     fn poll_effect(&mut self) -> Option<Effect> {
-        let effect = self.out.pop_front();
-        if effect.is_none() {
-            // A burst's room isn't kept.
-            self.out.shrink_to(QUEUE_KEPT);
-            self.held.shrink_to(QUEUE_KEPT.max(self.held.len()));
-        }
-        effect
+        self.out.pop()
     }
 
     fn poll_timeout(&self) -> Option<u64> {
