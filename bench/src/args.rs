@@ -8,7 +8,7 @@ use std::path::PathBuf;
 #[derive(Clone, Debug, Parser)]
 #[command(
     name = "atp bench",
-    after_help = "Examples:\n  atp bench relay                          1 KiB chunks a second beside a bare relay\n  atp bench tasks --rates 500,2000 --seconds 5\n  atp bench idle --streams 20000\n  atp bench relay --json --plot relay.svg"
+    after_help = "Examples:\n  atp bench relay                          1 KiB chunks a second beside a bare relay\n  atp bench tasks --rates 500,2000 --seconds 5\n  atp bench idle --streams 20000\n  atp bench relay --json --plot relay.svg\n  atp bench budget                         finished answers and overshoot of four policies\n  atp bench budget --trace AzureLLMInferenceTrace_conv.csv --rows 5000 --plot budget.svg\n  atp bench budget --trace BurstGPT_1.csv --speed 20 --budgets 25,50"
 )]
 pub struct BenchArgs {
     /// What to measure
@@ -44,6 +44,24 @@ pub struct BenchArgs {
     /// Where the routers keep their logs while they are measured [default: the system's temporary directory]
     #[arg(long, value_name = "DIR")]
     pub dir: Option<PathBuf>,
+    /// Arrivals to replay under `budget`: CSV of the Azure LLM inference traces or of BurstGPT [default: a generated sample]
+    #[arg(long, value_name = "FILE.csv")]
+    pub trace: Option<PathBuf>,
+    /// Make another sample of this seed instead of the shipped one
+    #[arg(long, value_name = "N", conflicts_with = "trace")]
+    pub seed: Option<u64>,
+    /// Answered rows of the trace that are read; the first tenth (20 at least) is history to estimate from
+    #[arg(long, value_name = "N", default_value_t = 2000, value_parser = clap::value_parser!(u64).range(40..=100_000))]
+    pub rows: u64,
+    /// Budgets in percent of what the whole replay costs
+    #[arg(long, value_delimiter = ',', value_name = "N,N", default_value = "10,25,50,75,90", value_parser = clap::value_parser!(u64).range(1..=100))]
+    pub budgets: Vec<u64>,
+    /// Calls of one model that may run at once under `budget`
+    #[arg(long, value_name = "N", default_value_t = 32, value_parser = clap::value_parser!(u64).range(1..=4096))]
+    pub parallel: u64,
+    /// Arrivals of the trace come so many times as fast
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u64).range(1..=100_000))]
+    pub speed: u64,
     /// Write the figures as a plot
     #[arg(long, value_name = "FILE.svg")]
     pub plot: Option<PathBuf>,
@@ -60,6 +78,8 @@ pub enum Scenario {
     Tasks,
     /// Memory per stream that waits
     Idle,
+    /// A trace of arrivals against one budget under four policies, in virtual time
+    Budget,
     /// The bare relay that `relay` starts beside the router
     #[value(hide = true)]
     BareRelay,
@@ -103,6 +123,7 @@ impl BenchArgs {
     pub(crate) fn check(&self) -> anyhow::Result<()> {
         anyhow::ensure!(!self.lines.is_empty(), "--lines: name at least one of off, on, durable");
         anyhow::ensure!(!self.rates.is_empty(), "--rates: name at least one rate");
+        anyhow::ensure!(!self.budgets.is_empty(), "--budgets: name at least one percentage");
         let per_connection = self.streams().div_ceil(self.connections);
         anyhow::ensure!(
             self.scenario == Scenario::Idle || per_connection <= crate::client::STREAMS_PER_CONNECTION as u64,

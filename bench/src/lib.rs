@@ -1,10 +1,11 @@
 //! `atp bench SCENARIO`: load on a router and what it did with it. Each scenario starts its own router (a child process of
-//! the same binary) on loopback, beside a bare relay in the same run; figures are given as ratios of such pairs.
-//! It never asserts a time.
+//! the same binary) on loopback, beside a bare relay in the same run; figures are given as ratios of such pairs. `budget`
+//! alone replays a trace in virtual time. It never asserts a time.
 
 mod agent;
 mod args;
 mod bare;
+mod budget;
 mod chunk;
 mod client;
 #[cfg(test)]
@@ -42,6 +43,7 @@ async fn scenario(args: &BenchArgs) -> anyhow::Result<()> {
         Scenario::Relay => relay::run(args).await?,
         Scenario::Tasks => tasks::run(args).await?,
         Scenario::Idle => idle::run(args).await?,
+        Scenario::Budget => return budget::run(args),
         Scenario::BareRelay => return bare::child().await,
     };
     report.print(args.json)?;

@@ -9,11 +9,15 @@ const LEFT: f64 = 80.0;
 const RIGHT: f64 = 20.0;
 const TOP: f64 = 50.0;
 const BOTTOM: f64 = 60.0;
+/// The most room for a name under a picture.
+const LEGEND: f64 = 180.0;
 const FOREGROUND: &str = "#222";
 const COLOURS: [&str; 6] = ["#4e79a7", "#f28e2b", "#59a14f", "#e15759", "#76b7b2", "#b07aa1"];
 
-/// (rate, milliseconds), in order.
-type Points = Vec<(f64, f64)>;
+/// (x, y), in order of x.
+pub(crate) type Points = Vec<(f64, f64)>;
+/// A name, its dashed and its solid line.
+pub(crate) type Curve<'a> = (&'a str, Points, Points);
 
 /// The whole picture as text.
 #[must_use]
@@ -58,13 +62,14 @@ pub(crate) fn svg(report: &Report) -> String {
     picture.finish()
 }
 
+/// The body of a picture as it grows.
 #[derive(Default)]
-struct Picture {
+pub(crate) struct Picture {
     body: String,
 }
 
 impl Picture {
-    fn title(&mut self, text: &str) {
+    pub(crate) fn title(&mut self, text: &str) {
         self.text(WIDTH / 2.0, 24.0, "middle", 15, text);
     }
 
@@ -117,8 +122,8 @@ impl Picture {
         }
     }
 
-    fn curves(&mut self, curves: &[(&str, Points, Points)]) {
-        let all = || curves.iter().flat_map(|(_, p50, p99)| p50.iter().chain(p99));
+    pub(crate) fn curves(&mut self, curves: &[Curve<'_>]) {
+        let all = || curves.iter().flat_map(|(_, dashed, solid)| dashed.iter().chain(solid));
         let y = self.scale(all().map(|p| p.1).fold(0.0, f64::max));
         let rate_max = all().map(|p| p.0).fold(1.0, f64::max);
         let x = |rate: f64| LEFT + rate / rate_max * (WIDTH - LEFT - RIGHT);
@@ -128,9 +133,11 @@ impl Picture {
         for rate in rates {
             self.text(x(rate), HEIGHT - BOTTOM + 18.0, "middle", 11, &short(rate));
         }
-        for (i, (name, p50, p99)) in curves.iter().enumerate() {
+        let room = LEGEND.min((WIDTH - RIGHT) / curves.len() as f64);
+        let from = LEFT.min(WIDTH - room * curves.len() as f64);
+        for (i, (name, dashed, solid)) in curves.iter().enumerate() {
             let colour = COLOURS[i % COLOURS.len()];
-            for (points, dash) in [(p50, r#" stroke-dasharray="5 4""#), (p99, "")] {
+            for (points, dash) in [(dashed, r#" stroke-dasharray="5 4""#), (solid, "")] {
                 let path: Vec<String> = points.iter().map(|p| format!("{:.1},{:.1}", x(p.0), y(p.1))).collect();
                 let _ = writeln!(
                     self.body,
@@ -138,13 +145,13 @@ impl Picture {
                     path.join(" ")
                 );
             }
-            let at = LEFT + 180.0 * i as f64;
+            let at = from + room * i as f64;
             self.line((at, HEIGHT - 22.0), (at + 24.0, HEIGHT - 22.0), colour);
             self.text(at + 30.0, HEIGHT - 18.0, "start", 12, name);
         }
     }
 
-    fn finish(self) -> String {
+    pub(crate) fn finish(self) -> String {
         format!(
             "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 {WIDTH} {HEIGHT}\" width=\"{WIDTH}\" height=\"{HEIGHT}\">\n\
              <rect width=\"100%\" height=\"100%\" fill=\"white\"/>\n{}</svg>\n",

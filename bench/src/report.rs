@@ -86,6 +86,7 @@ impl Report {
         Self {
             scenario: match args.scenario {
                 Scenario::Relay | Scenario::BareRelay => "relay",
+                Scenario::Budget => "budget",
                 Scenario::Tasks => "tasks",
                 Scenario::Idle => "idle",
             },
@@ -160,11 +161,11 @@ impl Report {
     }
 }
 
-fn cells<const N: usize>(cells: [String; N]) -> Vec<String> {
+pub(crate) fn cells<const N: usize>(cells: [String; N]) -> Vec<String> {
     cells.into()
 }
 
-fn names(names: &[&str]) -> Vec<String> {
+pub(crate) fn names(names: &[&str]) -> Vec<String> {
     names.iter().map(|n| (*n).to_owned()).collect()
 }
 
@@ -259,7 +260,7 @@ fn mib(bytes: u64) -> String {
 }
 
 /// Columns as wide as their widest cell; the first ones' texts to the left, figures to the right.
-fn table(rows: &[Vec<String>]) -> String {
+pub(crate) fn table(rows: &[Vec<String>]) -> String {
     let columns = rows.first().map_or(0, Vec::len);
     let widths: Vec<usize> =
         (0..columns).map(|c| rows.iter().map(|row| row[c].chars().count()).max().unwrap_or(0)).collect();
