@@ -5,6 +5,7 @@ pub mod agent;
 pub mod clock;
 pub mod estimate;
 pub mod message;
+pub mod policy;
 pub mod price;
 pub mod record;
 pub mod replay;

@@ -1,5 +1,6 @@
 //! What an operator may set, as typed values. The shell parses the file; this crate only reads the result.
 
+use crate::policy::Policy;
 use crate::price::PriceBook;
 use atp_proto::{Limit, TenantId};
 use std::collections::BTreeMap;
@@ -58,6 +59,7 @@ pub struct Settings {
     pub agent_timeout_ms: u64,
     pub retries: u32,
     pub prices: Arc<PriceBook>,
+    pub policy: Arc<Policy>,
     pub limits: Limits,
 }
 
@@ -100,6 +102,7 @@ impl Default for Settings {
             agent_timeout_ms: 60_000,
             retries: 1,
             prices: Arc::new(PriceBook::default()),
+            policy: Arc::new(Policy::default()),
             limits: Limits::default(),
         }
     }

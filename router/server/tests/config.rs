@@ -1,7 +1,7 @@
 //! The configuration, black box: defaults, every kind of mistake with line, field and fix, and the generated pages.
 
 use atp_proto::{Limit, TenantId, Tokens, UsdMicros};
-use atp_router::config::{Durability, Problem, check, parse, reference, schema};
+use atp_router::config::{Durability, Problem, check, parse, policy_schema, reference, schema};
 use atp_router::{Anonymous, Config};
 
 fn read(text: &str) -> Config {
@@ -92,7 +92,6 @@ fn what_a_later_version_can_do_is_refused_not_ignored() {
     assert_eq!(only("auth: {oidc: {issuer: x}}"), "1:23 auth.oidc.issuer");
     assert_eq!(only("auth: {tokens_file: t}"), "1:21 auth.tokens_file");
     assert_eq!(only("auth: {anonymous: never}"), "1:19 auth.anonymous");
-    assert_eq!(only("policy: policy.yaml"), "1:9 policy");
     assert_eq!(only("accounts: {a: {ladder: [x]}}"), "1:24 accounts.a.ladder");
     assert_eq!(only("tools: {http_get: {allow: [x]}}"), "1:27 tools.http_get.allow");
     assert_eq!(
@@ -130,6 +129,71 @@ fn the_environment_is_replaced_in_values() {
     assert_eq!(check("data_dir: ${ATP_THIS_IS_NOT_SET}")[0].field, "data_dir");
 }
 
+const POLICY: &str = r#"
+weights: {w_capability: 0.25, w_cost: 0.20}
+policies:
+  - match: {task_type: code_review, diff_loc: ">200", requires: [fs.read], languages: [rust, c]}
+    fanout: [summarizer.local, {prefix: "reviewer.*", top: 2}]
+    escalation: {on: [low_conf, disagreement], to: reviewer.big}
+    constraints: {security_groups_any: [sandboxed-fs]}
+    budget: {usd: 3.00, tokens: 1_200_000}
+    floor: sonnet
+  - gold_overrides_pause: true
+tools_budget_caps: {search_api: {usd: 0.10}}
+"#;
+
+#[test]
+fn a_policy_is_read_inline_and_from_its_file() {
+    use atp_core::policy::{Pick, Policy, Trigger};
+    let inline = format!("policy:\n{}", POLICY.replace('\n', "\n  "));
+    let policy: Policy = (*read(&inline).settings.policy).clone();
+    assert_eq!((policy.weights.capability, policy.weights.cost, policy.weights.safety), (250_000, 200_000, 50_000));
+    let rule = &policy.rules[0];
+    assert_eq!(rule.fanout[1], Pick::Prefix { prefix: "reviewer.".into(), top: 2 });
+    assert_eq!(rule.budget, Limit { usd_micros: Some(UsdMicros(3_000_000)), tokens: Some(Tokens(1_200_000)) });
+    let escalation = rule.escalation.as_ref().expect("it has one");
+    assert_eq!(escalation.on.iter().copied().collect::<Vec<_>>(), [Trigger::Disagreement, Trigger::LowConf]);
+    assert_eq!((escalation.to[0].as_str(), rule.floor.as_deref()), ("reviewer.big", Some("sonnet")));
+    assert!(policy.rules[1].gold_overrides_pause && policy.rules[1].when.0.is_empty());
+    assert_eq!(policy.tools_budget_caps["search_api"].usd_micros, Some(UsdMicros(100_000)));
+
+    let dir = tempfile::tempdir().expect("a directory");
+    let file = dir.path().join("policy.yaml");
+    std::fs::write(&file, POLICY).expect("written");
+    assert_eq!(*read(&format!("policy: {}", file.display())).settings.policy, policy);
+    std::fs::write(&file, "policies:\n  - match: {diff_loc: '~200'}").expect("written");
+    let found = problems(&format!("data_dir: x\npolicy: {}", file.display()));
+    assert_eq!((found.len(), found[0].line, found[0].field.as_str()), (1, 2, "policy"));
+    assert!(found[0].message.contains(":2:23: policies[0].match.diff_loc: `~200`"), "{}", found[0].message);
+    assert_eq!(only("policy: no/such/policy.yaml"), "1:9 policy");
+    assert_eq!(read("policy:").settings.policy.rules, []);
+}
+
+#[test]
+fn every_mistake_of_a_policy_is_named_with_its_place() {
+    assert_eq!(check(POLICY), [], "check takes a policy file for what it is");
+    let only = |text: &str| {
+        let found = check(text);
+        assert_eq!(found.len(), 1, "{text}: {found:?}");
+        assert!(!found[0].fix.is_empty());
+        format!("{}:{} {}", found[0].line, found[0].column, found[0].field)
+    };
+    assert_eq!(only("weights: {w_cost: 0.16}"), "1:10 weights");
+    assert_eq!(only("weights: {w_cost: 1.1}"), "1:19 weights.w_cost");
+    assert_eq!(only("weights: {w_costs: 0.15}"), "1:11 weights.w_costs");
+    assert_eq!(only("policies: {match: }"), "1:11 policies");
+    assert_eq!(only("policies:\n- match: {diff_lock: 1}"), "2:11 policies[0].match.diff_lock");
+    assert_eq!(only("policies:\n- match: {task_type: '>3'}"), "2:22 policies[0].match.task_type");
+    assert_eq!(only("policies:\n- match: {qos: iron}"), "2:16 policies[0].match.qos");
+    assert_eq!(only("policies:\n- fanout: ['a b']"), "2:12 policies[0].fanout[0]");
+    assert_eq!(only("policies:\n- fanout: [{top: 2}]"), "2:12 policies[0].fanout[0].prefix");
+    assert_eq!(only("policies:\n- fanout: [{prefix: a, top: 33}]"), "2:29 policies[0].fanout[0].top");
+    assert_eq!(only("policies:\n- escalation: {on: [boredom], to: a}"), "2:20 policies[0].escalation.on");
+    assert_eq!(only("policies:\n- escalation: {on: [low_conf]}"), "2:15 policies[0].escalation");
+    assert_eq!(only("policies:\n- provisional: {quorum_min: 1}"), "2:16 policies[0].provisional");
+    assert_eq!(only("tools_budget_caps: {x: {usd: -1}}"), "1:30 tools_budget_caps.x.usd");
+}
+
 #[test]
 fn aliases_are_bounded() {
     let mut text = String::from("a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n");
@@ -144,7 +208,9 @@ fn aliases_are_bounded() {
 #[test]
 fn the_pages_agree_with_the_parser() {
     let docs = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../../docs");
-    for (name, text) in [("config.schema.json", schema()), ("configuration.md", reference())] {
+    let pages =
+        [("config.schema.json", schema()), ("policy.schema.json", policy_schema()), ("configuration.md", reference())];
+    for (name, text) in pages {
         let path = docs.join(name);
         if std::env::var_os("ATP_WRITE_DOCS").is_some() {
             std::fs::create_dir_all(&docs).expect("docs can be made");

@@ -1,12 +1,13 @@
 //! The configuration: one YAML file as typed values. `table` knows every key, `tree` reads the text.
 
+mod policy;
 mod read;
 mod reference;
 mod table;
 mod tree;
 
 pub use read::{check, load, parse};
-pub use reference::{reference, schema};
+pub use reference::{policy_schema, reference, schema};
 
 use crate::identity::Anonymous;
 use atp_core::settings::Settings;

@@ -4,6 +4,7 @@ use super::table::{DURATION_MS_MAX, KEYS, Key, Takes, parts};
 use super::tree::{self, Kind, Mark, Node};
 use super::{AgentEntry, Config, Durability, LogFormat, Problem};
 use crate::identity::Anonymous;
+use atp_core::policy::Policy;
 use atp_core::price::PriceBook;
 use atp_core::settings::{AccountSettings, Per, WindowSettings};
 use atp_proto::id::is_id;
@@ -37,10 +38,18 @@ pub fn load(path: &Path) -> Result<Config, Vec<Problem>> {
     parse(&text, |name| std::env::var(name).ok())
 }
 
-/// All problems of a configuration text; none: it can be started.
+/// All problems of a configuration or policy text (told by its top-level keys); none: it can be used.
 #[must_use]
 pub fn check(text: &str) -> Vec<Problem> {
-    parse(text, |name| std::env::var(name).ok()).err().unwrap_or_default()
+    let env = |name: &str| std::env::var(name).ok();
+    match tree::parse(text) {
+        Ok(root) if super::policy::is_policy(&root) => {
+            let mut walk = Walk::new(&env);
+            walk.policy(&root, "");
+            walk.problems
+        }
+        _ => parse(text, env).err().unwrap_or_default(),
+    }
 }
 
 /// Reads a configuration text; `env` looks up what `${NAME}` asks for.
@@ -49,8 +58,7 @@ pub fn check(text: &str) -> Vec<Problem> {
 /// Everything that is wrong with it, in order of lines.
 pub fn parse(text: &str, env: impl Fn(&str) -> Option<String>) -> Result<Config, Vec<Problem>> {
     let root = tree::parse(text).map_err(|p| vec![p])?;
-    let mut walk =
-        Walk { env: &env, problems: Vec::new(), values: BTreeMap::new(), marks: BTreeMap::new(), accounts: Vec::new() };
+    let mut walk = Walk::new(&env);
     walk.node(&root, "", "");
     let config = walk.build();
     let mut problems = walk.problems;
@@ -65,17 +73,25 @@ pub fn parse(text: &str, env: impl Fn(&str) -> Option<String>) -> Result<Config,
     if problems.is_empty() { Ok(config) } else { Err(problems) }
 }
 
-struct Walk<'a> {
-    env: &'a dyn Fn(&str) -> Option<String>,
-    problems: Vec<Problem>,
+pub(super) struct Walk<'a> {
+    pub(super) env: &'a dyn Fn(&str) -> Option<String>,
+    pub(super) problems: Vec<Problem>,
     /// By concrete path: `accounts.acme.usd`, `agents[0].kind`.
     values: BTreeMap<String, Read>,
     marks: BTreeMap<String, Mark>,
     accounts: Vec<String>,
+    policy: Option<Policy>,
+}
+
+impl<'a> Walk<'a> {
+    pub(super) fn new(env: &'a dyn Fn(&str) -> Option<String>) -> Self {
+        let (problems, values, marks) = (Vec::new(), BTreeMap::new(), BTreeMap::new());
+        Self { env, problems, values, marks, accounts: Vec::new(), policy: None }
+    }
 }
 
 impl Walk<'_> {
-    fn problem(&mut self, mark: Mark, field: &str, message: impl Into<String>, fix: impl Into<String>) {
+    pub(super) fn problem(&mut self, mark: Mark, field: &str, message: impl Into<String>, fix: impl Into<String>) {
         let (line, column) = (mark.line, mark.column);
         self.problems.push(Problem { line, column, field: field.into(), message: message.into(), fix: fix.into() });
     }
@@ -130,16 +146,15 @@ impl Walk<'_> {
             self.accounts.push(name.to_owned());
             return self.node(value, &concrete, &format!("{pattern}.*"));
         }
-        let near = known.iter().map(|k| (distance(name, k), *k)).min().filter(|(d, _)| *d <= 2);
-        let fix = match near {
-            Some((_, key)) => format!("did you mean `{key}`?"),
-            None => format!("known here: {}", known.join(", ")),
-        };
-        self.problem(mark, &concrete, "unknown key", fix);
+        self.unknown(mark, &concrete, name, &known);
     }
 
     fn leaf(&mut self, node: &Node, path: &str, key: &Key) {
         if node.is_absent() && key.takes != Takes::Texts {
+            return;
+        }
+        if key.takes == Takes::Policy {
+            self.policy = self.policy_key(node, path);
             return;
         }
         let before = self.problems.len();
@@ -188,7 +203,7 @@ impl Walk<'_> {
     }
 
     /// The text of a scalar with `${NAME}` and `${NAME:-default}` replaced.
-    fn text(&mut self, node: &Node, path: &str) -> Option<String> {
+    pub(super) fn text(&mut self, node: &Node, path: &str) -> Option<String> {
         let Kind::Scalar { text, .. } = &node.kind else {
             self.problem(node.mark, path, format!("{} stands where a value belongs", node.what()), "write one value");
             return None;
@@ -314,6 +329,9 @@ impl Walk<'_> {
             self.whole("tasks.agent_timeout").unwrap_or(config.settings.agent_timeout_ms);
         if let Some(retries) = self.whole("tasks.retries").and_then(|n| u32::try_from(n).ok()) {
             config.settings.retries = retries;
+        }
+        if let Some(policy) = self.policy.take() {
+            config.settings.policy = Arc::new(policy);
         }
         self.prices(&mut config);
         self.agents(&mut config);
@@ -490,7 +508,7 @@ fn scalar(text: &str, takes: Takes) -> Result<Read, (String, String)> {
         Takes::Usd => parse_usd(text).map(Read::Usd).map_err(|e| (e, "write a decimal amount of USD like 0.50".into())),
         Takes::Choice(choices) if choices.contains(&text) => Ok(Read::Text(text.into())),
         Takes::Choice(choices) => bad(format!("`{text}` is unknown"), &format!("use one of {}", choices.join(", "))),
-        Takes::Texts | Takes::Anything => Ok(Read::Anything),
+        Takes::Texts | Takes::Anything | Takes::Policy => Ok(Read::Anything),
     }
 }
 
@@ -521,7 +539,7 @@ fn children(pattern: &str) -> Vec<&'static str> {
 }
 
 /// Edits between two names, for "did you mean".
-fn distance(a: &str, b: &str) -> usize {
+pub(super) fn distance(a: &str, b: &str) -> usize {
     let b: Vec<char> = b.chars().collect();
     let mut row: Vec<usize> = (0..=b.len()).collect();
     for (i, x) in a.chars().enumerate() {

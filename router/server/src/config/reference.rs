@@ -38,6 +38,17 @@ pub fn schema() -> String {
     text
 }
 
+/// JSON Schema (2020-12) of a policy file, pretty-printed: `docs/policy.schema.json`.
+#[must_use]
+pub fn policy_schema() -> String {
+    let mut root = super::policy::schema();
+    root["$schema"] = json!("https://json-schema.org/draft/2020-12/schema");
+    root["title"] = json!("ATP Router policy");
+    let mut text = serde_json::to_string_pretty(&root).expect("a tree of JSON values");
+    text.push('\n');
+    text
+}
+
 fn object() -> Value {
     json!({ "type": ["object", "null"], "additionalProperties": false, "properties": {} })
 }
@@ -56,6 +67,7 @@ fn leaf(key: &Key) -> Value {
         Takes::Choice(choices) => json!({ "enum": choices }),
         Takes::Texts => json!({ "type": ["array", "null"], "items": { "type": "string" } }),
         Takes::Anything => json!({}),
+        Takes::Policy => json!({ "oneOf": [{ "type": ["string", "null"] }, super::policy::schema()] }),
     };
     let later = if key.later.is_some() { " (a later version)" } else { "" };
     leaf["description"] = json!(format!("{}{later}", key.about));
@@ -87,6 +99,7 @@ pub fn reference() -> String {
             Takes::Choice(choices) => choices.join(", "),
             Takes::Texts => "list of texts".into(),
             Takes::Anything => "anything".into(),
+            Takes::Policy => "path or policy".into(),
         };
         let default = if key.default.is_empty() { String::new() } else { format!("`{}`", key.default) };
         let later = if key.later.is_some() { " *(a later version; setting it is an error now)*" } else { "" };

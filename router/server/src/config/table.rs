@@ -19,6 +19,8 @@ pub(super) enum Takes {
     Texts,
     /// Free text by free names.
     Anything,
+    /// A path, or a policy.
+    Policy,
 }
 
 /// One key. In `path`, `*` is a name that the operator chooses and `[]` an entry of a list.
@@ -45,7 +47,6 @@ const KAFKA: &str = "use log.kind: local and leave log.kafka out";
 const REDIS: &str = "use store.kind: memory and leave store.redis out";
 const TOKENS: &str = "leave it out; this version knows loopback peers only";
 const TOOLS: &str = "leave it out; this version has no mediated tools";
-const POLICY: &str = "leave it out; name agents or fanout in each task";
 const LADDER: &str = "leave it out; this version refuses or queues at the limit";
 
 const MAX: u64 = u64::MAX;
@@ -97,7 +98,7 @@ pub(super) const KEYS: &[Key] = &[
     key("tasks.deadline", Takes::Duration, "120s", "of a task that names none"),
     key("tasks.agent_timeout", Takes::Duration, "60s", "of one call"),
     key("tasks.retries", Takes::Whole(0, 16), "1", "new lanes for a failed call"),
-    later("policy", Takes::Anything, "", "a file, or the policy itself", POLICY),
+    key("policy", Takes::Policy, "", "a policy file (see `docs/policy.md`), or the policy itself"),
     key("prices", Takes::Path, "", "LiteLLM's price map or models.dev's JSON, over the built-in snapshot"),
     later("tools.fs_read.root", Takes::Path, "", "what `fs_read` may see", TOOLS),
     later("tools.http_get.allow", Takes::Texts, "", "hosts that `http_get` may ask", TOOLS),
