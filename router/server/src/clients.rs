@@ -10,7 +10,7 @@ use atp_core::clock::Now;
 use atp_core::message::{Input, Machine};
 use atp_core::shard::Shard;
 use atp_proto::codec::{Received, encode_body};
-use atp_proto::content::Resume;
+use atp_proto::content::{Accepted, Resume};
 use atp_proto::frame::kind;
 use atp_proto::{Code, ConnId, Flags, Frame, StreamId, TenantId, WireError};
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
@@ -129,6 +129,9 @@ impl Clients {
         if frame.flags.has(Flags::FIN) || frame.flags.has(Flags::RST) {
             client.streams.remove(&*frame.stream_id);
         }
+        if &*frame.kind == kind::ACCEPTED && frame.msg_seq == 0 {
+            client.attached(&frame);
+        }
         if !client.lagging.is_empty()
             && let Some(lag) = client.lagging.get(&*frame.stream_id)
         {
@@ -232,6 +235,16 @@ impl Clients {
 }
 
 impl Client {
+    /// A stream id that was answered with another stream is done; what follows comes on that one.
+    fn attached(&mut self, frame: &Frame) {
+        if let Ok(accepted) = frame.read::<Accepted>()
+            && accepted.stream_id != *frame.stream_id
+            && self.streams.remove(&*frame.stream_id)
+        {
+            self.streams.insert(StreamId::new(&accepted.stream_id));
+        }
+    }
+
     /// Gives up the memory of the numbered frames that wait: their streams go on from the log.
     fn lag(&mut self) {
         for frame in self.frames.iter().filter(|f| f.msg_seq > 0) {

@@ -3,7 +3,9 @@
 use super::*;
 use crate::inbox::{Taking, inbox};
 use crate::outbox::{Writer, outbox};
+use atp_proto::Qos;
 use atp_proto::codec;
+use atp_proto::content::{TaskState, WindowView};
 use bytes::BytesMut;
 use std::time::Duration;
 use tokio::io::{AsyncReadExt, DuplexStream};
@@ -111,4 +113,25 @@ async fn no_frame_overtakes_a_stream_that_lags() {
     slow.chunks("a", 1003..=1003);
     let seqs = reading.await.expect("read");
     assert_eq!(seqs, (1..=after + 3).chain([1003]).collect::<Vec<_>>());
+}
+
+#[tokio::test]
+async fn streams_that_attach_to_one_take_one_place_together() {
+    let mut slow = Slow::new();
+    let places = |slow: &Slow| slow.clients.list[&CONN].streams.iter().map(ToString::to_string).collect::<Vec<_>>();
+    for try_no in 2..=4 {
+        let id = format!("k-1.{try_no}");
+        slow.clients.list.get_mut(&CONN).expect("open").streams.insert(StreamId::new(&id));
+        let attached = Accepted {
+            stream_id: "k-1.1".into(),
+            state: TaskState::Running,
+            qos: Qos::Silver,
+            window: WindowView::default(),
+            resume_token: None,
+        };
+        slow.clients.send(CONN, Frame::json(id, 0, Flags::SYN.with(Flags::ACK), kind::ACCEPTED, &attached));
+        assert_eq!(places(&slow), ["k-1.1"]);
+    }
+    slow.clients.send(CONN, Frame::raw("k-1.1", 9, Flags::FIN, kind::BILL, "{}".into()));
+    assert!(places(&slow).is_empty());
 }
