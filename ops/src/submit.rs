@@ -83,7 +83,11 @@ pub(crate) async fn follow(screen: Screen, mut stream: TaskStream, frames: bool)
                 let final_ = final_.ok_or_else(|| Failure::new(Exit::Task, "a bill came without a final"))?;
                 return Ok(End { stream_id, final_, bill: *bill });
             }
-            EventKind::Partial(_) | EventKind::Accepted(_) | EventKind::Log | EventKind::Other => {}
+            EventKind::Partial(_)
+            | EventKind::Accepted(_)
+            | EventKind::Log
+            | EventKind::Window(_)
+            | EventKind::Other => {}
         }
     }
 }

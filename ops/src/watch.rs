@@ -79,7 +79,7 @@ fn show(
             }
             return Ok(Some(state));
         }
-        EventKind::Partial(_) | EventKind::Accepted(_) | EventKind::Log | EventKind::Other => {}
+        EventKind::Partial(_) | EventKind::Accepted(_) | EventKind::Log | EventKind::Window(_) | EventKind::Other => {}
     }
     Ok(None)
 }

@@ -209,11 +209,18 @@ fn settings(rng: &mut Rng) -> Settings {
     let per = rng.pick(&[Per::Minute, Per::Minute, Per::Total, Per::Day]);
     let tight = rng.percent(60);
     let most = if tight { 1_500 } else { 20_000 };
-    accounts
-        .insert(TenantId::new("default"), AccountSettings { limit: limit(rng, 15, (100, most), (200, most * 8)), per });
+    accounts.insert(
+        TenantId::new("default"),
+        AccountSettings {
+            limit: limit(rng, 15, (100, most), (200, most * 8)),
+            per,
+            max_parallel: rng.pick(&[None, None, Some(1), Some(3)]),
+        },
+    );
     let default_account = AccountSettings {
         limit: limit(rng, 30, (200, 4_000), (400, 20_000)),
         per: rng.pick(&[Per::Minute, Per::Total]),
+        max_parallel: None,
     };
     Settings {
         shard: 0,
@@ -233,6 +240,7 @@ fn settings(rng: &mut Rng) -> Settings {
             recent_frames: rng.pick(&[0, 1, 4, 16]),
             denials_per_second: rng.pick(&[1, 50]),
             denials_burst: rng.pick(&[1, 2, 500]),
+            preempt_after_ms: rng.pick(&[100, 1_000, 5_000]),
         },
         ..defaults
     }

@@ -207,7 +207,7 @@ impl Process {
                 if !self.fences(update.epoch)
                     && let Some(call) = self.calls.get_mut(&id)
                 {
-                    call.grant = update.grant;
+                    call.grant = call.grant.max(update.grant);
                 }
             }
             kind::AGENT_CANCEL => {
@@ -237,7 +237,7 @@ impl Process {
         }
         if let Some(call) = self.calls.get_mut(&id) {
             call.epoch = dispatch.epoch;
-            call.grant = dispatch.grant;
+            call.grant = call.grant.max(dispatch.grant);
             self.unpark(s, id);
             return;
         }

@@ -44,7 +44,7 @@ async fn texts(mut stream: TaskStream) -> Vec<String> {
             EventKind::Final(end) => texts.push(end.result.text),
             EventKind::Bill(_) => texts.push("bill".into()),
             EventKind::Accepted(_) => texts.push("accepted".into()),
-            EventKind::Log | EventKind::Other => {}
+            EventKind::Log | EventKind::Window(_) | EventKind::Other => {}
         }
     }
     texts

@@ -35,6 +35,18 @@ async fn the_grant_holds_in_both_dimensions_at_n_and_n_plus_1() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn an_older_grant_that_comes_late_or_twice_takes_nothing_back() {
+    let (call, router) = Offline::call(dispatch());
+    router.grant(Amount::new(20, 300), true);
+    for late in [Amount::new(15, 200), Amount::new(20, 299), Amount::new(19, 300)] {
+        router.grant(late, false);
+        assert_eq!((call.meter.grant(), call.meter.is_last_grant()), (Amount::new(20, 300), true));
+    }
+    router.grant(Amount::new(20, 301), false);
+    assert_eq!((call.meter.grant(), call.meter.is_last_grant()), (Amount::new(20, 301), false));
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_total_never_falls() {
     let (call, router) = Offline::call(dispatch());
     for total in [5, 3, 7] {

@@ -87,6 +87,15 @@ pub struct WindowView {
     pub max_usd_micros: Option<UsdMicros>,
 }
 
+/// `control.window_update`: the window as it is now (absolute); the latest counts.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WindowUpdate {
+    /// `stream:ID`, `tenant:NAME` or `agent:NAME`.
+    pub scope: String,
+    /// What may still begin: calls, tokens and micro-USD that are neither spent nor held.
+    pub window: WindowView,
+}
+
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum TaskState {

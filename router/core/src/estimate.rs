@@ -106,7 +106,12 @@ pub fn estimate(
     let mean = Amount { tokens, usd_micros: usd };
     if c.stop == Stop::None {
         match c.worst_case {
-            Some(worst) => guarded = worst.max(mean),
+            // What it counts is booked up, and it can't be told to stop before.
+            Some(worst) => {
+                let up = 1_000_000 + c.counted_up_ppm.map_or(0, u64::from).min(1_000_000);
+                let tokens = worst.tokens.scale_ppm_up(up)?;
+                guarded = Amount { tokens, usd_micros: worst.usd_micros.scale_ppm_up(up)? }.max(mean);
+            }
             None if stream.limit == atp_proto::Limit::NONE => {}
             None => return Ok(None),
         }
@@ -219,6 +224,11 @@ mod tests {
         assert_eq!(
             estimate(&c, 64, Qos::Silver, &PriceBook::empty(), &window).unwrap().unwrap().guarded,
             Amount::new(9_000, 9_000)
+        );
+        c.counted_up_ppm = Some(100_000);
+        assert_eq!(
+            estimate(&c, 64, Qos::Silver, &PriceBook::empty(), &window).unwrap().unwrap().guarded,
+            Amount::new(9_900, 9_900)
         );
     }
 }

@@ -15,3 +15,4 @@ pub mod shard;
 pub mod state;
 pub mod stream;
 pub mod view;
+pub mod window;

@@ -35,6 +35,8 @@ impl Per {
 pub struct AccountSettings {
     pub limit: Limit,
     pub per: Per,
+    /// Calls in flight at once; absent: no limit.
+    pub max_parallel: Option<u32>,
 }
 
 /// {calls, tokens, micro-USD} of one stream or agent; absent: no limit.
@@ -76,11 +78,20 @@ pub struct Limits {
     pub denials_burst: u64,
     /// Out frames per stream kept in memory for a connection that catches up.
     pub recent_frames: usize,
+    /// A gold task that waited this long presses on the tiers below it, in milliseconds.
+    pub preempt_after_ms: u64,
 }
 
 impl Default for Limits {
     fn default() -> Self {
-        Self { streams_open_max: 100_000, lanes_max: 64, denials_per_second: 50, denials_burst: 500, recent_frames: 16 }
+        Self {
+            streams_open_max: 100_000,
+            lanes_max: 64,
+            denials_per_second: 50,
+            denials_burst: 500,
+            recent_frames: 16,
+            preempt_after_ms: 2_000,
+        }
     }
 }
 
@@ -97,7 +108,11 @@ impl Default for Settings {
             stream_window: WindowSettings { max_parallel: Some(8), limit: limit(200_000, 5_000_000) },
             agent_window: WindowSettings { max_parallel: Some(16), limit: limit(400_000, 10_000_000) },
             accounts: BTreeMap::new(),
-            default_account: AccountSettings { limit: limit(50_000_000, 100_000_000), per: Per::Day },
+            default_account: AccountSettings {
+                limit: limit(50_000_000, 100_000_000),
+                per: Per::Day,
+                max_parallel: None,
+            },
             deadline_ms: 120_000,
             agent_timeout_ms: 60_000,
             retries: 1,

@@ -34,7 +34,7 @@ pub(crate) fn install() -> PrometheusHandle {
         .clone()
 }
 
-const TYPES: [&str; 20] = [
+const TYPES: [&str; 21] = [
     kind::TASK_SUBMIT,
     kind::TASK_ANSWER,
     kind::TASK_CANCEL,
@@ -50,6 +50,7 @@ const TYPES: [&str; 20] = [
     kind::RESUME,
     kind::BILL,
     kind::STATUS,
+    kind::WINDOW_UPDATE,
     kind::BUDGET_UPDATE,
     kind::ACK,
     kind::ERROR,

@@ -42,7 +42,11 @@ fn limit(usd_micros: u64) -> Limit {
 async fn a_reload_changes_an_account_and_a_bad_one_changes_nothing() {
     let dir = tempfile::tempdir().expect("a directory");
     let mut config = config(dir.path());
-    let account = atp_core::settings::AccountSettings { limit: limit(1), per: atp_core::settings::Per::Total };
+    let account = atp_core::settings::AccountSettings {
+        limit: limit(1),
+        per: atp_core::settings::Per::Total,
+        max_parallel: None,
+    };
     config.settings.accounts.insert(TenantId::new("default"), account);
     let router = Router::start(config.clone()).await.expect("starts");
     let mut greeter = agent(&router, "greeter").await;

@@ -4,7 +4,7 @@
 use super::Verdict;
 use super::grammar;
 use atp_core::record::{AmountPb, CostPb, Entry, Key, LimitPb, Record, ReserveCall, SourcePb};
-use atp_proto::CallId;
+use atp_proto::{CallId, Qos};
 use std::collections::{BTreeMap, BTreeSet};
 
 /// Tokens and micro-USD, wide enough never to overflow.
@@ -90,6 +90,7 @@ pub struct Stream {
     pub cancelled: bool,
     pub purchases: u32,
     pub max_parallel: Option<u32>,
+    pub qos: u32,
 }
 
 impl Stream {
@@ -122,6 +123,7 @@ pub struct Seen {
     pub adjusts: u64,
     pub checkpoints: u64,
     pub cancels: u64,
+    pub preempted: u64,
 }
 
 impl Seen {
@@ -134,6 +136,7 @@ impl Seen {
         self.adjusts += o.adjusts;
         self.checkpoints += o.checkpoints;
         self.cancels += o.cancels;
+        self.preempted += o.preempted;
     }
 }
 
@@ -196,7 +199,7 @@ impl Ledger {
             Record::Accept(r) => {
                 let stream = self.streams.entry(r.key.clone()).or_default();
                 (stream.accepted, stream.limit, stream.out_seq) = (true, limit(&r.limit), 1);
-                stream.max_parallel = r.max_parallel;
+                (stream.max_parallel, stream.qos) = (r.max_parallel, r.qos);
             }
             Record::Deny(r) => {
                 self.seen.denials += 1;
@@ -258,7 +261,11 @@ impl Ledger {
             }
             Record::Close(r) => {
                 self.told(&r.key, r.out_seq + 1);
+                self.seen.preempted += u64::from(r.code == "EPREEMPT");
                 if let Some(stream) = self.streams.get_mut(&r.key) {
+                    if r.code == "EPREEMPT" && stream.qos == Qos::Gold as u32 {
+                        verdict.fail("gold never gives way", || format!("{} is gold", r.key.stream));
+                    }
                     stream.closed = Some((r.result.clone(), r.bill.clone()));
                 }
             }

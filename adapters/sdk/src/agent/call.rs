@@ -260,10 +260,12 @@ impl CallState {
         true
     }
 
-    /// The whole grant, as stated last.
+    /// A grant only grows: a lower one is an older word that came late or twice.
     pub(crate) fn set_grant(&self, grant: Amount, last: bool) {
         let mut inner = self.inner();
-        (inner.grant, inner.last) = (grant, last);
+        if inner.grant.fits(grant) {
+            (inner.grant, inner.last) = (grant, last);
+        }
     }
 
     pub(crate) fn stop(&self, reason: StopReason) {

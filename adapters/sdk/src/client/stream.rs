@@ -3,7 +3,7 @@
 use super::LineHandle;
 use crate::error::Error;
 use crate::pipe::{Found, Pipe};
-use atp_proto::content::{Accepted, AgentText, Bill, Final, Partial};
+use atp_proto::content::{Accepted, AgentText, Bill, Final, Partial, WindowUpdate};
 use atp_proto::frame::kind;
 use atp_proto::{Frame, StreamId};
 use std::collections::VecDeque;
@@ -35,6 +35,8 @@ pub enum EventKind {
     /// Always last.
     Bill(Box<Bill>),
     Log,
+    /// What the stream may still use.
+    Window(WindowUpdate),
     /// A payload type that this version doesn't read.
     Other,
 }
@@ -147,7 +149,7 @@ impl TaskStream {
                     let (stream_id, accepted) = (self.guard.id.clone(), self.accepted.clone());
                     return Ok(TaskOutcome { stream_id, accepted, final_, bill: *bill, texts });
                 }
-                EventKind::Accepted(_) | EventKind::Log | EventKind::Other => {}
+                EventKind::Accepted(_) | EventKind::Log | EventKind::Window(_) | EventKind::Other => {}
             }
         }
         Err(Error::Protocol("the stream ended without a bill".to_owned()))
@@ -161,6 +163,7 @@ fn read_kind(frame: &Frame) -> Result<EventKind, Error> {
         kind::BILL => frame.read().map(EventKind::Bill),
         kind::ACCEPTED => frame.read().map(EventKind::Accepted),
         kind::AGENT_LOG => Ok(EventKind::Log),
+        kind::WINDOW_UPDATE => frame.read().map(EventKind::Window),
         _ => Ok(EventKind::Other),
     };
     read.map_err(|e| Error::Protocol(e.message))

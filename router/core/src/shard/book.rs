@@ -6,6 +6,7 @@ use crate::message::LogRoom;
 use crate::record::{Record, Window, WindowRef};
 use crate::settings::AccountSettings;
 use crate::stream::Stream;
+use crate::window::Cadence;
 use atp_proto::Amount;
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -21,8 +22,13 @@ pub(super) struct Book {
     pub(super) waiting: BTreeMap<u64, Amount>,
     /// Running calls whose hold is below their guarded estimate, and by how much.
     pub(super) short: BTreeMap<(u64, u32), Amount>,
+    /// Calls that hold money of the account.
+    pub(super) open: BTreeSet<(u64, u32)>,
+    /// What the account's clients were told that is left of it, once that has moved.
+    pub(super) window: Option<Cadence>,
     roll_at: u64,
 }
+
 impl Shard {
     pub(super) fn account_settings(&self, tenant: &str) -> AccountSettings {
         self.settings.accounts.get(tenant).copied().unwrap_or(self.settings.default_account)
@@ -105,6 +111,11 @@ impl Shard {
         let short = Amount::from(call.reserve.guarded).less(call.hold()).min(room);
         let open = call.is_open();
         let Some(account) = self.state.stream(no).map(|s| s.accept.account.clone()) else { return };
+        if open {
+            self.books.entry(account.clone()).or_default().open.insert((no, lane));
+        } else if let Some(book) = self.books.get_mut(&account) {
+            book.open.remove(&(no, lane));
+        }
         if open && !short.is_zero() {
             self.books.entry(account).or_default().short.insert((no, lane), short);
         } else if let Some(book) = self.books.get_mut(&account) {

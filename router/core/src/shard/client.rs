@@ -227,7 +227,7 @@ impl Shard {
                 return self.attach(conn, no, id, 0);
             }
         }
-        if let Err(error) = self.before_the_ledger() {
+        if let Err(error) = self.before_the_ledger().and_then(|()| self.shed(qos)) {
             self.metric(Metric::Admission { outcome: "refused", code: error.code.as_str() });
             return self.refuse(conn, id, &error);
         }

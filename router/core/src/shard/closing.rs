@@ -25,6 +25,7 @@ enum Why {
     Cancel,
     Deadline,
     Log,
+    Preempt,
 }
 
 impl Stopping {
@@ -33,6 +34,9 @@ impl Stopping {
     }
     pub(super) fn log(at: u64) -> Self {
         Self { why: Why::Log, at }
+    }
+    pub(super) fn preempt(at: u64) -> Self {
+        Self { why: Why::Preempt, at }
     }
 }
 
@@ -73,6 +77,7 @@ impl Shard {
         let reason = match self.live.get(&no).and_then(|l| l.stopping).map(|s| s.why) {
             Some(Why::Deadline) => "deadline",
             Some(Why::Log) => "the router's log is full",
+            Some(Why::Preempt) => "preempted",
             Some(Why::Cancel) | None => "cancelled",
         };
         let running: Vec<CallId> = stream
@@ -231,6 +236,10 @@ impl Shard {
             }
             Some(Why::Log) => {
                 return partly(WireError::new(Code::Log, "the router's log is full; this is what is known"));
+            }
+            Some(Why::Preempt) => {
+                let message = "the task gave way to a gold one; this is what is known, try again later";
+                return partly(WireError::new(Code::Preempt, message).retry_after_ms(REPEAT_MS));
             }
             Some(Why::Cancel) | None => {}
         }

@@ -104,6 +104,7 @@ impl Shard {
         *n = if flies { *n + 1 } else { n.saturating_sub(1) };
         let (agent, n) = (live.agent.clone(), u64::from(*n));
         self.metric(Metric::CallsInFlight { agent, n });
+        self.note_flight(id, flies);
     }
 
     // ---- dispatch ---------------------------------------------------------------------------------------------------

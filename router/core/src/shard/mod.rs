@@ -10,9 +10,11 @@ mod lane;
 mod offer;
 mod outflow;
 mod output;
+mod pressure;
 mod purchase;
 mod seat;
 mod settle;
+mod windows;
 
 use crate::clock::{Clock, Now};
 use crate::message::{Effect, FromAgent, Input, LogRoom, Machine, Metric, Position, ToAgent};
@@ -21,6 +23,7 @@ use crate::said::Said;
 use crate::settings::Settings;
 use crate::state::State;
 use crate::stream::{Phase, Stream};
+use crate::window::Cadence;
 use atp_proto::content::Ack;
 use atp_proto::frame::{Flags, kind};
 use atp_proto::{AgentName, CallId, ConnId, Frame, StreamId, TenantId};
@@ -29,11 +32,13 @@ use client::{Bucket, Pending};
 use closing::Stopping;
 use lane::LiveCall;
 use outflow::Outflow;
+use pressure::Pressure;
 use prost::Message;
 use purchase::Bid;
 use seat::Seat;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
+use windows::moves_money;
 
 /// Slots and dispatches that weren't answered are asked for again this often.
 const REPEAT_MS: u64 = 1_000;
@@ -58,6 +63,10 @@ enum Timer {
     /// An agent's message waits behind a gap.
     CallGap(CallId),
     Owner(AgentName),
+    /// A stream's window has moved and wasn't told.
+    Window(u64),
+    /// An account's window has moved and wasn't told.
+    AccountWindow(String),
 }
 
 /// What the memory holds of an open stream beside the fold.
@@ -73,6 +82,10 @@ struct Live {
     stopping: Option<Stopping>,
     /// Agents that the money had no room for, and why.
     left_out: Vec<String>,
+    /// What its clients were told that it may still use, once that has moved.
+    window: Option<Box<Cadence>>,
+    /// The task that was asked to give way to this one.
+    victim: Option<u64>,
 }
 
 /// One shard's machine. See `message` for what goes in and what comes out.
@@ -86,6 +99,9 @@ pub struct Shard {
     room: LogRoom,
     draining: bool,
     entry: Option<Vec<AnyRecord>>,
+    /// Streams whose windows this input moved.
+    moved: BTreeSet<u64>,
+    pressure: Pressure,
     out: Outflow,
     live: BTreeMap<u64, Live>,
     calls: BTreeMap<CallId, LiveCall>,
@@ -127,6 +143,8 @@ impl Shard {
             room: LogRoom::Enough,
             draining: false,
             entry: None,
+            moved: BTreeSet::new(),
+            pressure: Pressure::default(),
             out: Outflow::default(),
             live: BTreeMap::new(),
             calls: BTreeMap::new(),
@@ -193,6 +211,8 @@ impl Shard {
             ask_at: 0,
             stopping: None,
             left_out: Vec::new(),
+            window: None,
+            victim: None,
         }
     }
 
@@ -234,6 +254,12 @@ impl Shard {
             self.entry = Some(Vec::new());
         }
         let kind = record.kind();
+        if moves_money(&record)
+            && let Some(key) = record.key()
+            && let Some(no) = self.state.stream_no(&key.tenant, &key.stream)
+        {
+            self.moved.insert(no);
+        }
         if let Err(e) = self.state.apply_record(&record, said) {
             panic!("a decision broke the record grammar, {kind}: {e}");
         }
@@ -252,6 +278,7 @@ impl Shard {
             let position = self.state.position();
             self.out.free(Effect::Append { position, entry: entry.encode_to_vec().into(), checkpoint });
         }
+        self.tell_windows();
         let position = self.state.position();
         self.out.place(position);
         self.out.release(self.durable);
@@ -375,6 +402,8 @@ impl Shard {
             Timer::Gap(conn, stream) => self.gap_due(conn, &stream),
             Timer::CallGap(call) => self.call_gap_due(call),
             Timer::Owner(agent) => self.announce(agent),
+            Timer::Window(no) => self.tell_window(no),
+            Timer::AccountWindow(account) => self.tell_account_window(&account),
         }
     }
 }

@@ -76,6 +76,12 @@ impl Shard {
         Ok(offers)
     }
 
+    /// The agents of an open task in order of rank; `None` where a named one isn't here.
+    pub(super) fn offers_of(&self, no: u64) -> Option<Vec<Offer>> {
+        let (stream, live) = (self.state.stream(no)?, self.live.get(&no)?);
+        self.offers(&live.wants, &stream.accept.task_type, stream_qos(stream)).ok()
+    }
+
     /// Judges a task before it is accepted: EBUDGET where waiting can't help, EWINDOW and EAGENTDOWN for who won't wait.
     pub(super) fn judge(&self, tenant: &TenantId, submit: &Submit, qos: Qos, task_type: &str) -> Result<(), WireError> {
         let wants = super::client::Wants::read(submit);
@@ -165,8 +171,9 @@ impl Shard {
         }
         let free = free.min(stream.free());
         let starved = book.is_some_and(|b| !b.starved.is_empty());
-        let room =
-            self.settings.stream_window.max_parallel.map_or(usize::MAX, |m| m.saturating_sub(open_lanes) as usize);
+        let room = |most: Option<u32>, open: usize| most.map_or(usize::MAX, |m| (m as usize).saturating_sub(open));
+        let in_account = room(self.account_settings(tenant).max_parallel, book.map_or(0, |b| b.open.len()));
+        let room = room(self.settings.stream_window.max_parallel, open_lanes as usize).min(in_account);
         let (mut holds, mut used) = (Vec::new(), Amount::ZERO);
         for offer in offers.iter().take(room) {
             let e = &offer.estimate;
@@ -222,6 +229,14 @@ impl Shard {
     pub(super) fn window_error(&self, tenant: &str, need: Amount) -> WireError {
         let (window, reference, _) = self.window_now(tenant);
         let level = window.level();
+        let (open, most) =
+            (self.books.get(tenant).map_or(0, |b| b.open.len()), self.account_settings(tenant).max_parallel);
+        if let Some(most) = most.filter(|most| open >= *most as usize) {
+            let error =
+                WireError::new(Code::Window, format!("the account has {open} calls in flight, as many as it may"));
+            let error = error.used(open as u64, most.into()).retry_after_ms(1_000);
+            return error.scope(format!("tenant:{}", reference.account));
+        }
         let used = level.settled.add(level.held).unwrap_or(level.held);
         let message = format!(
             "{} micro-USD and {} tokens are needed now and not free; wait, or lower the budget",

@@ -42,6 +42,7 @@ impl Shard {
             return self.close_refused(no, error.scope(scope));
         }
         if live.ask_at <= self.now_ms {
+            self.press(no);
             self.advance(no);
             self.ask(no);
         }
@@ -49,13 +50,14 @@ impl Shard {
 
     /// Asks for what the stream still needs: slots for a first purchase, or for lanes that are reserved.
     pub(super) fn ask(&mut self, no: u64) {
-        let Some(live) = self.live.get(&no).filter(|l| l.stopping.is_none()) else { return };
+        if self.live.get(&no).is_none_or(|l| l.stopping.is_some()) {
+            return;
+        }
         let Some(stream) = self.state.stream(no) else { return };
         if stream.calls.is_empty() {
-            let offers = self.offers(&live.wants, &stream.accept.task_type, stream_qos(stream));
-            match offers {
-                Ok(offers) if !offers.is_empty() => self.bid(no, offers),
-                Ok(_) | Err(_) => {
+            match self.offers_of(no) {
+                Some(offers) if !offers.is_empty() => self.bid(no, offers),
+                Some(_) | None => {
                     // It waits for an agent, not for money.
                     self.leave_books(no);
                     self.ask_later(no);

@@ -350,7 +350,8 @@ impl Walk<'_> {
                 _ => Per::Day,
             };
             let limit = Limit { tokens: self.whole(&path("tokens")).map(Tokens), usd_micros: self.usd(&path("usd")) };
-            let account = AccountSettings { limit, per };
+            let max_parallel = self.whole(&path("max_parallel")).map(|n| u32::try_from(n).unwrap_or(u32::MAX));
+            let account = AccountSettings { limit, per, max_parallel };
             if name == crate::identity::DEFAULT_TENANT {
                 config.settings.default_account = account;
             } else {
@@ -453,6 +454,8 @@ impl Walk<'_> {
         limits.segment_bytes = self.whole("limits.segment_bytes").unwrap_or(old.segment_bytes);
         config.settings.limits.streams_open_max =
             self.size("limits.streams_open", config.settings.limits.streams_open_max);
+        let preempt_after = config.settings.limits.preempt_after_ms;
+        config.settings.limits.preempt_after_ms = self.whole("limits.preempt_after").unwrap_or(preempt_after);
         if !limits.segment_bytes.is_multiple_of(4096) {
             self.problem(
                 self.mark("limits.segment_bytes"),
