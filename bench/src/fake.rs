@@ -137,6 +137,7 @@ fn submit(state: &mut State, out: &Out, frame: &Frame) {
         inputs: Vec::new(),
         model: None,
         task_type: String::new(),
+        tools: Vec::new(),
         grant: GRANT,
         max_output_tokens: None,
         deadline_ms: 1000,

@@ -219,6 +219,9 @@ pub(crate) struct Submit {
     /// Only agents that take this type
     #[arg(long, value_name = "T")]
     pub(crate) task_type: Option<String>,
+    /// Tools that its agents may use; the account must have them
+    #[arg(long, value_name = "a,b", value_delimiter = ',')]
+    pub(crate) tools: Vec<String>,
     /// These agents, a call each
     #[arg(long, value_name = "a,b", value_delimiter = ',', conflicts_with = "fanout")]
     pub(crate) agents: Vec<String>,

@@ -176,6 +176,12 @@ pub(crate) fn bill(screen: Screen, bill: &Bill) -> String {
         }
     }
     let mut text = table.render(screen);
+    for (call, tool) in bill.calls.iter().flat_map(|c| c.tool_cost_breakdown.iter().map(move |t| (c, t))) {
+        let spent = both(Amount { tokens: tool.tokens, usd_micros: tool.usd_micros });
+        let refused = if tool.refused == 0 { String::new() } else { format!(", {} refused", tool.refused) };
+        let name = crate::screen::escape(&tool.tool);
+        text.push_str(&format!("tool {name} of lane {}: {} allowed{refused}, {spent}\n", call.lane, tool.allowed));
+    }
     text.push_str(&format!(
         "settled {}   held {}   limit {}   remaining {}   (USD / tokens; account {})\n",
         both(bill.settled),

@@ -185,7 +185,8 @@ fn request(args: &cli::Submit) -> Result<SubmitRequest, Failure> {
         wait: !args.no_wait,
     })
     .qos(args.qos)
-    .task_type(args.task_type.clone().unwrap_or_default());
+    .task_type(args.task_type.clone().unwrap_or_default())
+    .tools(args.tools.clone());
     request.idempotency_key.clone_from(&args.key);
     // A fault of the key shows before anything is sent.
     request.resolve_stream_id().map_err(|e| connect::failure(&e))?;

@@ -174,6 +174,8 @@ pub mod kind {
     pub const AGENT_LOG: &str = "agent.log";
     pub const DISPATCH: &str = "agent.dispatch";
     pub const AGENT_CANCEL: &str = "agent.cancel";
+    pub const TOOL_REQUEST: &str = "tool.request";
+    pub const TOOL_RESULT: &str = "tool.result";
     pub const HELLO: &str = "control.hello";
     pub const CAPABILITIES: &str = "control.capabilities";
     pub const ACCEPTED: &str = "control.accepted";

@@ -8,6 +8,7 @@ mod frames;
 mod refusals;
 mod sessions;
 mod streams;
+mod tools;
 
 use atp_proto::content::{
     AgentFinal, AgentPartial, Bill, Capabilities, EstimateDeclaration, EstimateFigures, ModelInfo,

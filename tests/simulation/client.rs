@@ -121,6 +121,7 @@ impl Clients {
         frame.meta = Some(Box::new(Meta {
             task_type: task.plan.task_type.into(),
             idempotency_key: task.plan.key.clone().unwrap_or_default(),
+            tool_permissions: task.plan.tools.iter().map(|t| (*t).to_owned()).collect(),
             ..Meta::default()
         }));
         check.order.attached(conn, &task.stream, 0);

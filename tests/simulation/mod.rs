@@ -12,6 +12,7 @@ pub mod rng;
 pub mod router;
 pub mod sched;
 pub mod show;
+pub mod tools;
 pub mod world;
 
 pub use check::Violation;

@@ -44,6 +44,8 @@ pub struct TaskPlan {
     pub fragments: u64,
     /// Sent from a second connection too, at the same time.
     pub watch: bool,
+    /// `meta.tool_permissions`.
+    pub tools: &'static [&'static str],
 }
 
 /// Chances of a call's outcomes, in percent; the rest completes.
@@ -73,6 +75,8 @@ pub struct AgentPlan {
     /// Resends what is unacknowledged right after it says hello, not only when told to go on.
     pub eager: bool,
     pub slow: bool,
+    /// How often it asks for a tool instead of making a chunk.
+    pub asks_percent: u64,
 }
 
 impl AgentPlan {
@@ -313,6 +317,7 @@ fn agent(rng: &mut Rng, index: usize, calm: bool) -> AgentPlan {
         },
         eager: rng.percent(50),
         slow: rng.percent(40),
+        asks_percent: 0,
     }
 }
 
@@ -354,6 +359,7 @@ fn task(rng: &mut Rng, index: u64, agents: &[AgentPlan], clients: u64, heal_at: 
         cancel_at: rng.percent(15).then(|| start_at + rng.range(0, 3_000)),
         fragments: if rng.percent(15) { rng.range(2, 4) } else { 1 },
         watch: rng.percent(20),
+        tools: &[],
     }
 }
 

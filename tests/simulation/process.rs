@@ -5,9 +5,10 @@ use crate::simulation::check::Check;
 use crate::simulation::net::Peer;
 use crate::simulation::plan::AgentPlan;
 use crate::simulation::sched::{Event, Sched};
+use crate::simulation::tools::Asking;
 use atp_proto::content::{
     Ack, AgentError, AgentFinal, AgentPartial, AgentStatus, BudgetUpdate, Capabilities, Dispatch, Finish, ListedCall,
-    Proof, Status, Stop, UsageSource,
+    Proof, Status, Stop, ToolResult, UsageSource,
 };
 use atp_proto::frame::kind;
 use atp_proto::{Amount, CallId, Code, Cost, Flags, Frame, TenantId, Tokens};
@@ -45,19 +46,20 @@ pub struct Running {
     guesses: bool,
     pub deadline_at: u64,
     out_tokens: u64,
-    sent_seq: u64,
-    unacked: Vec<Frame>,
+    pub sent_seq: u64,
+    pub unacked: Vec<Frame>,
     pub done: bool,
     pub hung: bool,
     /// A late call waits behind its owner's deadline.
     overdue: bool,
     cancelled: bool,
     /// After a reconnect: frames wait until the owner answers the list.
-    parked: bool,
+    pub parked: bool,
     /// When its end was made, if it was in time and says what it cost.
     pub ended_at: Option<u64>,
     /// It ended with proof of no effect.
     pub proved: bool,
+    pub asking: Asking,
 }
 
 #[derive(Debug)]
@@ -216,6 +218,12 @@ impl Process {
                     self.cancel(s, id);
                 }
             }
+            kind::TOOL_RESULT => {
+                let result: ToolResult = frame.read().expect("the router's own result");
+                if let Some(call) = self.calls.get_mut(&id) {
+                    call.asking.answered(check, id, &result);
+                }
+            }
             kind::ACK => {
                 let ack: Ack = frame.read().expect("the router's own ack");
                 self.acknowledged(s, id, &ack);
@@ -326,6 +334,7 @@ impl Process {
             parked: false,
             ended_at: None,
             proved: false,
+            asking: Asking::default(),
         }
     }
 
@@ -442,7 +451,16 @@ impl Process {
                 call.overdue = true;
                 s.at(at, Event::Step { agent, life, call: id, step });
             }
+            // A task that wants tools waits for what they bring, saying again what isn't answered.
+            (_, None) if call.asking.waits() && s.now_ms < call.deadline_at => {
+                s.after(250, Event::Step { agent, life: self.life, call: id, step });
+                self.ask_again(s, check, id);
+            }
             (_, None) => self.end(s, check, id, Finish::Complete),
+            (_, Some(_)) if self.plan.asks_percent > 0 && s.rng.percent(self.plan.asks_percent) => {
+                self.ask(s, id);
+                self.next_step(s, id, step);
+            }
             (_, Some(chunk)) => self.chunk(s, check, id, index, chunk),
         }
     }
@@ -478,7 +496,14 @@ impl Process {
         }
     }
 
-    fn emit<T: serde::Serialize>(&mut self, s: &mut Sched, id: CallId, flags: Flags, kind: &'static str, content: &T) {
+    pub fn emit<T: serde::Serialize>(
+        &mut self,
+        s: &mut Sched,
+        id: CallId,
+        flags: Flags,
+        kind: &'static str,
+        content: &T,
+    ) {
         let Some(call) = self.calls.get_mut(&id) else { return };
         call.sent_seq += 1;
         let frame = Frame::json(id.to_string(), call.sent_seq, flags, kind, content);

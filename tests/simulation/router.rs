@@ -8,8 +8,11 @@ use crate::simulation::plan::Plan;
 use crate::simulation::process::Process;
 use crate::simulation::sched::{Event, Replay, Sched};
 use crate::simulation::show::{frame_hash, show_entry, show_frame, show_from_agent, show_input, show_to_agent};
+use crate::simulation::tools;
 use atp_core::agent::Agent;
-use atp_core::message::{AgentEffect, AgentInput, Effect, FromAgent, Input, LogRoom, Machine, Query, ToAgent};
+use atp_core::message::{
+    AgentEffect, AgentInput, Effect, FromAgent, Input, LogRoom, Machine, Query, ToAgent, ToolDone,
+};
 use atp_core::record::{Entry, Genesis};
 use atp_core::replay::StreamReplay;
 use atp_core::settings::Settings;
@@ -202,7 +205,25 @@ impl Router {
                 check.answered(&answer, self.log.acked() as u64);
                 self.verified |= s.healed && matches!(answer, atp_core::message::Answer::Verify(_));
             }
+            Effect::Tool { call, attempt, request, .. } => {
+                s.note(&request, || format!("tool of {call}, attempt {attempt}, message {request}"));
+                check.tool_runs(call, attempt, request);
+                tools::run(s, self.owner, call, attempt, request);
+            }
             Effect::Metric(_) => {}
+        }
+    }
+
+    pub fn tool_done(
+        &mut self,
+        s: &mut Sched,
+        check: &mut Check,
+        processes: &mut [Process],
+        owner: u32,
+        done: Box<ToolDone>,
+    ) {
+        if owner == self.owner {
+            self.input(s, check, processes, Input::ToolDone(done));
         }
     }
 

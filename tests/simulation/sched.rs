@@ -4,7 +4,7 @@ use crate::simulation::net::Net;
 use crate::simulation::plan::Faults;
 use crate::simulation::rng::Rng;
 use atp_core::clock::Now;
-use atp_core::message::{FromAgent, ToAgent};
+use atp_core::message::{FromAgent, ToAgent, ToolDone};
 use atp_proto::{CallId, Frame};
 use std::cmp::Ordering;
 use std::collections::BinaryHeap;
@@ -49,6 +49,11 @@ pub enum Event {
     Replay {
         owner: u32,
         request: Box<Replay>,
+    },
+    /// A mediated tool has ended.
+    ToolDone {
+        owner: u32,
+        done: Box<ToolDone>,
     },
     Crash,
     Restart,

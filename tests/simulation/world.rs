@@ -10,6 +10,7 @@ use crate::simulation::process::Process;
 use crate::simulation::rng::Rng;
 use crate::simulation::router::Router;
 use crate::simulation::sched::{Event, Sched};
+use crate::simulation::tools;
 use atp_core::message::{Input, Machine, Query};
 use atp_proto::{StreamId, TenantId};
 use std::hash::Hasher;
@@ -42,6 +43,8 @@ pub struct Counts {
     pub owners: u64,
     pub answered: u64,
     pub refused: u64,
+    /// Tool requests that an agent had an answer to.
+    pub tool_answers: u64,
     pub virtual_ms: u64,
     pub seen: Seen,
 }
@@ -56,6 +59,7 @@ impl Counts {
         self.owners += o.owners;
         self.answered += o.answered;
         self.refused += o.refused;
+        self.tool_answers += o.tool_answers;
         self.virtual_ms += o.virtual_ms;
         self.seen.add(&o.seen);
     }
@@ -73,7 +77,8 @@ struct World {
 #[must_use]
 pub fn run(seed: u64, trace: bool) -> Outcome {
     let mut rng = Rng::new(seed);
-    let plan = Plan::of(&mut rng);
+    let mut plan = Plan::of(&mut rng);
+    tools::plan(&mut rng, &mut plan);
     let mut s = Sched::new(rng, plan.wall0_ms, plan.faults.clone(), trace);
     s.say(|| format!("{plan:#?}"));
     schedule(&mut s, &plan);
@@ -85,13 +90,11 @@ pub fn run(seed: u64, trace: bool) -> Outcome {
         .collect();
     let tasks = plan.tasks.iter().map(|t| Task::new(t.clone())).collect();
     let processes = plan.agents.iter().enumerate().map(|(i, a)| Process::new(i, a.clone())).collect();
-    let mut world = World {
-        router: Router::new(&plan, seed),
-        check: Check { patience_ms: 3_000 + 4 * plan.faults.delay_max_ms, ..Check::default() },
-        processes,
-        clients: Clients { clients, tasks },
-        s,
-    };
+    let mut check = Check { patience_ms: 3_000 + 4 * plan.faults.delay_max_ms, ..Check::default() };
+    let caps = plan.settings.policy.tools_budget_caps.iter();
+    check.tools.caps = caps.map(|(tool, cap)| (tool.clone(), cap.amount().usd_micros.0.into())).collect();
+    let mut world =
+        World { router: Router::new(&plan, seed), check, processes, clients: Clients { clients, tasks }, s };
     world.run(plan.heal_at);
     world.outcome()
 }
@@ -233,6 +236,7 @@ impl World {
                 router.hand_to_machine(s, check, agent, generation, *message)
             }
             Event::ToShard { generation, message } => router.from_machine(s, check, processes, generation, *message),
+            Event::ToolDone { owner, done } => router.tool_done(s, check, processes, owner, done),
             Event::Commit { owner } => router.commit(s, check, processes, owner),
             Event::Unpause { owner } => router.unpause(s, check, processes, owner),
             Event::Replay { owner, request } => router.replay(s, check, processes, owner, &request),
@@ -316,6 +320,7 @@ impl World {
             void: phase(crate::simulation::check::ledger::Phase::Void),
             unknown: calls().filter(unknown).count() as u64,
             owners: u64::from(self.router.owner),
+            tool_answers: self.check.tools.answered,
             answered: self
                 .clients
                 .tasks

@@ -455,6 +455,7 @@ mod tests {
             ],
             model: None,
             task_type: String::new(),
+            tools: Vec::new(),
             grant: Amount::new(1000, 1000),
             max_output_tokens: None,
             deadline_ms: 1000,

@@ -28,6 +28,7 @@ mod wire;
 
 pub use agent::meter::Meter;
 pub use agent::offline::Offline;
+pub use agent::tool::{ToolAnswer, ToolError};
 pub use agent::{
     AgentHandle, AgentOptions, Call, Handler, Outcome, ROOM_BYTES_MAX, StopReason, UNACKED_BYTES_MAX, Verdict, serve,
 };

@@ -63,6 +63,9 @@ pub struct BillCall {
     pub stated_usd_micros: Option<UsdMicros>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub source: Option<Source>,
+    /// What `actual` has of each tool.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub tool_cost_breakdown: Vec<ToolSpent>,
     pub price_version: String,
     /// What chose this agent.
     pub rule: String,
@@ -70,6 +73,18 @@ pub struct BillCall {
     pub reserved_at: String,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub settled_at: Option<String>,
+}
+
+/// One tool's share of a call.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct ToolSpent {
+    pub tool: String,
+    /// Requests that were allowed, and those that were refused.
+    pub allowed: u32,
+    pub refused: u32,
+    pub tokens: Tokens,
+    pub usd_micros: UsdMicros,
 }
 
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]

@@ -22,6 +22,9 @@ pub struct Dispatch {
     pub model: Option<String>,
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub task_type: String,
+    /// Tools that a `tool.request` of this call may name.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub tools: Vec<String>,
     pub grant: Amount,
     /// The provider's `max_tokens`.
     #[serde(default, skip_serializing_if = "Option::is_none")]

@@ -6,12 +6,14 @@ mod bill;
 mod call;
 mod session;
 mod task;
+mod tool;
 
 pub use agent::*;
 pub use bill::*;
 pub use call::*;
 pub use session::*;
 pub use task::*;
+pub use tool::*;
 
 fn is_default<T: Default + PartialEq>(v: &T) -> bool {
     *v == T::default()

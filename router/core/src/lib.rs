@@ -14,5 +14,6 @@ pub mod settings;
 pub mod shard;
 pub mod state;
 pub mod stream;
+pub mod tool;
 pub mod view;
 pub mod window;

@@ -29,10 +29,22 @@ pub enum Input {
     Replayed { conn: ConnId, tenant: TenantId, stream: StreamId, upto: u64 },
     /// A question; exactly one `Effect::Answer` with the same id follows, after all it shows is durable.
     Query { id: u64, query: Query },
+    /// What came of `Effect::Tool`.
+    ToolDone(Box<ToolDone>),
     /// Write the fold into the log now (a new segment has begun).
     Checkpoint,
     /// New work is refused with EDRAINING; running streams end.
     Drain,
+}
+
+/// What a mediated tool did. Content is bounded by who ran it.
+#[derive(Clone, Debug)]
+pub struct ToolDone {
+    pub call: CallId,
+    /// As in `Effect::Tool`.
+    pub attempt: u32,
+    pub request: u64,
+    pub outcome: Result<serde_json::Value, WireError>,
 }
 
 /// Free space of the log, as the low marks see it.
@@ -127,6 +139,15 @@ pub enum Effect {
         conn: ConnId,
         error: WireError,
     },
+    /// Run a mediated tool, then say `Input::ToolDone` with the same call, attempt and request. A tool that runs twice has
+    /// no other effect than once.
+    Tool {
+        call: CallId,
+        attempt: u32,
+        request: u64,
+        tool: Arc<str>,
+        args: serde_json::Value,
+    },
     Answer {
         id: u64,
         answer: Answer,
@@ -165,6 +186,11 @@ pub enum Metric {
     Redelivered,
     Dropped {
         reason: &'static str,
+    },
+    /// A tool's request has ended: `ok`, `failed`, `own` or `refused`.
+    Tool {
+        tool: Arc<str>,
+        outcome: &'static str,
     },
     StreamsOpen {
         qos: atp_proto::Qos,

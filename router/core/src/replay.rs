@@ -88,6 +88,7 @@ impl StreamReplay {
             | Record::Intent(_)
             | Record::Extend(_)
             | Record::Adjust(_)
+            | Record::Tool(_)
             | Record::Checkpoint(_) => {}
         }
     }

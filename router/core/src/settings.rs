@@ -2,6 +2,7 @@
 
 use crate::policy::Policy;
 use crate::price::PriceBook;
+use crate::tool::ToolSettings;
 use atp_proto::{Limit, TenantId};
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -62,6 +63,7 @@ pub struct Settings {
     pub retries: u32,
     pub prices: Arc<PriceBook>,
     pub policy: Arc<Policy>,
+    pub tools: ToolSettings,
     pub limits: Limits,
 }
 
@@ -118,6 +120,7 @@ impl Default for Settings {
             retries: 1,
             prices: Arc::new(PriceBook::default()),
             policy: Arc::new(Policy::default()),
+            tools: ToolSettings::default(),
             limits: Limits::default(),
         }
     }

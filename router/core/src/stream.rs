@@ -2,6 +2,7 @@
 
 use crate::account::Level;
 use crate::record::{Accept, AmountPb, CostPb, Intent, ReserveCall};
+use crate::tool::CallTools;
 use atp_proto::content::{CallState, TaskState};
 use atp_proto::{AgentName, Amount, CallId, Cost, Limit, StreamId, TenantId};
 use bytes::Bytes;
@@ -46,6 +47,9 @@ pub struct Stream {
     pub error: Bytes,
     #[prost(uint64, tag = "15")]
     pub ended_at: u64,
+    /// `meta.tool_permissions` of the submit.
+    #[prost(string, repeated, tag = "40")]
+    pub tool_permissions: Vec<String>,
 }
 
 /// One call: a dispatch to one agent, or money held for one.
@@ -113,6 +117,8 @@ pub struct Call {
     /// Bytes of `findings`.
     #[prost(uint64, tag = "25")]
     pub findings_bytes: u64,
+    #[prost(message, optional, boxed, tag = "40")]
+    pub tools: Option<Box<CallTools>>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, prost::Enumeration)]
@@ -195,9 +201,29 @@ impl Call {
     pub fn hold(&self) -> Amount {
         self.hold.into()
     }
+    /// What its agent may spend: the hold without what is held for mediated tools.
+    #[must_use]
+    pub fn grant(&self) -> Amount {
+        self.hold().less(self.tool_cost())
+    }
+    /// What mediated tools have cost it.
+    #[must_use]
+    pub fn tool_cost(&self) -> Amount {
+        self.tools.as_ref().map_or(Amount::ZERO, |t| t.cost.into())
+    }
     #[must_use]
     pub fn booked(&self) -> Cost {
         self.booked.into()
+    }
+    /// `cost` of its agent, and of mediated tools beside it.
+    #[must_use]
+    pub fn with_tools(&self, cost: Cost) -> Cost {
+        let tools = self.tool_cost();
+        Cost {
+            out_tokens: cost.out_tokens.add(tools.tokens).unwrap_or(cost.out_tokens),
+            usd_micros: cost.usd_micros.add(tools.usd_micros).unwrap_or(cost.usd_micros),
+            ..cost
+        }
     }
     #[must_use]
     pub fn agent(&self) -> AgentName {

@@ -83,7 +83,7 @@ impl House {
                     }
                     Effect::Answer { answer, .. } => self.answers.push(answer),
                     Effect::Close { error, .. } => panic!("{error}"),
-                    Effect::Metric(_) => {}
+                    Effect::Tool { .. } | Effect::Metric(_) => {}
                 }
             }
             while let Some(effect) = self.agent.poll_effect() {

@@ -464,7 +464,7 @@ impl<R: AsyncRead + Unpin> Connection<R> {
 
     fn is_for_agents(&self, frame: &Frame) -> bool {
         match &*frame.kind {
-            kind::RESULT_PARTIAL | kind::RESULT_FINAL | kind::AGENT_LOG | kind::ERROR | "" => true,
+            kind::RESULT_PARTIAL | kind::RESULT_FINAL | kind::TOOL_REQUEST | kind::AGENT_LOG | kind::ERROR | "" => true,
             known if is_known(known) => {
                 let message = format!("payload.type: {known} isn't sent by an agent (this connection's role)");
                 self.reset(&frame.stream_id, message);
@@ -498,6 +498,8 @@ fn is_known(text: &str) -> bool {
             | kind::AGENT_LOG
             | kind::DISPATCH
             | kind::AGENT_CANCEL
+            | kind::TOOL_REQUEST
+            | kind::TOOL_RESULT
             | kind::HELLO
             | kind::CAPABILITIES
             | kind::ACCEPTED
@@ -528,6 +530,12 @@ fn check_capabilities(c: &Capabilities) -> Result<(), WireError> {
     }
     if c.models.iter().any(|m| m.id.len() > 128 || m.id.is_empty()) {
         return bad("models[].id", "1 to 128 bytes");
+    }
+    if [&c.tool_permissions, &c.security_groups].iter().any(|l| l.len() > 256) {
+        return bad("tool_permissions, security_groups", "at most 256 entries each");
+    }
+    if [&c.tools, &c.tool_permissions].into_iter().flatten().any(|t| !is_id(t)) {
+        return bad("tools[], tool_permissions[]", "1 to 64 of A-Za-z0-9._-");
     }
     if c.calls.len() > 4096 {
         return bad("calls", "at most 4096 entries");

@@ -15,6 +15,7 @@ mod outbox;
 mod router;
 mod shard_task;
 mod time;
+pub mod tool;
 pub mod verify;
 
 pub use config::Config;

@@ -34,7 +34,7 @@ pub(crate) fn install() -> PrometheusHandle {
         .clone()
 }
 
-const TYPES: [&str; 21] = [
+const TYPES: [&str; 23] = [
     kind::TASK_SUBMIT,
     kind::TASK_ANSWER,
     kind::TASK_CANCEL,
@@ -54,6 +54,8 @@ const TYPES: [&str; 21] = [
     kind::BUDGET_UPDATE,
     kind::ACK,
     kind::ERROR,
+    kind::TOOL_REQUEST,
+    kind::TOOL_RESULT,
     "none",
     "other",
 ];
@@ -146,6 +148,9 @@ pub(crate) fn record(metric: Metric) {
         }
         Metric::Redelivered => counter!("atp_redelivered_total").increment(1),
         Metric::Dropped { reason } => dropped(reason),
+        Metric::Tool { tool, outcome } => {
+            counter!("atp_tool_calls_total", "tool" => tool.to_string(), "outcome" => outcome).increment(1);
+        }
         Metric::StreamsOpen { qos, n } => gauge!("atp_streams_open", "qos" => qos.as_str()).set(n as f64),
         Metric::CallsInFlight { agent, n } => {
             gauge!("atp_calls_in_flight", "agent" => agent.to_string()).set(n as f64);

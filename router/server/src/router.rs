@@ -8,6 +8,7 @@ use crate::listen::{self, Doors};
 use crate::log::{self, LocalLog, LogError};
 use crate::shard_task::{Begin, Health, ShardTask};
 use crate::time::Clocks;
+use crate::tool::Tools;
 use crate::{http, metric};
 use atp_core::message::{Answer, Query};
 use atp_core::record::Genesis;
@@ -142,6 +143,7 @@ impl Router {
             streams_max: config.limits.streams_per_connection,
             stop: stop_shard.clone(),
             tasks: tasks.clone(),
+            tools: Tools::new(config.tools.clone(), inbox.clone(), tasks.clone()),
         });
         let (told, ended) = oneshot::channel();
         let stopping = shared.stopping.clone();

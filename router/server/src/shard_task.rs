@@ -8,6 +8,7 @@ use crate::inbox::{Inbox, Taking, ToShard};
 use crate::log::{Event, Events, LocalLog};
 use crate::metric;
 use crate::time::Clocks;
+use crate::tool::Tools;
 use atp_core::clock::Now;
 use atp_core::message::{Answer, Effect, FromAgent, Input, LogRoom, Machine, ToAgent};
 use atp_core::shard::Shard;
@@ -54,6 +55,7 @@ pub(crate) struct Begin {
     pub(crate) streams_max: usize,
     pub(crate) stop: CancellationToken,
     pub(crate) tasks: TaskTracker,
+    pub(crate) tools: Tools,
 }
 
 pub(crate) struct ShardTask {
@@ -62,6 +64,7 @@ pub(crate) struct ShardTask {
     log: LocalLog,
     events: Events,
     agents: Agents,
+    tools: Tools,
     clocks: Clocks,
     health: watch::Sender<Health>,
     stop: CancellationToken,
@@ -98,6 +101,7 @@ impl ShardTask {
             events: begin.log.events(),
             log: begin.log,
             agents: begin.agents,
+            tools: begin.tools,
             clocks: begin.clocks,
             health: begin.health,
             stop: begin.stop,
@@ -286,6 +290,9 @@ impl ShardTask {
                         // Whoever asked may have gone; that is no fault.
                         let _ = reply.send(answer);
                     }
+                }
+                Effect::Tool { call, attempt, request, tool, args } => {
+                    self.tools.run(call, attempt, request, tool, args);
                 }
                 Effect::Metric(metric) => metric::record(metric),
             }

@@ -93,11 +93,28 @@ fn what_a_later_version_can_do_is_refused_not_ignored() {
     assert_eq!(only("auth: {tokens_file: t}"), "1:21 auth.tokens_file");
     assert_eq!(only("auth: {anonymous: never}"), "1:19 auth.anonymous");
     assert_eq!(only("accounts: {a: {ladder: [x]}}"), "1:24 accounts.a.ladder");
-    assert_eq!(only("tools: {http_get: {allow: [x]}}"), "1:27 tools.http_get.allow");
     assert_eq!(
         problems("tools: {fs_read: {root: }, http_get: {allow: []}}\nshards: {count: 1, lease: 5s}\nauth: {hmac: }"),
         []
     );
+}
+
+#[test]
+fn tools_have_a_price_a_place_and_users() {
+    let config = read(
+        "tools: {fs_read: {root: ., usd: 0.000007}, http_get: {allow: [docs.rs, 'http://127.0.0.1:1/x/']}}\n\
+         accounts: {default: {usd: 1, tools: [search]}, acme: {usd: 1, tools: [fs.read, http.get]}}\n",
+    );
+    let tools = &config.settings.tools;
+    let prices: Vec<(&str, u64)> = tools.mediated.iter().map(|(name, a)| (name.as_str(), a.usd_micros.0)).collect();
+    assert_eq!(prices, [("fs.read", 7), ("http.get", 0)]);
+    let (acme, other) = (TenantId::new("acme"), TenantId::new("other"));
+    assert!(tools.allows(&acme, "fs.read") && !tools.allows(&acme, "search"));
+    assert!(!tools.allows(&other, "fs.read") && tools.allows(&other, "search"));
+    assert_eq!((config.tools.http_allow.len(), config.tools.fs_root.is_some()), (2, true));
+    assert!(read("").settings.tools.mediated.is_empty());
+    assert_eq!(only("tools: {http_get: {allow: ['ftp://x']}}"), "1:27 tools.http_get.allow[0]");
+    assert_eq!(only("accounts: {a: {usd: 1, tools: ['a b']}}"), "1:31 accounts.a.tools");
 }
 
 #[test]

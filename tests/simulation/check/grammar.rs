@@ -77,6 +77,7 @@ fn call(stream: &Stream, record: &Record) -> Result<(), String> {
         Record::Void(r) => r.lane,
         Record::Adjust(r) => r.lane,
         Record::Frame(r) => r.lane,
+        Record::Tool(r) => r.lane,
         _ => return Ok(()),
     };
     let call = stream.call(lane).ok_or_else(|| format!("lane {lane} was never reserved"))?;
@@ -85,7 +86,7 @@ fn call(stream: &Stream, record: &Record) -> Result<(), String> {
             None => call.phase == Phase::Reserved,
             Some((_, key)) => call.phase == Phase::Running && call.dedupes && *key == r.upstream_key,
         },
-        Record::Extend(_) | Record::Settle(_) => call.phase == Phase::Running,
+        Record::Extend(_) | Record::Settle(_) | Record::Tool(_) => call.phase == Phase::Running,
         Record::Void(_) => matches!(call.phase, Phase::Reserved | Phase::Running),
         Record::Adjust(r) => call.phase == Phase::Settled && !call.evidence.contains(&r.evidence),
         Record::Frame(r) => call.intent.is_some() && r.msg_seq == call.in_seq + 1,

@@ -3,7 +3,7 @@
 
 use super::Verdict;
 use super::grammar;
-use atp_core::record::{AmountPb, CostPb, Entry, Key, LimitPb, Record, ReserveCall, SourcePb};
+use atp_core::record::{AmountPb, CostPb, Entry, Key, LimitPb, Record, ReserveCall, SourcePb, ToolVerdict};
 use atp_proto::{CallId, Qos};
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -71,6 +71,8 @@ pub struct Call {
     /// Messages of the newest incarnation that are durable.
     pub in_seq: u64,
     pub evidence: BTreeSet<String>,
+    /// What mediated tools cost: in the hold, never in the agent's grant.
+    pub tools: Pair,
 }
 
 /// A stream as the durable log tells it.
@@ -124,6 +126,8 @@ pub struct Seen {
     pub checkpoints: u64,
     pub cancels: u64,
     pub preempted: u64,
+    /// Mediated tools that were allowed.
+    pub tools: u64,
 }
 
 impl Seen {
@@ -137,6 +141,7 @@ impl Seen {
         self.checkpoints += o.checkpoints;
         self.cancels += o.cancels;
         self.preempted += o.preempted;
+        self.tools += o.tools;
     }
 }
 
@@ -229,7 +234,7 @@ impl Ledger {
             Record::Settle(r) => {
                 let source = r.source();
                 if let Some(call) = self.call_mut(&r.key, r.lane) {
-                    let worst = larger(call.booked, plus(call.hold, call.reach));
+                    let worst = larger(plus(call.booked, call.tools), plus(call.hold, call.reach));
                     if matches!(source, SourcePb::UnknownAtHold | SourcePb::Expired) {
                         verdict.expect(cost(&r.actual) == worst, "unknown settles at hold + reach", || {
                             format!("{} settled at {:?}, hold + reach is {worst:?}", call.id, cost(&r.actual))
@@ -287,6 +292,15 @@ impl Ledger {
                     }
                 }
             }
+            Record::Tool(r) if r.verdict() == ToolVerdict::Allowed => {
+                let cost = amount(&r.cost);
+                self.seen.tools += 1;
+                let Some(call) = self.call_mut(&r.key, r.lane) else { return };
+                call.tools = plus(call.tools, cost);
+                let to = plus(call.hold, cost);
+                self.grow(&r.key, r.lane, to, verdict);
+            }
+            Record::Tool(_) => {}
             Record::Checkpoint(_) => self.seen.checkpoints += 1,
         }
     }
@@ -341,17 +355,22 @@ impl Ledger {
             deadline_ms: r.deadline_ms,
             in_seq: 0,
             evidence: BTreeSet::new(),
+            tools: [0, 0],
         });
         self.by_call.insert(id, (key.clone(), r.lane));
     }
 
     fn extend(&mut self, key: &Key, lane: u32, to: Pair, verdict: &mut Verdict) {
+        self.seen.extends += 1;
+        self.grow(key, lane, to, verdict);
+    }
+
+    fn grow(&mut self, key: &Key, lane: u32, to: Pair, verdict: &mut Verdict) {
         let Some(call) = self.call_mut(key, lane) else { return };
         let (id, from, windows) = (call.id, call.hold, call.windows.clone());
         let more = minus(to, from);
         verdict.expect(more[0] >= 0 && more[1] >= 0, "a hold only grows", || format!("{id} from {from:?} to {to:?}"));
         call.hold = to;
-        self.seen.extends += 1;
         let behind = windows.iter().any(|(account, window)| self.current.get(account) != Some(window));
         self.seen.extends_behind += u64::from(behind);
         for at in windows {

@@ -8,6 +8,7 @@ pub mod grammar;
 pub mod ledger;
 pub mod order;
 pub mod slots;
+pub mod tool;
 pub mod truth;
 pub mod wire;
 
@@ -55,6 +56,7 @@ pub struct Check {
     pub order: order::Order,
     pub slots: slots::Slots,
     pub wire: wire::Wire,
+    pub tools: tool::Tools,
     /// How long what an agent says may be on its way.
     pub patience_ms: u64,
 }
@@ -68,6 +70,7 @@ impl Check {
         };
         grammar::whole(position, &entry, &mut self.verdict);
         self.ledger.apply(position, &entry, &mut self.verdict);
+        entry.records.iter().filter_map(|r| r.record.as_ref()).for_each(|record| self.tool(record));
         truth::entry(position, &entry, self, processes, now_ms);
         self.fold.push(entry);
     }

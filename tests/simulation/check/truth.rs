@@ -33,8 +33,8 @@ pub fn called(check: &mut Check, id: &CallId) {
 pub fn billed(check: &mut Check, id: &CallId) {
     let (Some(call), Some(known)) = (check.ledger.call(id), check.provider.calls.get(id)) else { return };
     let booked = match call.phase {
-        Phase::Reserved | Phase::Running => plus(call.hold, call.reach),
-        Phase::Settled => call.actual,
+        Phase::Reserved | Phase::Running => plus(minus(call.hold, call.tools), call.reach),
+        Phase::Settled => minus(call.actual, call.tools),
         Phase::Void => [0, 0],
     };
     let bound = plus(booked, pair(known.excess));
@@ -92,7 +92,8 @@ pub fn entry(position: u64, entry: &Entry, check: &mut Check, processes: &[Proce
 fn exact(check: &mut Check, id: &CallId, actual: Pair) {
     let Some(known) = check.provider.calls.get(id) else { return };
     let Some(reported) = known.reported else { return };
-    let off = minus(actual, true_pair(reported));
+    let tools = check.ledger.call(id).map_or([0, 0], |c| c.tools);
+    let off = minus(minus(actual, tools), true_pair(reported));
     check.verdict.expect(off == [0, 0], "reported usage is billed exactly", || {
         format!("{id} settled at {actual:?}, the agent reported {reported:?}")
     });

@@ -1,7 +1,7 @@
 //! What leaves the router against what is durable at that moment: ack => Accept, dispatch => Reserve and Intent,
 //! answer => Close, refusal => Deny, grant => Extend.
 
-use super::ledger::{Ledger, Phase, fits};
+use super::ledger::{Ledger, Phase, fits, minus};
 use super::{Check, Verdict};
 use atp_core::message::ToAgent;
 use atp_proto::content::{Ack, BudgetUpdate, Dispatch};
@@ -110,7 +110,7 @@ impl Check {
 fn granted(ledger: &Ledger, call: &CallId, grant: [i128; 2], verdict: &mut Verdict) {
     let Some(known) = ledger.call(call) else { return };
     let open = matches!(known.phase, Phase::Reserved | Phase::Running);
-    verdict.expect(!open || fits(grant, known.hold), "grant => durable Extend", || {
+    verdict.expect(!open || fits(grant, minus(known.hold, known.tools)), "grant => durable Extend", || {
         format!("{call} was granted {grant:?}, {:?} is held durably", known.hold)
     });
 }

@@ -13,7 +13,7 @@ use atp_proto::content::{
     AgentError, AgentFinal, AgentPartial, AgentStatus, Capabilities, Dispatch, Finish, Proof, Stop,
 };
 use atp_proto::{AgentName, Code, Cost, UsdMicros};
-use atp_sdk::{AgentHandle, BoxFuture, Call, Handler, Outcome, StopReason, Verdict};
+use atp_sdk::{AgentHandle, BoxFuture, Call, Handler, Outcome, StopReason, ToolAnswer, ToolError, Verdict};
 use bytes::Bytes;
 use charges::Charges;
 use jitter::Dice;
@@ -59,6 +59,9 @@ pub fn handler(script: Script, on_crash: OnCrash) -> Result<(Capabilities, Arc<d
         adapter: "scripted".to_owned(),
         models: script.model_infos(),
         skills: script.task_types.clone(),
+        tools: script.tools.clone(),
+        tool_permissions: script.tools_asked(),
+        security_groups: script.security_groups.clone(),
         max_parallel: script.max_parallel.value,
         estimate: script.declared_estimate(),
         stop: script.stop,
@@ -243,8 +246,19 @@ impl Playing<'_> {
             for _ in 0..chunk.repeat {
                 let after = chunk.after.draw(&mut self.dice).0;
                 self.wait(after).await?;
-                let at_limit = self.bill(chunk.adds());
-                match self.show(chunk.text.as_deref()) {
+                let mut text = chunk.text.clone();
+                let mut adds = chunk.adds();
+                if let Some(tool) = &chunk.tool {
+                    let result = self.ask(tool, &mut adds).await?;
+                    text = text.map(|text| text.replace("{result}", &result));
+                }
+                let before = self.billed;
+                let at_limit = self.bill(adds);
+                if let Some(tool) = chunk.tool.as_ref().filter(|tool| self.script.tools.contains(&tool.name)) {
+                    let spent = |total: Cost| total.amount().unwrap_or_default();
+                    self.call.meter.own_tool_spent(&tool.name, spent(self.billed).less(spent(before)));
+                }
+                match self.show(text.as_deref()) {
                     Verdict::Go if at_limit => return Err(Cut::Limit),
                     Verdict::Go => {}
                     Verdict::Stop(reason) => return Err(Cut::Asked(reason)),
@@ -252,6 +266,22 @@ impl Playing<'_> {
             }
         }
         Ok(())
+    }
+
+    /// What came of a tool, as text: what it brought, or the code of its refusal. A tool that isn't run costs nothing.
+    async fn ask(&self, tool: &script::Tool, adds: &mut Adds) -> Result<String, Cut> {
+        let asked = self.call.meter.own_tool(&tool.name, tool.args.clone(), tool.budget).await;
+        match asked {
+            Ok(ToolAnswer::Data { data, .. }) => {
+                Ok(data.get("text").and_then(serde_json::Value::as_str).map_or_else(|| data.to_string(), str::to_owned))
+            }
+            Ok(ToolAnswer::Own) => Ok("own".to_owned()),
+            Err(ToolError::Refused(error)) => {
+                *adds = Adds::default();
+                Ok(error.code.to_string())
+            }
+            Err(ToolError::Stopped(reason)) => Err(Cut::Asked(reason)),
+        }
     }
 
     async fn end(&mut self, play: &Play) -> Result<(), Cut> {

@@ -34,6 +34,11 @@ pub struct Script {
     pub(crate) idempotent_for: Span,
     #[serde(default)]
     pub(crate) estimate: Option<Estimate>,
+    /// Tools of its own; tools that its chunks name and that aren't here are asked of the router.
+    #[serde(default)]
+    pub(crate) tools: Vec<String>,
+    #[serde(default)]
+    pub(crate) security_groups: Vec<String>,
     pub(crate) calls: Spanned<Vec<Spanned<Play>>>,
     #[serde(default)]
     pub(crate) status: Vec<Moment>,
@@ -107,6 +112,20 @@ pub(crate) struct Chunk {
     pub(crate) out_tokens: Jitter<u64>,
     #[serde(default)]
     pub(crate) usd_micros: Option<Jitter<u64>>,
+    /// Asked for before the chunk is made; `{result}` in its text becomes what came of it.
+    #[serde(default)]
+    pub(crate) tool: Option<Tool>,
+}
+
+/// A request for a tool. The chunk's own cost is that of the run, where it is the agent's own tool.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Tool {
+    pub(crate) name: String,
+    #[serde(default)]
+    pub(crate) args: serde_json::Value,
+    #[serde(default)]
+    pub(crate) budget: Amount,
 }
 
 fn once() -> u64 {
@@ -284,6 +303,10 @@ impl Script {
             if play.value.refuse.is_none() && !has_play && play.value.fault.is_none() {
                 return Err(wrong(play, &at(""), "says nothing", "give it chunks, final, refuse or fault"));
             }
+            if let Some(tool) = play.value.chunks.iter().filter_map(|c| c.tool.as_ref()).find(|t| !is_id(&t.name)) {
+                let message = format!("`{}` is not a tool's name", tool.name);
+                return Err(wrong(play, &at(".chunks[].tool.name"), message, "use 1 to 64 of A-Z a-z 0-9 . _ -"));
+            }
             if let Some(i) = play.value.chunks.iter().position(|chunk| chunk.repeat == 0) {
                 return Err(wrong(play, &at(&format!(".chunks[{i}].repeat")), "is 0", "repeat at least once"));
             }
@@ -295,6 +318,13 @@ impl Script {
             }
         }
         Ok(())
+    }
+
+    /// The tools that its chunks ask the router for.
+    pub(crate) fn tools_asked(&self) -> Vec<String> {
+        let chunks = self.calls.value.iter().flat_map(|play| &play.value.chunks);
+        let names: std::collections::BTreeSet<&String> = chunks.filter_map(|c| Some(&c.tool.as_ref()?.name)).collect();
+        names.into_iter().filter(|name| !self.tools.contains(name)).cloned().collect()
     }
 
     /// The price of a model; of the first one where none is named or the name is unknown.

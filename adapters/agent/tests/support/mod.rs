@@ -57,6 +57,7 @@ pub fn dispatch(task: &str, grant: Amount) -> Dispatch {
         inputs: Vec::new(),
         model: None,
         task_type: String::new(),
+        tools: Vec::new(),
         grant,
         max_output_tokens: Some(256),
         deadline_ms: PATIENCE.as_millis() as u64,

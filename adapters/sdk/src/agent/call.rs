@@ -2,14 +2,17 @@
 //! Holds no socket: the session copies from here what it sends.
 
 use super::session::Shared;
+use super::tool::Waiting;
 use super::{ROOM_BYTES_MAX, StopReason, UNACKED_BYTES_MAX, Verdict};
 use crate::fragment;
-use atp_proto::content::{Dispatch, ListedCall, UsageSource};
+use atp_proto::content::{Dispatch, ListedCall, ToolRequest, ToolResult, UsageSource};
+use atp_proto::frame::{Extra, kind};
+use atp_proto::pb::ToolCost;
 use atp_proto::{Amount, CallId, Cost, Flags, Frame, Text, codec, limits};
 use bytes::{Bytes, BytesMut};
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use tokio::sync::Notify;
+use tokio::sync::{Notify, oneshot};
 use tokio::time::Instant;
 
 /// Shared by the handler's meter and the session.
@@ -48,6 +51,11 @@ struct Inner {
     /// The handler vanished or the router forgot the call: nothing is sent any more.
     silent: bool,
     arena: BytesMut,
+    /// Tool requests without an answer, by msg_seq.
+    tools: BTreeMap<u64, Waiting>,
+    /// What the agent's own tools have cost, and whether the router was told.
+    own_tools: BTreeMap<String, Amount>,
+    own_told: bool,
 }
 
 #[derive(Debug)]
@@ -75,6 +83,9 @@ impl CallState {
             end: None,
             silent: false,
             arena: BytesMut::new(),
+            tools: BTreeMap::new(),
+            own_tools: BTreeMap::new(),
+            own_told: true,
         };
         Self {
             id: dispatch.call_id,
@@ -121,15 +132,10 @@ impl CallState {
             self.changed.notify_waiters();
             return Verdict::Stop(StopReason::Backlog);
         }
-        let msg_seq = inner.next_seq;
-        inner.next_seq += 1;
-        let frame = Frame::raw(self.stream.clone(), msg_seq, flags, kind, content);
-        let arena = &mut inner.arena;
-        fragment::split(frame, limits::FRAGMENT_BYTES, |part| codec::encode(part, arena));
-        let bytes = arena.split().freeze();
-        inner.kept_bytes += bytes.len();
-        inner.kept.push_back(Kept { msg_seq, bytes });
+        let (msg_seq, _) = self.keep(&mut inner, flags, kind, content);
         if is_end {
+            // Whoever still waits for a tool waits in vain.
+            inner.tools.clear();
             (inner.end, inner.arena) = (Some(msg_seq), BytesMut::new());
         }
         let listed = std::mem::replace(&mut inner.listed, true);
@@ -139,6 +145,84 @@ impl CallState {
             self.shared.has_unsent(Arc::clone(self));
         }
         verdict
+    }
+
+    /// Encodes a message behind those that aren't acknowledged.
+    fn keep(&self, inner: &mut Inner, flags: Flags, kind: &'static str, content: Bytes) -> (u64, Bytes) {
+        let msg_seq = inner.next_seq;
+        inner.next_seq += 1;
+        let mut frame = Frame::raw(self.stream.clone(), msg_seq, flags, kind, content);
+        if !inner.own_told && matches!(kind, kind::RESULT_PARTIAL | kind::RESULT_FINAL) {
+            inner.own_told = true;
+            let each = inner.own_tools.iter();
+            let tool_cost_breakdown = each.map(|(tool, spent)| ToolCost {
+                tool: tool.clone(),
+                tokens: spent.tokens.0,
+                usd_micros: spent.usd_micros.0,
+            });
+            frame.extra =
+                Some(Box::new(Extra { tool_cost_breakdown: tool_cost_breakdown.collect(), ..Extra::default() }));
+        }
+        let arena = &mut inner.arena;
+        fragment::split(frame, limits::FRAGMENT_BYTES, |part| codec::encode(part, arena));
+        let bytes = arena.split().freeze();
+        inner.kept_bytes += bytes.len();
+        inner.kept.push_back(Kept { msg_seq, bytes: bytes.clone() });
+        (msg_seq, bytes)
+    }
+
+    /// Keeps a tool request until it is answered.
+    ///
+    /// # Errors
+    /// Why the call can't ask any more.
+    pub(crate) fn ask(self: &Arc<Self>, request: &ToolRequest) -> Result<oneshot::Receiver<ToolResult>, StopReason> {
+        let (answer, answered) = oneshot::channel();
+        let mut inner = self.inner();
+        if let Some(reason) = inner.stop {
+            return Err(reason);
+        }
+        if inner.silent || inner.end.is_some() {
+            return Err(StopReason::Cancelled);
+        }
+        let content = Bytes::from(serde_json::to_vec(request).expect("requests serialize: their maps have text keys"));
+        if inner.kept_bytes + content.len() > UNACKED_BYTES_MAX {
+            inner.stop = Some(StopReason::Backlog);
+            self.changed.notify_waiters();
+            return Err(StopReason::Backlog);
+        }
+        let (msg_seq, bytes) = self.keep(&mut inner, Flags::NONE, kind::TOOL_REQUEST, content);
+        inner.tools.insert(msg_seq, Waiting { bytes, answer });
+        let listed = std::mem::replace(&mut inner.listed, true);
+        drop(inner);
+        if !listed {
+            self.shared.has_unsent(Arc::clone(self));
+        }
+        Ok(answered)
+    }
+
+    /// Sends again what isn't acknowledged or answered.
+    pub(crate) fn say_again(self: &Arc<Self>) {
+        let listed = self.inner().listed;
+        if self.unsend() && !listed {
+            self.shared.has_unsent(Arc::clone(self));
+        }
+    }
+
+    /// Adds to what an own tool has cost; the next message says so.
+    pub(crate) fn own_tool_spent(&self, tool: &str, more: Amount) {
+        let mut inner = self.inner();
+        let spent = inner.own_tools.entry(tool.to_owned()).or_default();
+        *spent = spent.add(more).unwrap_or(*spent);
+        inner.own_told = false;
+    }
+
+    /// The answer to a request; a second one has nobody who waits.
+    pub(crate) fn answer(&self, result: ToolResult) {
+        let waiting = self.inner().tools.remove(&result.request);
+        if let Some(waiting) = waiting {
+            // Whoever asked may have been stopped meanwhile.
+            let _ = waiting.answer.send(result);
+        }
     }
 
     pub(crate) fn grant(&self) -> Amount {
@@ -224,6 +308,13 @@ impl CallState {
     /// All that isn't acknowledged counts as not sent; true when there is something.
     pub(crate) fn unsend(&self) -> bool {
         let mut inner = self.inner();
+        let Inner { kept, kept_bytes, tools, .. } = &mut *inner;
+        let first = kept.front().map_or(u64::MAX, |kept| kept.msg_seq);
+        // A request that was acknowledged and not answered: its answer may have been lost.
+        for (msg_seq, waiting) in tools.range(..first).rev() {
+            *kept_bytes += waiting.bytes.len();
+            kept.push_front(Kept { msg_seq: *msg_seq, bytes: waiting.bytes.clone() });
+        }
         inner.sent = 0;
         inner.listed = !inner.kept.is_empty();
         inner.listed

@@ -36,6 +36,7 @@ pub mod meter;
 pub mod offline;
 mod session;
 mod table;
+pub mod tool;
 
 use crate::backoff::Backoff;
 use crate::dial::Dialer;

@@ -11,7 +11,8 @@ use crate::fragment::{Joined, Joiner};
 use crate::wire::{Pulse, Turn, Wire, open};
 use atp_proto::code::{Fatal, WireError};
 use atp_proto::content::{
-    Ack, AgentCancel, AgentError, AgentStatus, BudgetUpdate, Capabilities, Dispatch, Proof, Role, Status, UsageSource,
+    Ack, AgentCancel, AgentError, AgentStatus, BudgetUpdate, Capabilities, Dispatch, Proof, Role, Status, ToolResult,
+    UsageSource,
 };
 use atp_proto::frame::kind;
 use atp_proto::{CallId, Code, Cost, Flags, Frame, limits};
@@ -373,6 +374,12 @@ impl Session {
                 let cancel: AgentCancel = frame.read().map_err(bad)?;
                 if let Some(state) = self.table.ordered(call, cancel.shard, cancel.epoch) {
                     state.stop(StopReason::Cancelled);
+                }
+            }
+            kind::TOOL_RESULT => {
+                let result: ToolResult = frame.read().map_err(bad)?;
+                if let Some(state) = self.table.running(call) {
+                    state.answer(result);
                 }
             }
             kind::ACK => {

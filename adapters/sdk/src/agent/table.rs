@@ -100,6 +100,11 @@ impl Table {
         }
     }
 
+    /// A call that is known here.
+    pub(crate) fn running(&self, call: CallId) -> Option<&Arc<CallState>> {
+        self.calls.get(&call)
+    }
+
     pub(crate) fn is_empty(&self) -> bool {
         self.calls.is_empty()
     }

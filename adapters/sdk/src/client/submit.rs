@@ -119,6 +119,13 @@ impl SubmitRequest {
         self
     }
 
+    /// Tools that the task's agents may use; its account must have all of them.
+    #[must_use]
+    pub fn tools(mut self, tools: impl IntoIterator<Item = String>) -> Self {
+        self.meta.tool_permissions = tools.into_iter().collect();
+        self
+    }
+
     /// The idempotency key: work is done once per key, whatever happens to connections.
     #[must_use]
     pub fn key(mut self, key: impl Into<String>) -> Self {

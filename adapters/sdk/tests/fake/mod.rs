@@ -165,6 +165,7 @@ pub fn dispatch(n: u8, epoch: u64) -> Dispatch {
         inputs: Vec::new(),
         model: None,
         task_type: String::new(),
+        tools: Vec::new(),
         grant: Amount::new(100, 1000),
         max_output_tokens: None,
         deadline_ms: 60_000,

@@ -1,6 +1,6 @@
 //! Records as `replay` prints them.
 
-use super::{AmountPb, CostPb, LimitPb, Record, hex};
+use super::{AmountPb, CostPb, LimitPb, Record, ToolVerdict, hex};
 use atp_proto::Limit;
 use bytes::Bytes;
 use serde_json::{Value, json};
@@ -25,7 +25,8 @@ impl Record {
                 "ends_at": r.ends_ms.map(crate::clock::rfc3339)}),
             Self::Accept(r) => {
                 json!({"payload_hash": hex(&r.payload_hash), "idempotency_key": r.idempotency_key, "account": r.account,
-                "limit": limit(&r.limit), "max_parallel": r.max_parallel, "deadline_ms": r.deadline_ms, "qos": r.qos, "task_type": r.task_type, "host": r.host})
+                "limit": limit(&r.limit), "max_parallel": r.max_parallel, "deadline_ms": r.deadline_ms, "qos": r.qos, "task_type": r.task_type, "host": r.host,
+                "security_groups_any": r.security_groups_any})
             }
             Self::Deny(r) => {
                 json!({"payload_hash": hex(&r.payload_hash), "idempotency_key": r.idempotency_key, "error": document(&r.error)})
@@ -59,6 +60,23 @@ impl Record {
             }
             Self::Frame(r) => {
                 json!({"lane": r.lane, "msg_seq": r.msg_seq, "booked": r.booked.as_ref().map(cost), "out_seq": r.out_seq, "fragments": r.bodies.len()})
+            }
+            Self::Tool(r) => {
+                let mut shown = json!({"call_id": r.key.call(r.lane), "lane": r.lane, "msg_seq": r.msg_seq, "tool": r.tool,
+                    "verdict": r.verdict().name(), "cost": amount(&r.cost)});
+                let mut add = |name: &str, value: Value| shown[name] = value;
+                if !r.args.is_empty() {
+                    add("args", r.args.as_str().into());
+                }
+                if !r.error.is_empty() {
+                    add("error", document(&r.error));
+                }
+                if r.verdict() == ToolVerdict::Done {
+                    add("ok", r.ok.into());
+                    add("bytes", r.bytes.into());
+                    add("hash", hex(&r.hash).into());
+                }
+                shown
             }
             Self::Checkpoint(r) => {
                 json!({"position": r.position, "epoch": r.epoch, "fold_version": r.fold_version, "hash": hex(&r.hash),

@@ -3,11 +3,13 @@
 
 mod amount;
 mod json;
+mod tool;
 
 pub use amount::{AmountPb, CostPb, LimitPb};
 use atp_proto::{CallId, StreamId, TenantId};
 use bytes::Bytes;
 use prost::Message;
+pub use tool::{Tool, ToolVerdict};
 
 /// What one input decided.
 #[derive(Clone, PartialEq, Message)]
@@ -22,7 +24,7 @@ pub struct Entry {
 /// One record; `None` was written by a newer version.
 #[derive(Clone, PartialEq, Message)]
 pub struct AnyRecord {
-    #[prost(oneof = "Record", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14")]
+    #[prost(oneof = "Record", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 20")]
     pub record: Option<Record>,
 }
 
@@ -56,6 +58,8 @@ pub enum Record {
     Frame(FrameRecord),
     #[prost(message, tag = "14")]
     Checkpoint(Checkpoint),
+    #[prost(message, tag = "20")]
+    Tool(Tool),
 }
 
 /// First record of a shard.
@@ -147,6 +151,9 @@ pub struct Accept {
     pub task_type: String,
     #[prost(string, tag = "10")]
     pub host: String,
+    /// Its agents must be in one of these; empty: any agent.
+    #[prost(string, repeated, tag = "40")]
+    pub security_groups_any: Vec<String>,
 }
 
 /// Judged and refused: at once, or after waiting.
@@ -448,6 +455,7 @@ impl Record {
             Self::Close(_) => "close",
             Self::Frame(_) => "frame",
             Self::Checkpoint(_) => "checkpoint",
+            Self::Tool(_) => "tool",
         }
     }
 
@@ -465,6 +473,7 @@ impl Record {
             Self::Adjust(r) => Some(&r.key),
             Self::Close(r) => Some(&r.key),
             Self::Frame(r) => Some(&r.key),
+            Self::Tool(r) => Some(&r.key),
             Self::Genesis(_) | Self::Epoch(_) | Self::Window(_) | Self::Checkpoint(_) => None,
         }
     }

@@ -108,7 +108,7 @@ impl Shard {
     pub(super) fn note_short(&mut self, no: u64, lane: u32) {
         let Some(call) = self.state.stream(no).and_then(|s| s.call(lane)) else { return };
         let room = self.state.stream(no).map(|s| s.level().free()).unwrap_or_default();
-        let short = Amount::from(call.reserve.guarded).less(call.hold()).min(room);
+        let short = Amount::from(call.reserve.guarded).less(call.grant()).min(room);
         let open = call.is_open();
         let Some(account) = self.state.stream(no).map(|s| s.accept.account.clone()) else { return };
         if open {

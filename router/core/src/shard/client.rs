@@ -1,6 +1,7 @@
 //! The client's side of a stream: submit, duplicates, attach by key, resume, cancel, and refusals.
 
 use super::closing::Stopping;
+use super::tool::Needs;
 use super::{Shard, Timer};
 use crate::estimate::{CALL_AMOUNT_MAX, prompt_tokens};
 use crate::message::{Effect, LogRoom, Metric};
@@ -32,6 +33,7 @@ pub(super) struct Wants {
     pub(super) prompt_tokens: u64,
     /// False: what can't be had at once is refused.
     pub(super) wait: bool,
+    pub(super) needs: Needs,
 }
 
 impl Wants {
@@ -47,6 +49,7 @@ impl Wants {
             prompt_tokens: prompt_tokens(submit.task.len() + bytes),
             agents: submit.agents.clone(),
             wait: submit.wait,
+            needs: Needs::default(),
         }
     }
 }
@@ -232,7 +235,10 @@ impl Shard {
             return self.refuse(conn, id, &error);
         }
         let record_key = Key::new(tenant, id);
-        if let Err(error) = self.judge(tenant, &submit, qos, task_type) {
+        let needs = self.needs_of(tenant, qos, frame.meta.as_deref());
+        let secure =
+            self.tools_allowed(tenant, &needs.tools).and_then(|()| self.somebody_may(&submit, task_type, &needs));
+        if let Err(error) = secure.and_then(|()| self.judge(tenant, &submit, qos, task_type)) {
             self.metric(Metric::Admission { outcome: "denied", code: error.code.as_str() });
             if !self.may_deny(tenant) {
                 let error = WireError::new(Code::Limit, "too many refusals a second; slow down").retry_after_ms(1_000);
@@ -260,6 +266,7 @@ impl Shard {
             qos: qos as u32,
             task_type: task_type.into(),
             host: self.settings.router_id.to_string(),
+            security_groups_any: needs.groups_any,
         };
         self.record(Record::Accept(accept));
         let msg_seq = frame.msg_seq;
@@ -278,6 +285,7 @@ impl Shard {
         let Some(stream) = self.state.stream(no) else { return };
         let mut live = self.new_live(stream);
         live.subscribers.push(conn);
+        live.left_out = self.kept_out(&live.wants.needs);
         let accepted = accepted(id.as_str(), 1, stream, TaskState::Queued);
         self.timer(live.deadline_at, Timer::Deadline(no));
         self.live.insert(no, live);
@@ -317,6 +325,7 @@ impl Shard {
         if largest > CALL_AMOUNT_MAX {
             return wrong("budget: at most 1000000000000 tokens or micro-USD");
         }
+        super::tool::check_permissions(frame.meta.as_ref().map_or(&[][..], |m| &m.tool_permissions))?;
         if key.len() > KEY_BYTES_MAX {
             return Err(WireError::proto("meta.idempotency_key: at most 256 bytes"));
         }

@@ -348,10 +348,11 @@ fn bill_call(stream: &Stream, c: &Call, closed: bool) -> BillCall {
         guarded: r.guarded.into(),
         grant: c.hold(),
         extends: c.extends,
-        actual: if ended { Cost::from(c.actual) } else { c.booked() },
+        actual: if ended { Cost::from(c.actual) } else { c.with_tools(c.booked()) },
         stated_usd_micros: (c.stated_usd_micros != c.actual.usd_micros && c.stated_usd_micros > 0)
             .then_some(UsdMicros(c.stated_usd_micros)),
         source,
+        tool_cost_breakdown: super::tool::breakdown(c),
         price_version: r.price_version.clone(),
         rule: r.rule.clone(),
         reserved_at: rfc3339(c.reserved_at),

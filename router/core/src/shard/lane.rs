@@ -1,6 +1,7 @@
 //! One call from Intent on: its dispatch, the agent that comes and goes, and what follows when that is lost.
 
 use super::settle::told;
+use super::tool::LiveTools;
 use super::{OWNER_LATER_MS, REPEAT_MS, Shard, Timer};
 use crate::estimate::{CALL_AMOUNT_MAX, output_tokens};
 use crate::message::{Metric, ToAgent};
@@ -49,6 +50,7 @@ pub(super) struct LiveCall {
     /// How far the messages behind a gap had come when they were last looked at.
     pub(super) progress: (u64, usize),
     pub(super) answered: bool,
+    pub(super) tools: LiveTools,
 }
 
 impl LiveCall {
@@ -68,6 +70,7 @@ impl LiveCall {
             gap: false,
             progress: (0, 0),
             answered: false,
+            tools: LiveTools::default(),
         }
     }
 
@@ -156,7 +159,7 @@ impl Shard {
         let Some(call) = stream.call(lane) else { return };
         let Some(intent) = &call.intent else { return };
         let deadline_ms = live.expires_at.saturating_sub(OWNER_LATER_MS).saturating_sub(self.now_ms).max(1);
-        let hold = call.hold();
+        let hold = call.grant();
         let price =
             Price { in_usd_micros_per_mtok: call.reserve.in_price, out_usd_micros_per_mtok: call.reserve.out_price };
         let input = self.input_of(no, price);
@@ -179,6 +182,7 @@ impl Shard {
             inputs: submit.inputs,
             model: Some(call.reserve.model.clone()).filter(|m| !m.is_empty()),
             task_type: stream.accept.task_type.clone(),
+            tools: stream.tool_permissions.clone(),
             grant: told(call, hold),
             max_output_tokens: output_tokens(told(call, ceiling), input, price).map(|n| n.max(1)),
             deadline_ms,

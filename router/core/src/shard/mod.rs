@@ -14,6 +14,7 @@ mod pressure;
 mod purchase;
 mod seat;
 mod settle;
+mod tool;
 mod windows;
 
 use crate::clock::{Clock, Now};
@@ -206,7 +207,7 @@ impl Shard {
             subscribers: Vec::new(),
             recent: VecDeque::new(),
             bid: None,
-            wants: client::Wants::of(&stream.submit),
+            wants: client::Wants { needs: self.needs(stream), ..client::Wants::of(&stream.submit) },
             deadline_at: self.now_ms + stream.accept.deadline_ms,
             ask_at: 0,
             stopping: None,
@@ -424,6 +425,7 @@ impl Machine for Shard {
             Input::Replayed { conn, tenant, stream, upto } => self.replayed(conn, &tenant, &stream, upto),
             Input::Query { id, query } => self.query(id, query),
             Input::Checkpoint => self.checkpoint(),
+            Input::ToolDone(done) => self.tool_done(*done),
             Input::Drain => self.draining = true,
         }
         self.commit();

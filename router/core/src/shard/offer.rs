@@ -1,6 +1,7 @@
 //! Choice and permission: which agents could run a task, in which order, and whether the money is there.
 
 use super::Shard;
+use super::tool::barrier;
 use crate::account::{AccountWindow, Level};
 use crate::estimate::{Estimate, estimate};
 use crate::record::WindowRef;
@@ -52,13 +53,18 @@ impl Shard {
         let window = self.settings.stream_window;
         if !wants.agents.is_empty() {
             let named = |a: &AgentName| {
-                self.offer(a, wants.prompt_tokens, qos, &window, "named".into()).ok_or_else(|| a.clone())
+                let offer = self.offer(a, wants.prompt_tokens, qos, &window, "named".into());
+                offer.filter(|o| barrier(&o.capabilities, &wants.needs).is_none()).ok_or_else(|| a.clone())
             };
             return wants.agents.iter().map(named).collect();
         }
         let matches =
             |c: &Capabilities| task_type.is_empty() || c.skills.is_empty() || c.skills.iter().any(|s| s == task_type);
-        let here = self.seats.iter().filter(|(_, s)| s.up && s.skip_until <= self.now_ms && matches(&s.capabilities));
+        let here = self.seats.iter().filter(|(_, s)| {
+            s.up && s.skip_until <= self.now_ms
+                && matches(&s.capabilities)
+                && barrier(&s.capabilities, &wants.needs).is_none()
+        });
         let mut offers: Vec<Offer> =
             here.filter_map(|(name, _)| self.offer(name, wants.prompt_tokens, qos, &window, String::new())).collect();
         // Those that can begin now, then cheapest first; ties: fewer tokens, then name (the order of the map).

@@ -42,6 +42,7 @@ impl Shard {
             ..LiveCall::new(no, lane, agent.clone(), 0)
         });
         live.answered = true;
+        let asks = (&*received.frame.kind == kind::TOOL_REQUEST).then(|| received.frame.clone());
         match live.inbound.feed(received) {
             Ok(Fed::Ready(message)) => {
                 let mut next = Some(message);
@@ -58,6 +59,9 @@ impl Shard {
             Ok(Fed::Duplicate(_)) => {
                 self.acks.insert(id, in_seq);
                 self.metric(Metric::Redelivered);
+                if let Some(frame) = asks {
+                    self.tool_again(id, no, lane, &frame);
+                }
             }
             Err(error) => {
                 self.garbage(id, no, lane, &error);
@@ -125,6 +129,7 @@ impl Shard {
         };
         let frame = message.frame;
         record.bodies = message.bodies.into_vec();
+        self.tools_reported(id, no, lane, &frame);
         self.acks.insert(id, frame.msg_seq);
         match &*frame.kind {
             kind::RESULT_PARTIAL => match read_cost(Said::read(&frame, false), |said| Some(said.cost)) {
@@ -135,6 +140,7 @@ impl Shard {
                 Ok(last) => self.last(no, lane, record, &last, Said::read(&frame, true).unwrap_or_default(), running),
                 Err(error) => self.unreadable(id, no, lane, record, &error, running),
             },
+            kind::TOOL_REQUEST => self.tool_request(id, no, lane, record, &frame),
             kind::ERROR => match read_cost(frame.read::<AgentError>(), |e| e.cost) {
                 Ok(error) => self.failed(no, lane, record, &error, running),
                 Err(error) => self.unreadable(id, no, lane, record, &error, running),

@@ -26,7 +26,8 @@ impl Shard {
         }
         let (hold, guarded) = (call.hold(), Amount::from(call.reserve.guarded));
         let Ok(spent) = call.booked().amount().and_then(|spent| with_margin(call, spent)) else { return };
-        let (left, chunk) = (hold.less(spent), Amount::from(call.largest_chunk));
+        let (left, chunk) = (call.grant().less(spent), Amount::from(call.largest_chunk));
+        let tools = call.tool_cost();
         let slice = |guarded: u64, chunk: u64| guarded.div_ceil(4).max(chunk.saturating_mul(4));
         let slice =
             Amount::new(slice(guarded.tokens.0, chunk.tokens.0), slice(guarded.usd_micros.0, chunk.usd_micros.0));
@@ -68,7 +69,7 @@ impl Shard {
             call_id: id,
             shard: self.settings.shard,
             epoch: self.epoch,
-            grant: within_margin(total, counting),
+            grant: within_margin(total.less(tools), counting),
             last,
         };
         self.pass(id, Frame::json(id.to_string(), 0, Flags::NONE, kind::BUDGET_UPDATE, &update));
@@ -102,14 +103,14 @@ impl Shard {
         self.settle_at_worst(no, lane, source, how, &Said::default());
     }
 
-    /// Settles at hold + reach: what a lost call may have cost. `said` is the last it let be known.
+    /// Settles at hold + reach (its tools stand in the hold): what a lost call may have cost. `said` is the last it let be known.
     pub(super) fn settle_at_worst(&mut self, no: u64, lane: u32, source: SourcePb, how: &str, said: &Said) {
         let Some(call) = self.state.stream(no).and_then(|s| s.call(lane)).filter(|c| c.phase() == Phase::Running)
         else {
             return;
         };
         let reach = call.intent.as_ref().map(|i| Amount::from(i.reach)).unwrap_or_default();
-        let (booked, worst) = (call.booked(), call.hold().add(reach).unwrap_or(call.hold()));
+        let (booked, worst) = (call.booked(), call.grant().add(reach).unwrap_or(call.grant()));
         let actual = Cost {
             in_tokens: booked.in_tokens,
             out_tokens: booked.out_tokens.max(worst.tokens.less(booked.in_tokens)),
@@ -133,6 +134,7 @@ impl Shard {
         let Some(stream) = self.state.stream(no) else { return };
         let Some(call) = stream.call(lane) else { return };
         let (key, id, agent) = (stream.accept.key.clone(), stream.call_id(lane), call.agent());
+        let actual = call.with_tools(actual);
         let reach = call.intent.as_ref().map(|i| Amount::from(i.reach)).unwrap_or_default();
         let worst = call.hold().add(reach).unwrap_or(call.hold());
         let breach = actual.amount().is_ok_and(|actual| !actual.fits(worst)).then(|| Metric::Breach {
@@ -203,6 +205,7 @@ impl Shard {
         }
         let key = stream.accept.key.clone();
         let account = stream.accept.account.clone();
+        let actual = call.with_tools(actual);
         self.record(Record::Adjust(Adjust { key, lane, evidence, actual: actual.into(), source: source as i32 }));
         self.money_returned(&account);
     }
@@ -252,7 +255,7 @@ pub(super) fn told(call: &Call, amount: Amount) -> Amount {
 }
 
 /// What a count stands for.
-fn with_margin(call: &Call, counted: Amount) -> Result<Amount, atp_proto::money::OutOfRange> {
+pub(super) fn with_margin(call: &Call, counted: Amount) -> Result<Amount, atp_proto::money::OutOfRange> {
     let up = 1_000_000 + margin_ppm(call);
     Ok(Amount { tokens: counted.tokens.scale_ppm_up(up)?, usd_micros: counted.usd_micros.scale_ppm_up(up)? })
 }

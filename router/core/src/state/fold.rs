@@ -155,6 +155,10 @@ impl State {
             (call.text, call.findings) = (String::new(), Vec::new());
             (call.findings_bytes, call.truncated) = (0, false);
         }
+        if let Some(tools) = &mut call.tools {
+            // Another process counts its messages anew; what the old one asked has nobody to be told.
+            tools.asked = Vec::new();
+        }
         call.intent = Some(Intent { key: Key::default(), ..r.clone() });
         (call.intent_at, call.intent_epoch, call.in_seq) = (at, epoch, 0);
         Ok(())
@@ -277,6 +281,9 @@ impl State {
             call.text = String::new();
             call.findings = Vec::new();
             call.findings_bytes = 0;
+            if let Some(tools) = &mut call.tools {
+                tools.asked.retain(|_| call.phase == Phase::Running as i32);
+            }
         }
         self.ended.push_back((at, no));
         Ok(())
@@ -290,6 +297,7 @@ impl State {
             } else if stream.submit.is_empty() && !stream.is_closed() {
                 // A copy: a slice would keep the connection's whole read buffer.
                 stream.submit = Bytes::copy_from_slice(&join(&r.bodies)?);
+                stream.tool_permissions = permissions(&r.bodies);
             }
             return Ok(());
         }
@@ -337,7 +345,7 @@ impl State {
     }
 }
 
-fn range(_: OutOfRange) -> String {
+pub(super) fn range(_: OutOfRange) -> String {
     "amount out of range".into()
 }
 
@@ -360,6 +368,12 @@ pub(crate) fn join(bodies: &[Bytes]) -> Result<Bytes, String> {
         whole.extend_from_slice(&frame.content);
     }
     Ok(whole.freeze())
+}
+
+/// The tools that a submit asks leave for.
+fn permissions(bodies: &[Bytes]) -> Vec<String> {
+    let first = bodies.first().and_then(|body| codec::decode_body(body.clone()).ok());
+    first.and_then(|frame| frame.meta).map_or_else(Vec::new, |meta| meta.tool_permissions)
 }
 
 /// What an agent's logged message adds to its lane.

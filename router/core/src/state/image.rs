@@ -76,6 +76,9 @@ impl State {
                 text(&mut hash, &c.reserve.encode_to_vec());
                 text(&mut hash, &c.intent.as_ref().map(Message::encode_to_vec).unwrap_or_default());
                 text(&mut hash, c.ended.as_bytes());
+                if let Some(tools) = &c.tools {
+                    text(&mut hash, &tools.encode_to_vec());
+                }
                 for money in [&c.actual, &c.booked, &c.reported] {
                     text(&mut hash, &money.encode_to_vec());
                 }

@@ -3,6 +3,7 @@
 
 mod fold;
 mod image;
+mod tool;
 
 use crate::account::Account;
 use crate::record::{AmountPb, AnyRecord, Entry, Genesis, Record};
@@ -199,6 +200,7 @@ impl State {
             Record::Adjust(r) => self.adjust(r),
             Record::Close(r) => self.close(r),
             Record::Frame(r) => self.frame(r, said),
+            Record::Tool(r) => self.tool(r),
             Record::Checkpoint(_) => Ok(()),
         }
     }

@@ -4,12 +4,14 @@ mod policy;
 mod read;
 mod reference;
 mod table;
+mod tools;
 mod tree;
 
 pub use read::{check, load, parse};
 pub use reference::{policy_schema, reference, schema};
 
 use crate::identity::Anonymous;
+use crate::tool::ToolConfig;
 use atp_core::settings::Settings;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
@@ -27,6 +29,7 @@ pub struct Config {
     pub settings: Settings,
     /// Adapters that the router's process starts itself.
     pub agents: Vec<AgentEntry>,
+    pub tools: ToolConfig,
     pub limits: ShellLimits,
     pub log_format: LogFormat,
 }
@@ -112,6 +115,7 @@ impl Default for Config {
             anonymous: Anonymous::Loopback,
             settings: Settings::default(),
             agents: Vec::new(),
+            tools: ToolConfig::default(),
             limits: ShellLimits::default(),
             log_format: LogFormat::Text,
         }
@@ -182,6 +186,7 @@ impl Config {
             ("log.durability", self.durability != new.durability),
             ("auth.anonymous", self.anonymous != new.anonymous),
             ("agents", self.agents != new.agents),
+            ("tools", self.tools != new.tools),
             ("limits", self.limits != new.limits),
         ];
         let differ = pairs.into_iter().filter(|(_, differs)| *differs);

@@ -242,7 +242,7 @@ impl Walk<'_> {
         }
         KEYS.iter().find(|k| k.path == path).and_then(read_default)
     }
-    fn opt_text(&self, path: &str) -> Option<String> {
+    pub(super) fn opt_text(&self, path: &str) -> Option<String> {
         match self.value(path) {
             Some(Read::Text(text)) if !text.is_empty() => Some(text),
             _ => None,
@@ -254,7 +254,7 @@ impl Walk<'_> {
             _ => None,
         }
     }
-    fn usd(&self, path: &str) -> Option<UsdMicros> {
+    pub(super) fn usd(&self, path: &str) -> Option<UsdMicros> {
         match self.value(path) {
             Some(Read::Usd(n)) => Some(n),
             _ => None,
@@ -266,7 +266,7 @@ impl Walk<'_> {
     fn size(&self, path: &str, default: usize) -> usize {
         self.whole(path).and_then(|n| usize::try_from(n).ok()).unwrap_or(default)
     }
-    fn mark(&self, path: &str) -> Mark {
+    pub(super) fn mark(&self, path: &str) -> Mark {
         self.marks.get(path).copied().unwrap_or_default()
     }
 
@@ -334,6 +334,7 @@ impl Walk<'_> {
             config.settings.policy = Arc::new(policy);
         }
         self.prices(&mut config);
+        self.tools(&mut config);
         self.agents(&mut config);
         self.limits(&mut config);
         config
@@ -351,12 +352,20 @@ impl Walk<'_> {
             };
             let limit = Limit { tokens: self.whole(&path("tokens")).map(Tokens), usd_micros: self.usd(&path("usd")) };
             let max_parallel = self.whole(&path("max_parallel")).map(|n| u32::try_from(n).unwrap_or(u32::MAX));
+            self.account_tools(&name, config);
             let account = AccountSettings { limit, per, max_parallel };
             if name == crate::identity::DEFAULT_TENANT {
                 config.settings.default_account = account;
             } else {
                 config.settings.accounts.insert(TenantId::new(&name), account);
             }
+        }
+    }
+
+    pub(super) fn opt_texts(&self, path: &str) -> Option<Vec<String>> {
+        match self.value(path) {
+            Some(Read::Texts(texts)) => Some(texts),
+            _ => None,
         }
     }
 

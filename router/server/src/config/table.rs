@@ -46,7 +46,6 @@ const TLS: &str = "leave it out; this version has no TLS, put a TLS proxy in fro
 const KAFKA: &str = "use log.kind: local and leave log.kafka out";
 const REDIS: &str = "use store.kind: memory and leave store.redis out";
 const TOKENS: &str = "leave it out; this version knows loopback peers only";
-const TOOLS: &str = "leave it out; this version has no mediated tools";
 const LADDER: &str = "leave it out; this version refuses or queues at the limit";
 
 const MAX: u64 = u64::MAX;
@@ -94,6 +93,7 @@ pub(super) const KEYS: &[Key] = &[
     key("accounts.*.tokens", Takes::Whole(0, MAX), "", "limit of a window; absent: none (account `default`, absent as a whole: 50000000)"),
     key("accounts.*.per", Takes::Choice(&["minute", "hour", "day", "month", "total"]), "day", "calendar windows in UTC"),
     key("accounts.*.max_parallel", Takes::Whole(0, 1_000_000), "", "calls in flight at once; absent: no limit"),
+    key("accounts.*.tools", Takes::Texts, "", "tools that tasks may name; absent: as account `default`, and there agents' own tools and none of the router's"),
     later("accounts.*.on_limit", Takes::Texts, "", "steps at the limit", LADDER),
     later("accounts.*.ladder", Takes::Texts, "", "cheaper models in order", LADDER),
     key("tasks.deadline", Takes::Duration, "120s", "of a task that names none"),
@@ -101,8 +101,10 @@ pub(super) const KEYS: &[Key] = &[
     key("tasks.retries", Takes::Whole(0, 16), "1", "new lanes for a failed call"),
     key("policy", Takes::Policy, "", "a policy file (see `docs/policy.md`), or the policy itself"),
     key("prices", Takes::Path, "", "LiteLLM's price map or models.dev's JSON, over the built-in snapshot"),
-    later("tools.fs_read.root", Takes::Path, "", "what `fs_read` may see", TOOLS),
-    later("tools.http_get.allow", Takes::Texts, "", "hosts that `http_get` may ask", TOOLS),
+    key("tools.fs_read.root", Takes::Path, "", "the directory below which `fs.read` reads; empty: no such tool"),
+    key("tools.fs_read.usd", Takes::Usd, "", "price of one request; absent: nothing"),
+    key("tools.http_get.allow", Takes::Texts, "", "places that `http.get` may ask: `https://host:port/path/`, or a host alone for all of it over https"),
+    key("tools.http_get.usd", Takes::Usd, "", "price of one request; absent: nothing"),
     key("agents[].kind", Takes::Choice(&["openai", "anthropic", "gemini", "ollama", "command", "scripted"]), "", "which adapter"),
     key("agents[].name", Takes::Text, "", "the handle, 1 to 64 of `A-Za-z0-9._-`"),
     key("agents[].model", Takes::Text, "", "the provider's model id"),
