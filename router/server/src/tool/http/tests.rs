@@ -98,13 +98,13 @@ async fn ask(allow: &[String], url: &str, max: usize) -> Result<Value, WireError
 #[tokio::test]
 async fn n_bytes_are_brought_and_one_more_is_refused() {
     let base = format!("http://{}/", host(page("hello")).await);
-    let data = ask(&[base.clone()], &base, 5).await.unwrap();
+    let data = ask(std::slice::from_ref(&base), &base, 5).await.unwrap();
     assert_eq!((data["text"].as_str(), data["status"].as_u64()), (Some("hello"), Some(200)));
-    assert_eq!(ask(&[base.clone()], &base, 4).await.unwrap_err().code, Code::Limit);
+    assert_eq!(ask(std::slice::from_ref(&base), &base, 4).await.unwrap_err().code, Code::Limit);
     // Without a length it is told while it comes.
     let base = format!("http://{}/", host("HTTP/1.1 200 OK\r\nconnection: close\r\n\r\nhello".into()).await);
-    assert_eq!(ask(&[base.clone()], &base, 5).await.unwrap()["bytes"], 5);
-    assert_eq!(ask(&[base.clone()], &base, 4).await.unwrap_err().code, Code::Limit);
+    assert_eq!(ask(std::slice::from_ref(&base), &base, 5).await.unwrap()["bytes"], 5);
+    assert_eq!(ask(std::slice::from_ref(&base), &base, 4).await.unwrap_err().code, Code::Limit);
 }
 
 #[tokio::test]
@@ -116,18 +116,18 @@ async fn a_redirect_goes_to_listed_places_only() {
     );
     let data = ask(&[from.clone(), end.clone()], &from, 100).await.unwrap();
     assert_eq!((data["text"].as_str(), data["url"].as_str()), (Some("end"), Some(end.as_str())));
-    let error = ask(&[from.clone()], &from, 100).await.unwrap_err();
+    let error = ask(std::slice::from_ref(&from), &from, 100).await.unwrap_err();
     assert!(error.code == Code::Sec && error.message.contains("redirects"), "{error}");
     let round = "HTTP/1.1 302 Found\r\nlocation: /again\r\ncontent-length: 0\r\n\r\n".to_owned();
     let round = format!("http://{}/", host(round).await);
-    assert_eq!(ask(&[round.clone()], &round, 100).await.unwrap_err().code, Code::AgentDown);
+    assert_eq!(ask(std::slice::from_ref(&round), &round, 100).await.unwrap_err().code, Code::AgentDown);
 }
 
 #[tokio::test]
 async fn a_name_that_leads_to_this_machine_is_refused() {
     let address = host(page("inside")).await;
     let by_name = format!("http://localhost:{}/", address.port());
-    let error = ask(&[by_name.clone()], &by_name, 100).await.unwrap_err();
+    let error = ask(std::slice::from_ref(&by_name), &by_name, 100).await.unwrap_err();
     assert!(error.code == Code::Sec && error.message.contains("IP"), "{error}");
     let error = ask(&["docs.rs".into()], &format!("http://{address}/"), 100).await.unwrap_err();
     assert_eq!(error.code, Code::Sec);
