@@ -66,6 +66,11 @@ fn window(w: &WindowView) -> String {
     format!("{parallel} / {} / {}", tokens(w.max_tokens), usd(w.max_usd_micros))
 }
 
+/// ppm as percent with one digit behind the point.
+fn percent(ppm: u64) -> String {
+    format!("{}.{} %", ppm / 10_000, ppm / 1_000 % 10)
+}
+
 pub(crate) fn agents(screen: Screen, rows: &[AgentView]) -> String {
     let mut table = Table::new(&[
         "NAME",
@@ -75,6 +80,9 @@ pub(crate) fn agents(screen: Screen, rows: &[AgentView]) -> String {
         ">RUNNING",
         ">WINDOW calls / tokens / USD",
         ">SPENT",
+        ">SCORE",
+        "TIER",
+        ">ERROR 7d",
         "HEARTBEAT",
         "REASON",
     ]);
@@ -87,6 +95,9 @@ pub(crate) fn agents(screen: Screen, rows: &[AgentView]) -> String {
             row.in_flight.to_string(),
             window(&row.window.effective),
             show_usd(row.spent_usd_micros),
+            row.score_ppm.map(percent).unwrap_or_default(),
+            row.qos_tier.as_str().into(),
+            row.mape_7d_ppm.map(percent).unwrap_or_default(),
             row.last_heartbeat_at.as_deref().map(clock).unwrap_or_default(),
             row.reason.clone().unwrap_or_default(),
         ]);

@@ -172,6 +172,8 @@ pub mod kind {
     pub const RESULT_PROVISIONAL: &str = "agent.result.provisional";
     pub const RESULT_FINAL: &str = "agent.result.final";
     pub const AGENT_LOG: &str = "agent.log";
+    pub const ESTIMATE: &str = "agent.estimate";
+    pub const ESTIMATE_RESULT: &str = "agent.estimate.result";
     pub const DISPATCH: &str = "agent.dispatch";
     pub const AGENT_CANCEL: &str = "agent.cancel";
     pub const TOOL_REQUEST: &str = "tool.request";

@@ -248,6 +248,42 @@ pub fn parse_usd(text: &str) -> Result<UsdMicros, String> {
     total.map(UsdMicros).ok_or_else(|| format!("`{text}` is larger than an amount can be"))
 }
 
+/// A decimal as programs write it (`0.5`, `5e-7`) times 10^`scale`, rounded up.
+///
+/// # Errors
+/// Names what is wrong: not a decimal, negative, or out of range.
+pub fn parse_scaled(text: &str, scale: u32) -> Result<u64, String> {
+    let text = text.trim();
+    if text.starts_with('-') {
+        return Err(format!("`{}` is negative; an amount is 0 or more", text.escape_debug()));
+    }
+    let bad = || format!("`{}` is not a decimal like 0.50", text.escape_debug());
+    let (mantissa, exponent) = match text.split_once(['e', 'E']) {
+        Some((mantissa, exponent)) => (mantissa, exponent.parse::<i32>().map_err(|_| bad())?),
+        None => (text, 0),
+    };
+    let (whole, frac) = mantissa.split_once('.').unwrap_or((mantissa, ""));
+    let digits = || whole.bytes().chain(frac.bytes());
+    if whole.is_empty() && frac.is_empty() || !digits().all(|b| b.is_ascii_digit()) {
+        return Err(bad());
+    }
+    // The digit at index i stands for 10^(point - 1 - i) of the result's units.
+    let point = i64::try_from(whole.len()).map_err(|_| bad())? + i64::from(exponent) + i64::from(scale);
+    let range = || format!("`{}` is larger than an amount can be", text.escape_debug());
+    let (mut total, mut up) = (0u64, 0u64);
+    for (i, digit) in (0i64..).zip(digits().map(|b| u64::from(b - b'0'))).filter(|(_, digit)| *digit > 0) {
+        match u32::try_from(point - 1 - i) {
+            Ok(place) => {
+                let more = 10u64.checked_pow(place).and_then(|p| p.checked_mul(digit)).ok_or_else(range)?;
+                total = total.checked_add(more).ok_or_else(range)?;
+            }
+            Err(_) if point - 1 - i < 0 => up = 1,
+            Err(_) => return Err(range()),
+        }
+    }
+    total.checked_add(up).ok_or_else(range)
+}
+
 /// `12345` micro-USD as `0.012345`; at least two decimals, trailing zeros cut.
 #[must_use]
 pub fn show_usd(v: UsdMicros) -> String {
@@ -274,6 +310,22 @@ mod tests {
         assert_eq!(show_usd(UsdMicros(500_000)), "0.50");
         assert_eq!(show_usd(UsdMicros(12_345)), "0.012345");
         assert_eq!(show_usd(UsdMicros(0)), "0.00");
+    }
+
+    #[test]
+    fn decimals_of_programs_are_scaled_and_rounded_up() {
+        assert_eq!(parse_scaled("0.10", 6), Ok(100_000));
+        assert_eq!(parse_scaled("1e-05", 6), Ok(10));
+        assert_eq!(parse_scaled("1.5E-6", 6), Ok(2));
+        assert_eq!(parse_scaled("4e-4", 12), Ok(400_000_000));
+        assert_eq!(parse_scaled("1e-999999999", 6), Ok(1));
+        assert_eq!(parse_scaled("0e99999", 6), Ok(0));
+        assert_eq!(parse_scaled("18446744073709.551615", 6), Ok(u64::MAX));
+        for bad in
+            ["", ".", "e5", "-1", "-0.0", "NaN", "inf", "Infinity", "1.2.3", "1e", "18446744073709.551616", "1e99"]
+        {
+            assert!(parse_scaled(bad, 6).is_err(), "{bad}");
+        }
     }
 
     #[test]

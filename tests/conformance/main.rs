@@ -3,6 +3,7 @@
 
 mod agents;
 mod duplicates;
+mod estimates;
 mod fragments;
 mod frames;
 mod refusals;

@@ -273,6 +273,7 @@ fn agent(rng: &mut Rng, index: usize, calm: bool) -> AgentPlan {
         variance: Variance { tokens: rng.pick(&[0, 100, 2_500]), usd_micros: rng.pick(&[0, 10_000]) },
         ..EstimateFigures::default()
     };
+    let mode = if reach_tokens.is_multiple_of(4) { EstimateMode::Preflight } else { EstimateMode::Declared };
     // The worst of a call: its longest answer and any input of these tasks.
     let worst_tokens = 200 + chunk_max * chunks_max;
     let worst_micros = (200 * in_price + chunk_max * chunks_max * out_price).div_ceil(1_000_000);
@@ -289,7 +290,7 @@ fn agent(rng: &mut Rng, index: usize, calm: bool) -> AgentPlan {
                 context_tokens: None,
             }],
             max_parallel: rng.pick(&[1, 2, 4]),
-            estimate: rng.percent(90).then_some(EstimateDeclaration { mode: EstimateMode::Declared, figures }),
+            estimate: rng.percent(90).then_some(EstimateDeclaration { mode, figures }),
             stop,
             reach,
             effects: if rng.percent(25) { Effects::External } else { Effects::None },

@@ -1,7 +1,10 @@
 //! An agent process, the far end of a call: what the SDK and an adapter do. It outlives connections and routers, keeps
 //! its calls until their end is acknowledged, fences lower epochs, and spends no more than its grant and its reach.
 
+mod bill;
+
 use crate::simulation::check::Check;
+use crate::simulation::estimates;
 use crate::simulation::net::Peer;
 use crate::simulation::plan::AgentPlan;
 use crate::simulation::sched::{Event, Sched};
@@ -198,7 +201,12 @@ impl Process {
         if !self.alive || self.conn != Some(conn) {
             return;
         }
-        let Some(id) = CallId::parse(&frame.stream_id) else { return };
+        let Some(id) = CallId::parse(&frame.stream_id) else {
+            if let Some(answer) = estimates::answer(&mut s.rng, &self.plan, frame) {
+                s.send_up(conn, answer);
+            }
+            return;
+        };
         match &*frame.kind {
             kind::DISPATCH => {
                 let dispatch: Dispatch = frame.read().expect("the router's own dispatch");
@@ -564,36 +572,5 @@ impl Process {
             finish,
         };
         self.emit(s, id, Flags::FIN, kind::RESULT_FINAL, &done);
-    }
-
-    fn bill(&mut self, _s: &mut Sched, check: &mut Check, id: CallId) {
-        let Some(call) = self.calls.get(&id) else { return };
-        let total = self.plan.price(call.in_tokens, call.out_tokens);
-        let amount = total.amount().expect("small numbers");
-        let reach = self.plan.capabilities.reach;
-        let allowed = Amount {
-            tokens: Tokens(call.grant.tokens.0.saturating_add(reach.tokens.0)),
-            usd_micros: atp_proto::UsdMicros(call.grant.usd_micros.0.saturating_add(reach.usd_micros.0)),
-        };
-        let breach = call.breach;
-        check.bill(self.index, id, total, amount.less(allowed), breach);
-    }
-
-    /// What a provider still makes after the decision to stop: anything up to grant and reach.
-    fn bill_tail(&mut self, s: &mut Sched, check: &mut Check, id: CallId) {
-        let reach = self.plan.capabilities.reach;
-        let (in_price, out_price) = (self.plan.in_price, self.plan.out_price);
-        let Some(call) = self.calls.get_mut(&id) else { return };
-        if call.out_tokens == 0 {
-            return;
-        }
-        let room_tokens =
-            (call.grant.tokens.0.saturating_add(reach.tokens.0)).saturating_sub(call.in_tokens + call.out_tokens);
-        let micros = u128::from(call.grant.usd_micros.0.saturating_add(reach.usd_micros.0)) * 1_000_000;
-        let spent = u128::from(call.in_tokens * in_price + call.out_tokens * out_price);
-        let room_micros = micros.saturating_sub(spent) / u128::from(out_price);
-        let room = room_tokens.min(u64::try_from(room_micros).unwrap_or(u64::MAX)).min(reach.tokens.0);
-        call.out_tokens += s.rng.range(0, room);
-        self.bill(s, check, id);
     }
 }

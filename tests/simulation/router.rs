@@ -317,6 +317,7 @@ impl Router {
             });
             state = whole;
         }
+        check.fold.statistics(&state, &mut check.verdict);
         self.owner += 1;
         self.told_owner = false;
         let incarnation = format!("o{}", self.owner);

@@ -208,6 +208,9 @@ impl World {
                 format!("agent {agent} has {used} slots in use, and no call runs")
             });
         }
+        if let Some(shard) = &self.router.shard {
+            self.check.fold.statistics(shard.state(), &mut self.check.verdict);
+        }
         ending::check(&mut self.check, &self.clients.tasks, self.s.now_ms);
     }
 

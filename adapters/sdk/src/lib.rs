@@ -30,7 +30,8 @@ pub use agent::meter::Meter;
 pub use agent::offline::Offline;
 pub use agent::tool::{ToolAnswer, ToolError};
 pub use agent::{
-    AgentHandle, AgentOptions, Call, Handler, Outcome, ROOM_BYTES_MAX, StopReason, UNACKED_BYTES_MAX, Verdict, serve,
+    AgentHandle, AgentOptions, Call, Estimated, Handler, Outcome, ROOM_BYTES_MAX, StopReason, UNACKED_BYTES_MAX,
+    Verdict, serve,
 };
 pub use backoff::Backoff;
 pub use client::stream::{Event, EventKind, TaskOutcome, TaskStream};

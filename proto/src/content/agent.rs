@@ -1,9 +1,9 @@
 //! Contents of an agent's connection: what it can and how it is.
 
-use super::WindowView;
+use super::{EstimateDeclaration, WindowView};
 use crate::frame::Qos;
 use crate::id::{AgentName, CallId};
-use crate::money::{Amount, Cost, Tokens, UsdMicros};
+use crate::money::{Amount, Cost};
 use serde::{Deserialize, Serialize};
 
 /// How a call can be stopped, per adapter.
@@ -44,50 +44,6 @@ pub struct ModelInfo {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[serde(deserialize_with = "crate::lenient::lenient")]
     pub context_tokens: Option<u64>,
-}
-
-/// The figures of an estimate, as declared in capabilities or answered to `agent.estimate`.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
-#[serde(default)]
-pub struct EstimateFigures {
-    pub in_tokens: Tokens,
-    pub out_tokens: Tokens,
-    /// Absent: priced by the model's price from the tokens.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub usd_micros: Option<UsdMicros>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub p95_tokens: Option<Tokens>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub p95_usd_micros: Option<UsdMicros>,
-    /// tokens squared, micro-USD squared.
-    pub variance: Variance,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub confidence_ppm: Option<u32>,
-}
-
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(default)]
-pub struct Variance {
-    #[serde(deserialize_with = "crate::lenient::lenient")]
-    pub tokens: u64,
-    #[serde(deserialize_with = "crate::lenient::lenient")]
-    pub usd_micros: u64,
-}
-
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum EstimateMode {
-    Preflight,
-    #[default]
-    Declared,
-}
-
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
-#[serde(default)]
-pub struct EstimateDeclaration {
-    pub mode: EstimateMode,
-    #[serde(flatten)]
-    pub figures: EstimateFigures,
 }
 
 /// `control.capabilities`, agent to router after its hello; sent again it replaces the former.

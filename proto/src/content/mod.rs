@@ -4,6 +4,7 @@
 mod agent;
 mod bill;
 mod call;
+mod estimate;
 mod session;
 mod task;
 mod tool;
@@ -11,6 +12,7 @@ mod tool;
 pub use agent::*;
 pub use bill::*;
 pub use call::*;
+pub use estimate::*;
 pub use session::*;
 pub use task::*;
 pub use tool::*;

@@ -89,7 +89,8 @@ impl StreamReplay {
             | Record::Extend(_)
             | Record::Adjust(_)
             | Record::Tool(_)
-            | Record::Checkpoint(_) => {}
+            | Record::Checkpoint(_)
+            | Record::Tier(_) => {}
         }
     }
 

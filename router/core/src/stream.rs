@@ -225,6 +225,16 @@ impl Call {
             ..cost
         }
     }
+    /// What its agent cost, without the mediated tools beside it.
+    #[must_use]
+    pub fn own_cost(&self) -> Cost {
+        let (cost, tools) = (Cost::from(self.actual), self.tool_cost());
+        Cost {
+            out_tokens: cost.out_tokens.less(tools.tokens),
+            usd_micros: cost.usd_micros.less(tools.usd_micros),
+            ..cost
+        }
+    }
     #[must_use]
     pub fn agent(&self) -> AgentName {
         AgentName::new(&self.reserve.agent)

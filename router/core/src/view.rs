@@ -47,9 +47,28 @@ pub struct AgentView {
     pub reason: Option<String>,
     pub window: AgentWindows,
     pub in_flight: u32,
+    /// Mean absolute error of its estimates over 7 days; absent below 3 runs, as the next two.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub mape_7d_ppm: Option<u64>,
+    /// Share of its runs more than 20 % above their estimate.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub under_rate_7d_ppm: Option<u64>,
+    /// What 95 % of its runs cost at most, as a multiple of their estimate.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub p95_overage_ppm: Option<u64>,
+    /// For a task that names nothing, among those connected; absent when it isn't.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub score_ppm: Option<u64>,
+    /// The highest QoS that it is offered to while others match.
+    #[serde(default = "gold")]
+    pub qos_tier: Qos,
     pub spent_usd_micros: UsdMicros,
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub last_heartbeat_at: Option<String>,
+}
+
+fn gold() -> Qos {
+    Qos::Gold
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]

@@ -5,7 +5,7 @@
 use atp_core::agent::Agent;
 use atp_core::clock::Now;
 use atp_core::message::{AgentEffect, AgentInput, Answer, Effect, FromAgent, Input, Machine, Query, ToAgent};
-use atp_core::record::{Entry, Genesis};
+use atp_core::record::{Entry, Genesis, Record, Tier};
 use atp_core::replay::StreamReplay;
 use atp_core::settings::Settings;
 use atp_core::shard::Shard;
@@ -13,7 +13,7 @@ use atp_core::state::State;
 use atp_proto::codec::{Received, encode_body};
 use atp_proto::content::*;
 use atp_proto::frame::{Flags, kind};
-use atp_proto::{AgentName, Amount, ConnId, Cost, Frame, Limit, StreamId, TenantId, Tokens, UsdMicros};
+use atp_proto::{AgentName, Amount, ConnId, Cost, Frame, Limit, Qos, StreamId, TenantId, Tokens, UsdMicros};
 use prost::Message;
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -347,4 +347,46 @@ fn a_lost_agent_settles_at_hold_and_reach_and_is_replaced() {
     assert_eq!(bill.calls[0].actual.usd_micros.0, call.grant.usd_micros.0 + 80);
     assert_eq!(bill.calls[1].retry_of, Some(call.call_id));
     assert_eq!(StreamId::new("s1").as_str(), bill.stream_id);
+}
+
+#[test]
+fn statistics_take_over_and_underestimation_lowers_a_tier() {
+    let mut house = House::new();
+    house.connect(vec![]);
+    let mut out = 1_500;
+    let mut sources = Vec::new();
+    for n in 1..=10 {
+        house.submit(&format!("s{n}"), &task("hi"));
+        let call = house.dispatched();
+        house.says(last(&call, 1, out));
+        let bill: Bill = house.to_client.last().unwrap().read().unwrap();
+        sources.push((bill.calls[0].estimate.source.clone(), bill.calls[0].estimate.samples));
+        house.to_agent.clear();
+        // Each answer is longer than the mean of those before it, by more than 20 %.
+        out = out * 13 / 10;
+    }
+    assert_eq!(sources[2], ("class_default".into(), 0));
+    assert_eq!(sources[3..5], [("statistics".into(), 3), ("statistics".into(), 4)]);
+    let tiers: Vec<&Record> = house
+        .log
+        .iter()
+        .flat_map(|e| &e.records)
+        .filter_map(|r| r.record.as_ref())
+        .filter(|r| matches!(r, Record::Tier(_)))
+        .collect();
+    let silver = Tier { agent: "a".into(), tier: 2, runs: 10, under_ppm: 1_000_000 };
+    assert_eq!(tiers, [&Record::Tier(silver)]);
+    house.shard.handle(house.now, Input::Query { id: 1, query: Query::Agents });
+    house.run();
+    let Some(Answer::Agents(agents)) = house.answers.pop() else { panic!("no answer") };
+    assert_eq!((agents[0].qos_tier, agents[0].under_rate_7d_ppm), (Qos::Silver, Some(1_000_000)));
+    // Nobody else matches: gold is served all the same. A new owner has learned the same.
+    let learned = house.shard.state().statistics().clone();
+    house.restart();
+    assert_eq!(*house.shard.state().statistics(), learned);
+    let submit = Frame { qos: Qos::Gold as u32, ..Frame::json("g1", 1, Flags::SYN, kind::TASK_SUBMIT, &task("hi")) };
+    let tenant = TenantId::new("default");
+    house.shard.handle(house.now, Input::Client { conn: CLIENT, tenant, received: received(submit) });
+    house.run();
+    house.dispatched();
 }

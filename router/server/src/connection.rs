@@ -464,7 +464,13 @@ impl<R: AsyncRead + Unpin> Connection<R> {
 
     fn is_for_agents(&self, frame: &Frame) -> bool {
         match &*frame.kind {
-            kind::RESULT_PARTIAL | kind::RESULT_FINAL | kind::TOOL_REQUEST | kind::AGENT_LOG | kind::ERROR | "" => true,
+            kind::RESULT_PARTIAL
+            | kind::RESULT_FINAL
+            | kind::TOOL_REQUEST
+            | kind::ESTIMATE_RESULT
+            | kind::AGENT_LOG
+            | kind::ERROR
+            | "" => true,
             known if is_known(known) => {
                 let message = format!("payload.type: {known} isn't sent by an agent (this connection's role)");
                 self.reset(&frame.stream_id, message);
@@ -496,6 +502,8 @@ fn is_known(text: &str) -> bool {
             | kind::RESULT_PROVISIONAL
             | kind::RESULT_FINAL
             | kind::AGENT_LOG
+            | kind::ESTIMATE
+            | kind::ESTIMATE_RESULT
             | kind::DISPATCH
             | kind::AGENT_CANCEL
             | kind::TOOL_REQUEST

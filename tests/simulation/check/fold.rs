@@ -57,6 +57,17 @@ impl Fold {
         }
     }
 
+    /// What a router has learned is what the log says, each run once, however it came by its state.
+    pub fn statistics(&mut self, live: &State, verdict: &mut Verdict) {
+        let log = self.upto(live.position(), verdict);
+        if log.position() == live.position() {
+            let (live, log) = (live.statistics(), log.statistics());
+            verdict.expect(live == log, "statistics of fold(log) = live statistics", || {
+                format!("live {live:?}, log {log:?}")
+            });
+        }
+    }
+
     /// `Answer::Verify` against the log.
     pub fn verify(&mut self, view: &VerifyView, verdict: &mut Verdict) {
         if view.position < self.state.position() {

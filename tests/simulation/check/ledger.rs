@@ -128,6 +128,10 @@ pub struct Seen {
     pub preempted: u64,
     /// Mediated tools that were allowed.
     pub tools: u64,
+    /// Calls whose estimate the agent gave when it was asked.
+    pub preflights: u64,
+    /// Calls whose estimate is of earlier runs.
+    pub learned: u64,
 }
 
 impl Seen {
@@ -142,6 +146,8 @@ impl Seen {
         self.cancels += o.cancels;
         self.preempted += o.preempted;
         self.tools += o.tools;
+        self.preflights += o.preflights;
+        self.learned += o.learned;
     }
 }
 
@@ -213,6 +219,8 @@ impl Ledger {
             Record::Reserve(r) => {
                 for call in &r.calls {
                     self.seen.retries += u64::from(call.retry_of > 0);
+                    self.seen.preflights += u64::from(call.source == "preflight");
+                    self.seen.learned += u64::from(call.source == "statistics");
                     self.reserve(&r.key, call, verdict);
                 }
                 if let Some(stream) = self.streams.get_mut(&r.key) {
@@ -302,6 +310,8 @@ impl Ledger {
             }
             Record::Tool(_) => {}
             Record::Checkpoint(_) => self.seen.checkpoints += 1,
+            // No money moves with it.
+            Record::Tier(_) => {}
         }
     }
 

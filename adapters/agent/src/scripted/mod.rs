@@ -10,10 +10,11 @@ pub use script::Script;
 
 use crate::config::{AgentConfig, ConfigError};
 use atp_proto::content::{
-    AgentError, AgentFinal, AgentPartial, AgentStatus, Capabilities, Dispatch, Finish, Proof, Stop,
+    AgentError, AgentFinal, AgentPartial, AgentStatus, Capabilities, Dispatch, EstimateMode, EstimateRequest, Finish,
+    Proof, Stop,
 };
 use atp_proto::{AgentName, Code, Cost, UsdMicros};
-use atp_sdk::{AgentHandle, BoxFuture, Call, Handler, Outcome, StopReason, ToolAnswer, ToolError, Verdict};
+use atp_sdk::{AgentHandle, BoxFuture, Call, Estimated, Handler, Outcome, StopReason, ToolAnswer, ToolError, Verdict};
 use bytes::Bytes;
 use charges::Charges;
 use jitter::Dice;
@@ -122,9 +123,21 @@ impl Handler for Scripted {
         let _ = self.handle.set(agent);
     }
 
+    /// The script's figures; under `bad_estimate` no number at all.
+    fn estimate(&self, _request: EstimateRequest) -> BoxFuture<'_, Estimated> {
+        let bad = self.script.calls.value[0].value.fault == Some(Fault::BadEstimate);
+        let estimated = if bad {
+            Estimated::Raw(br#"{"in_tokens":NaN,"out_tokens":NaN,"usd_micros":NaN}"#.to_vec())
+        } else {
+            Estimated::Declared
+        };
+        Box::pin(std::future::ready(estimated))
+    }
+
     /// Under `bad_estimate` the declared figures are NaN, which no typed estimate can say.
     fn capabilities_json(&self, capabilities: &Capabilities) -> Option<Vec<u8>> {
-        if self.script.calls.value[0].value.fault != Some(Fault::BadEstimate) {
+        let asked = capabilities.estimate.as_ref().is_some_and(|e| e.mode == EstimateMode::Preflight);
+        if asked || self.script.calls.value[0].value.fault != Some(Fault::BadEstimate) {
             return None;
         }
         let mut plain = capabilities.clone();

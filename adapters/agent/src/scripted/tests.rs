@@ -244,6 +244,25 @@ async fn each_fault_does_its_harm() {
     assert!(json.contains(r#""in_tokens":NaN"#) && json.starts_with(r#"{"agent":"a""#), "{json}");
 }
 
+#[tokio::test]
+async fn preflight_answers_with_the_scripts_figures_or_with_no_number() {
+    let asked = || EstimateRequest {
+        call_id: atp_proto::CallId([7; 10]),
+        task: "t".into(),
+        inputs: Vec::new(),
+        model: None,
+        task_type: String::new(),
+    };
+    let (capabilities, handler) = made("name: a\nestimate: {mode: preflight, out_tokens: 5}\ncalls: [{final: {}}]\n");
+    assert_eq!(capabilities.estimate.unwrap().mode, EstimateMode::Preflight);
+    assert_eq!(handler.estimate(asked()).await, Estimated::Declared);
+    let bad = "name: a\nestimate: {mode: preflight, out_tokens: 5}\ncalls: [{fault: bad_estimate}]\n";
+    let (capabilities, handler) = made(bad);
+    assert!(handler.capabilities_json(&capabilities).is_none(), "only the answer is broken");
+    let Estimated::Raw(json) = handler.estimate(asked()).await else { panic!("not raw") };
+    assert!(String::from_utf8(json).unwrap().contains("NaN"));
+}
+
 #[tokio::test(start_paused = true)]
 async fn one_seed_plays_the_same_each_time() {
     let yaml = |seed: u64| {

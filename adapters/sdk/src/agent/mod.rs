@@ -32,6 +32,7 @@
 //! ```
 
 pub(crate) mod call;
+mod estimate;
 pub mod meter;
 pub mod offline;
 mod session;
@@ -41,7 +42,9 @@ pub mod tool;
 use crate::backoff::Backoff;
 use crate::dial::Dialer;
 use crate::error::Error;
-use atp_proto::content::{AgentError, AgentFinal, AgentStatus, Capabilities, Dispatch};
+use atp_proto::content::{
+    AgentError, AgentFinal, AgentStatus, Capabilities, Dispatch, EstimateFigures, EstimateRequest,
+};
 use futures_util::future::BoxFuture;
 use meter::Meter;
 use std::sync::Arc;
@@ -58,6 +61,12 @@ pub trait Handler: Send + Sync + 'static {
     /// 5 s after it was asked to stop; its outcome is unknown then.
     fn call(&self, call: Call) -> BoxFuture<'_, Outcome>;
 
+    /// Says what a call would cost, for `control.capabilities` with `estimate.mode: preflight`. The router waits 2 s; dropped
+    /// then.
+    fn estimate(&self, _request: EstimateRequest) -> BoxFuture<'_, Estimated> {
+        Box::pin(std::future::ready(Estimated::Declared))
+    }
+
     /// Told once, before the first call.
     fn started(&self, _agent: AgentHandle) {}
 
@@ -65,6 +74,18 @@ pub trait Handler: Send + Sync + 'static {
     fn capabilities_json(&self, _capabilities: &Capabilities) -> Option<Vec<u8>> {
         None
     }
+}
+
+/// The answer to `agent.estimate`.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Estimated {
+    /// The figures that the capabilities declare; an error where they have none.
+    Declared,
+    Figures(EstimateFigures),
+    /// No estimate can be given: the router asks another agent.
+    Failed(AgentError),
+    /// The JSON text of `agent.estimate.result`, where it can't be the usual one (a test's faults).
+    Raw(Vec<u8>),
 }
 
 /// One dispatched call.

@@ -2,6 +2,7 @@
 //! reconnects for ever. Calls run beside it and don't notice a lost connection.
 
 use super::call::CallState;
+use super::estimate::Estimates;
 use super::meter::Meter;
 use super::table::{Admit, Table};
 use super::{AgentOptions, Call, Handler, Outcome, StopReason};
@@ -12,7 +13,7 @@ use crate::wire::{Pulse, Turn, Wire, open};
 use atp_proto::code::{Fatal, WireError};
 use atp_proto::content::{
     Ack, AgentCancel, AgentError, AgentStatus, BudgetUpdate, Capabilities, Dispatch, Proof, Role, Status, ToolResult,
-    UsageSource,
+    UsageSource, estimated_call,
 };
 use atp_proto::frame::kind;
 use atp_proto::{CallId, Code, Cost, Flags, Frame, limits};
@@ -46,6 +47,8 @@ pub(crate) struct Shared {
 #[derive(Debug, Default)]
 struct State {
     unsent: Vec<Arc<CallState>>,
+    /// Answers to `agent.estimate`: whoever lost them asks again.
+    replies: Vec<Frame>,
     status: Option<AgentStatus>,
     status_new: bool,
     drain: bool,
@@ -78,6 +81,11 @@ impl Shared {
 
     pub(crate) fn has_unsent(&self, call: Arc<CallState>) {
         self.state().unsent.push(call);
+        self.wake.notify_one();
+    }
+
+    pub(crate) fn reply(&self, frame: Frame) {
+        self.state().replies.push(frame);
         self.wake.notify_one();
     }
 
@@ -142,6 +150,7 @@ pub(crate) struct Session {
     /// Calls with something to send on the present connection.
     unsent: VecDeque<Arc<CallState>>,
     joiners: HashMap<CallId, Joiner>,
+    estimates: Estimates,
     drain_until: Option<Instant>,
 }
 
@@ -175,6 +184,7 @@ impl Session {
             tasks: JoinSet::new(),
             unsent: VecDeque::new(),
             joiners: HashMap::new(),
+            estimates: Estimates::default(),
             drain_until: None,
         }
     }
@@ -274,6 +284,7 @@ impl Session {
     /// Capabilities with the call list, the status, and all that isn't acknowledged.
     fn greet(&mut self, wire: &mut Wire) {
         self.joiners.clear();
+        self.estimates.clear();
         self.unsent.clear();
         let capabilities = Capabilities { calls: self.table.list(), ..self.capabilities.clone() };
         let frame = match self.handler.capabilities_json(&capabilities) {
@@ -284,6 +295,7 @@ impl Session {
         {
             let mut state = self.shared.state();
             state.unsent.clear();
+            state.replies.clear();
             state.drop = false;
             state.status_new = state.status.is_some();
         }
@@ -296,6 +308,7 @@ impl Session {
         {
             let mut state = self.shared.state();
             self.unsent.extend(state.unsent.drain(..));
+            state.replies.drain(..).for_each(|reply| wire.push(&reply));
             if std::mem::take(&mut state.status_new)
                 && let Some(status) = &state.status
             {
@@ -320,6 +333,8 @@ impl Session {
                 self.own_frame(&frame, wire)?;
             } else if let Some(call) = CallId::parse(&frame.stream_id) {
                 self.call_frame(call, frame, wire)?;
+            } else if let Some(call) = estimated_call(&frame.stream_id) {
+                self.estimates.frame(call, frame, &self.capabilities, &self.handler, &self.shared)?;
             }
         }
         Ok(())

@@ -26,7 +26,7 @@ impl Record {
             Self::Accept(r) => {
                 json!({"payload_hash": hex(&r.payload_hash), "idempotency_key": r.idempotency_key, "account": r.account,
                 "limit": limit(&r.limit), "max_parallel": r.max_parallel, "deadline_ms": r.deadline_ms, "qos": r.qos, "task_type": r.task_type, "host": r.host,
-                "security_groups_any": r.security_groups_any})
+                "security_groups_any": r.security_groups_any, "languages": r.languages, "category": r.category})
             }
             Self::Deny(r) => {
                 json!({"payload_hash": hex(&r.payload_hash), "idempotency_key": r.idempotency_key, "error": document(&r.error)})
@@ -36,7 +36,8 @@ impl Record {
                 "agent": c.agent, "model": c.model, "mean": amount(&c.mean), "sd": amount(&c.sd), "source": c.source, "samples": c.samples,
                 "k_ppm": c.k_ppm, "guarded": amount(&c.guarded), "hold": amount(&c.hold), "deadline_ms": c.deadline_ms,
                 "windows": c.windows.iter().map(|w| json!({"account": w.account, "window": w.window})).collect::<Vec<_>>(),
-                "price_version": c.price_version, "in_price": c.in_price, "out_price": c.out_price, "rule": c.rule})).collect::<Vec<_>>()})
+                "price_version": c.price_version, "in_price": c.in_price, "out_price": c.out_price,
+                "prompt_tokens": c.prompt_tokens, "overage_ppm": c.overage_ppm, "rule": c.rule})).collect::<Vec<_>>()})
             }
             Self::Intent(r) => {
                 json!({"call_id": r.key.call(r.lane), "lane": r.lane, "agent": r.agent, "incarnation": r.incarnation,
@@ -52,7 +53,7 @@ impl Record {
                 json!({"call_id": r.key.call(r.lane), "lane": r.lane, "proof": r.proof().name(), "ended": r.ended.how, "out_seq": r.ended.out_seq})
             }
             Self::Adjust(r) => {
-                json!({"call_id": r.key.call(r.lane), "lane": r.lane, "evidence": r.evidence, "actual": cost(&r.actual)})
+                json!({"call_id": r.key.call(r.lane), "lane": r.lane, "evidence": r.evidence, "actual": cost(&r.actual), "complete": r.complete})
             }
             Self::Close(r) => {
                 json!({"state": r.state, "code": r.code, "result_hash": hex(&r.result_hash), "result": document(&r.result),
@@ -77,6 +78,9 @@ impl Record {
                     add("hash", hex(&r.hash).into());
                 }
                 shown
+            }
+            Self::Tier(r) => {
+                json!({"agent": r.agent, "tier": r.tier, "runs": r.runs, "under_ppm": r.under_ppm})
             }
             Self::Checkpoint(r) => {
                 json!({"position": r.position, "epoch": r.epoch, "fold_version": r.fold_version, "hash": hex(&r.hash),

@@ -24,7 +24,7 @@ pub struct Entry {
 /// One record; `None` was written by a newer version.
 #[derive(Clone, PartialEq, Message)]
 pub struct AnyRecord {
-    #[prost(oneof = "Record", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 20")]
+    #[prost(oneof = "Record", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 20, 21")]
     pub record: Option<Record>,
 }
 
@@ -60,6 +60,8 @@ pub enum Record {
     Checkpoint(Checkpoint),
     #[prost(message, tag = "20")]
     Tool(Tool),
+    #[prost(message, tag = "21")]
+    Tier(Tier),
 }
 
 /// First record of a shard.
@@ -154,6 +156,11 @@ pub struct Accept {
     /// Its agents must be in one of these; empty: any agent.
     #[prost(string, repeated, tag = "40")]
     pub security_groups_any: Vec<String>,
+    /// What the task names beside its type, for the choice of agents: at most 16 languages.
+    #[prost(string, repeated, tag = "24")]
+    pub languages: Vec<String>,
+    #[prost(string, tag = "25")]
+    pub category: String,
 }
 
 /// Judged and refused: at once, or after waiting.
@@ -218,6 +225,12 @@ pub struct ReserveCall {
     pub out_price: u64,
     #[prost(string, tag = "17")]
     pub rule: String,
+    /// The prompt as it was counted.
+    #[prost(uint64, tag = "24")]
+    pub prompt_tokens: u64,
+    /// The p95 overage factor of such estimates, 1,000,000 without one: what the call may still need beside its hold.
+    #[prost(uint64, tag = "25")]
+    pub overage_ppm: u64,
 }
 
 #[derive(Clone, PartialEq, Eq, Message)]
@@ -329,6 +342,24 @@ pub struct Adjust {
     pub actual: CostPb,
     #[prost(enumeration = "SourcePb", tag = "5")]
     pub source: i32,
+    /// The call's own final said `complete`: a measured run.
+    #[prost(bool, tag = "6")]
+    pub complete: bool,
+}
+
+/// An agent's estimates were too low too often, or good again: its QoS tier is another one now.
+#[derive(Clone, PartialEq, Message)]
+pub struct Tier {
+    #[prost(string, tag = "1")]
+    pub agent: String,
+    /// 1 gold, 2 silver, 3 bronze.
+    #[prost(uint32, tag = "2")]
+    pub tier: u32,
+    /// The errors that decided: runs since the last change, and their share more than 20 % above the estimate.
+    #[prost(uint64, tag = "3")]
+    pub runs: u64,
+    #[prost(uint64, tag = "4")]
+    pub under_ppm: u64,
 }
 
 /// What the client is told, exactly once; duplicates get it again.
@@ -456,6 +487,7 @@ impl Record {
             Self::Frame(_) => "frame",
             Self::Checkpoint(_) => "checkpoint",
             Self::Tool(_) => "tool",
+            Self::Tier(_) => "tier",
         }
     }
 
@@ -474,7 +506,7 @@ impl Record {
             Self::Close(r) => Some(&r.key),
             Self::Frame(r) => Some(&r.key),
             Self::Tool(r) => Some(&r.key),
-            Self::Genesis(_) | Self::Epoch(_) | Self::Window(_) | Self::Checkpoint(_) => None,
+            Self::Genesis(_) | Self::Epoch(_) | Self::Window(_) | Self::Checkpoint(_) | Self::Tier(_) => None,
         }
     }
 }

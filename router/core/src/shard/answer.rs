@@ -4,11 +4,12 @@ use super::Shard;
 use super::closing::qos;
 use crate::clock::rfc3339;
 use crate::message::{Answer, Effect, Query, StreamAnswer};
+use crate::statistics::{RUNS_MIN, day_of};
 use crate::stream::Stream;
 use crate::view::{AgentView, AgentWindows, StreamView};
 use atp_proto::content::WindowView;
 use atp_proto::{AgentName, StreamId, TenantId, UsdMicros};
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 impl Shard {
     pub(super) fn query(&mut self, id: u64, query: Query) {
@@ -38,10 +39,14 @@ impl Shard {
     fn agents(&self) -> Vec<AgentView> {
         let known = self.state.agents.keys().map(|name| AgentName::new(name));
         let names: BTreeSet<AgentName> = known.chain(self.seats.keys().cloned()).collect();
-        names.into_iter().map(|name| self.agent(name)).collect()
+        let scores: BTreeMap<AgentName, u64> = self.scores().into_iter().collect();
+        names.into_iter().map(|name| self.agent(name, &scores)).collect()
     }
 
-    fn agent(&self, name: AgentName) -> AgentView {
+    fn agent(&self, name: AgentName, scores: &BTreeMap<AgentName, u64>) -> AgentView {
+        let today = day_of(self.clock.logged_ms());
+        let learned = self.state.statistics().agent(name.as_str());
+        let errors = learned.map(|l| l.errors(today)).filter(|e| e.runs >= RUNS_MIN);
         let seat = self.seats.get(&name);
         let router = WindowView {
             max_parallel: self.settings.agent_window.max_parallel,
@@ -62,6 +67,11 @@ impl Shard {
             reason: seat.and_then(|s| s.status.reason.clone()),
             window: AgentWindows { router, agent: own, effective },
             in_flight: self.in_flight(&name),
+            mape_7d_ppm: errors.map(|e| e.mape_ppm),
+            under_rate_7d_ppm: errors.map(|e| e.under_ppm),
+            p95_overage_ppm: learned.and_then(|l| l.overage_ppm(today)),
+            score_ppm: scores.get(&name).copied(),
+            qos_tier: self.tier(&name),
             spent_usd_micros: UsdMicros(self.state.agent_totals(name.as_str()).spent_usd_micros),
             last_heartbeat_at: None,
             name,

@@ -108,7 +108,17 @@ impl Shard {
     pub(super) fn note_short(&mut self, no: u64, lane: u32) {
         let Some(call) = self.state.stream(no).and_then(|s| s.call(lane)) else { return };
         let room = self.state.stream(no).map(|s| s.level().free()).unwrap_or_default();
-        let short = Amount::from(call.reserve.guarded).less(call.grant()).min(room);
+        // What such calls need at p95 beside what this one may spend already.
+        let mean = Amount::from(call.reserve.mean);
+        let p95 = |n: u64| crate::estimate::overage(n, call.reserve.overage_ppm);
+        let need = Amount::from(call.reserve.guarded).max(Amount::new(p95(mean.tokens.0), p95(mean.usd_micros.0)));
+        let mut short = need.less(call.grant());
+        if short.is_zero() {
+            // It needs more than it was thought to, and will ask for another slice.
+            let guarded = call.reserve.guarded;
+            short = Amount::new(guarded.tokens / 4, guarded.usd_micros / 4);
+        }
+        let short = short.min(room);
         let open = call.is_open();
         let Some(account) = self.state.stream(no).map(|s| s.accept.account.clone()) else { return };
         if open {

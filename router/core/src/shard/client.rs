@@ -1,5 +1,6 @@
 //! The client's side of a stream: submit, duplicates, attach by key, resume, cancel, and refusals.
 
+use super::choice::Request;
 use super::closing::Stopping;
 use super::tool::Needs;
 use super::{Shard, Timer};
@@ -7,10 +8,11 @@ use crate::estimate::{CALL_AMOUNT_MAX, prompt_tokens};
 use crate::message::{Effect, LogRoom, Metric};
 use crate::record::{Accept, Deny, FrameRecord, Key, Record};
 use crate::replay;
+use crate::score::Task;
 use crate::stream::Stream;
 use atp_proto::codec::Received;
 use atp_proto::content::{Ack, OpenMessage, Resume, Submit, TaskCancel, TaskState};
-use atp_proto::frame::{Flags, kind};
+use atp_proto::frame::{Flags, Meta, kind};
 use atp_proto::id::{is_id, key_prefix};
 use atp_proto::limits::{GAP_BYTES_MAX, RETRY_MS, STREAMS_MAX};
 use atp_proto::reassembly::{Fed, Inbound, Message};
@@ -23,10 +25,14 @@ const FANOUT_MAX: usize = 32;
 /// The longest deadline that is taken, in milliseconds.
 const DEADLINE_MS_MAX: u64 = 24 * 3_600_000;
 const KEY_BYTES_MAX: usize = 256;
+/// Languages of a task that the choice of agents looks at, and the bytes of one or of a category.
+const LANGUAGES_MAX: usize = 16;
+const NAME_BYTES_MAX: usize = 64;
 /// Bytes of one connection that may wait for the rest of their submits.
 const PENDING_BYTES_MAX: usize = 2 * GAP_BYTES_MAX;
 
 /// What a task wants, read once from its submit.
+#[derive(Clone)]
 pub(super) struct Wants {
     pub(super) agents: Vec<AgentName>,
     pub(super) fanout: usize,
@@ -238,7 +244,11 @@ impl Shard {
         let needs = self.needs_of(tenant, qos, frame.meta.as_deref());
         let secure =
             self.tools_allowed(tenant, &needs.tools).and_then(|()| self.somebody_may(&submit, task_type, &needs));
-        if let Err(error) = secure.and_then(|()| self.judge(tenant, &submit, qos, task_type)) {
+        let (languages, category) = frame.meta.as_ref().map(|m| named(m)).unwrap_or_default();
+        let wants = Wants { needs, ..Wants::read(&submit) };
+        let task = Task { task_type, languages: &languages, category: &category };
+        let request = Request { task, prompt_tokens: wants.prompt_tokens, qos, needs: &wants.needs };
+        if let Err(error) = secure.and_then(|()| self.judge(tenant, &submit, &wants, &request)) {
             self.metric(Metric::Admission { outcome: "denied", code: error.code.as_str() });
             if !self.may_deny(tenant) {
                 let error = WireError::new(Code::Limit, "too many refusals a second; slow down").retry_after_ms(1_000);
@@ -266,7 +276,9 @@ impl Shard {
             qos: qos as u32,
             task_type: task_type.into(),
             host: self.settings.router_id.to_string(),
-            security_groups_any: needs.groups_any,
+            security_groups_any: wants.needs.groups_any,
+            languages,
+            category,
         };
         self.record(Record::Accept(accept));
         let msg_seq = frame.msg_seq;
@@ -468,6 +480,13 @@ impl Shard {
     pub(super) fn refuse(&mut self, conn: ConnId, id: &StreamId, error: &WireError) {
         self.send(conn, Frame::json(id.as_str(), 0, Flags::RST, kind::ERROR, error));
     }
+}
+
+/// Languages and category of a task, as many and as long as an agent would list them.
+fn named(meta: &Meta) -> (Vec<String>, String) {
+    let short = |text: &&String| text.len() <= NAME_BYTES_MAX;
+    let languages = meta.languages.iter().filter(short).take(LANGUAGES_MAX).cloned().collect();
+    (languages, Some(&meta.category).filter(short).cloned().unwrap_or_default())
 }
 
 fn accepted(on: &str, seq: u64, stream: &Stream, state: TaskState) -> Frame {

@@ -1,5 +1,8 @@
 //! What becomes of a task: lanes that are owed, stopping, and the one answer with its bill.
 
+use super::choice::Request;
+use super::client::Wants;
+use super::tool::barrier;
 use super::{OWNER_LATER_MS, REPEAT_MS, Shard, Timer};
 use crate::account::Level;
 use crate::clock::rfc3339;
@@ -10,7 +13,7 @@ use crate::state::{RESULT_FINDINGS_MAX, remaining};
 use crate::stream::{Call, Phase, Stream};
 use atp_canonicalizer::Source as FindingsOf;
 use atp_proto::content::{AgentText, Bill, BillCall, Consensus, EstimateView, Final, Source, TaskResult, TaskState};
-use atp_proto::{Amount, CallId, Code, Cost, Qos, UsdMicros, WireError};
+use atp_proto::{AgentName, Amount, CallId, Code, Cost, Qos, UsdMicros, WireError};
 use sha2::{Digest, Sha256};
 
 /// Why a task is being stopped, and since when.
@@ -276,12 +279,25 @@ impl Shard {
 
     /// What a task that never got a call waited for.
     fn waited_in_vain(&self, no: u64, stream: &Stream) -> WireError {
-        let named = self.live.get(&no).map(|l| l.wants.agents.clone()).unwrap_or_default();
+        let wants = self.live.get(&no).map_or_else(|| Wants::of(&stream.submit), |l| l.wants.clone());
+        let named = &wants.agents;
         if let Some(agent) = named.iter().find(|a| self.seats.get(*a).is_none_or(|s| !s.up)) {
             return WireError::new(Code::AgentDown, format!("agent {agent} wasn't connected until the deadline"));
         }
         if self.seats.values().all(|s| !s.up) {
             return WireError::new(Code::AgentDown, "no agent was connected until the deadline");
+        }
+        if self.failed_estimate(no).is_some() {
+            return self.no_estimate(no);
+        }
+        let barred = |a: &AgentName| self.seats.get(a).and_then(|s| barrier(&s.capabilities, &wants.needs));
+        if let Some((agent, why)) = named.iter().find_map(|a| Some((a, barred(a)?))) {
+            return WireError::new(Code::Sec, why).scope(format!("agent:{agent}"));
+        }
+        let request = Request::of(&stream.accept, &wants);
+        if named.is_empty() && self.ranked(&request).is_empty() {
+            let message = format!("no connected agent matched until the deadline ({})", self.filters(&request));
+            return WireError::new(Code::AgentDown, message);
         }
         WireError::new(
             Code::Window,

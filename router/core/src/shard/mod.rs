@@ -4,12 +4,14 @@
 
 mod answer;
 mod book;
+mod choice;
 mod client;
 mod closing;
 mod lane;
 mod offer;
 mod outflow;
 mod output;
+mod preflight;
 mod pressure;
 mod purchase;
 mod seat;
@@ -33,6 +35,7 @@ use client::{Bucket, Pending};
 use closing::Stopping;
 use lane::LiveCall;
 use outflow::Outflow;
+use preflight::Preflight;
 use pressure::Pressure;
 use prost::Message;
 use purchase::Bid;
@@ -68,6 +71,8 @@ enum Timer {
     Window(u64),
     /// An account's window has moved and wasn't told.
     AccountWindow(String),
+    /// An agent that was asked for an estimate has had its time.
+    Preflight(CallId, AgentName),
 }
 
 /// What the memory holds of an open stream beside the fold.
@@ -87,6 +92,8 @@ struct Live {
     window: Option<Box<Cadence>>,
     /// The task that was asked to give way to this one.
     victim: Option<u64>,
+    /// What agents that were asked said of this task.
+    preflights: BTreeMap<AgentName, Preflight>,
 }
 
 /// One shard's machine. See `message` for what goes in and what comes out.
@@ -108,6 +115,8 @@ pub struct Shard {
     calls: BTreeMap<CallId, LiveCall>,
     /// Calls that are asked a slot for and not reserved.
     bids: BTreeMap<CallId, u64>,
+    /// Questions for an estimate whose answer is due, and their streams.
+    preflights: BTreeMap<(CallId, AgentName), u64>,
     seats: BTreeMap<AgentName, Seat>,
     books: BTreeMap<String, Book>,
     pending: BTreeMap<(ConnId, StreamId), Pending>,
@@ -150,6 +159,7 @@ impl Shard {
             live: BTreeMap::new(),
             calls: BTreeMap::new(),
             bids: BTreeMap::new(),
+            preflights: BTreeMap::new(),
             seats: BTreeMap::new(),
             books: BTreeMap::new(),
             pending: BTreeMap::new(),
@@ -214,6 +224,7 @@ impl Shard {
             left_out: Vec::new(),
             window: None,
             victim: None,
+            preflights: BTreeMap::new(),
         }
     }
 
@@ -405,6 +416,7 @@ impl Shard {
             Timer::Owner(agent) => self.announce(agent),
             Timer::Window(no) => self.tell_window(no),
             Timer::AccountWindow(account) => self.tell_account_window(&account),
+            Timer::Preflight(call, agent) => self.preflight_due(call, &agent),
         }
     }
 }

@@ -1,13 +1,12 @@
-//! Choice and permission: which agents could run a task, in which order, and whether the money is there.
+//! Offers and permission: what agents would run a task for, and whether the money is there.
 
 use super::Shard;
-use super::tool::barrier;
+use super::choice::Request;
 use crate::account::{AccountWindow, Level};
-use crate::estimate::{Estimate, estimate};
+use crate::estimate::Estimate;
 use crate::record::WindowRef;
-use crate::settings::WindowSettings;
 use crate::stream::Stream;
-use atp_proto::content::{Capabilities, Status, Stop, Submit};
+use atp_proto::content::{Capabilities, Stop, Submit};
 use atp_proto::{AgentName, Amount, Code, Qos, TenantId, Tokens, WireError};
 use std::sync::Arc;
 
@@ -15,9 +14,10 @@ use std::sync::Arc;
 #[derive(Clone)]
 pub(super) struct Offer {
     pub(super) agent: AgentName,
-    capabilities: Arc<Capabilities>,
+    pub(super) capabilities: Arc<Capabilities>,
     pub(super) estimate: Estimate,
-    pub(super) rule: String,
+    /// Why this agent: the first half of the bill's rule.
+    pub(super) why: String,
 }
 /// What the money says to a list of offers.
 pub(super) enum Fit {
@@ -29,74 +29,38 @@ pub(super) enum Fit {
     Never(WireError),
 }
 impl Shard {
-    pub(super) fn offer(
-        &self,
-        agent: &AgentName,
-        prompt: u64,
-        qos: Qos,
-        window: &WindowSettings,
-        rule: String,
-    ) -> Option<Offer> {
-        let seat = self.seats.get(agent).filter(|s| s.up)?;
-        let found = estimate(&seat.capabilities, prompt, qos, &self.settings.prices, window);
-        let estimate = found.ok().flatten()?;
-        Some(Offer { agent: agent.clone(), capabilities: seat.capabilities.clone(), estimate, rule })
-    }
-
     /// The agents of a task in order of rank: the named ones (all of them must be here), or those that match.
-    pub(super) fn offers(
-        &self,
-        wants: &super::client::Wants,
-        task_type: &str,
-        qos: Qos,
-    ) -> Result<Vec<Offer>, AgentName> {
-        let window = self.settings.stream_window;
-        if !wants.agents.is_empty() {
-            let named = |a: &AgentName| {
-                let offer = self.offer(a, wants.prompt_tokens, qos, &window, "named".into());
-                offer.filter(|o| barrier(&o.capabilities, &wants.needs).is_none()).ok_or_else(|| a.clone())
-            };
-            return wants.agents.iter().map(named).collect();
+    pub(super) fn offers(&self, wants: &super::client::Wants, request: &Request<'_>) -> Result<Vec<Offer>, AgentName> {
+        if wants.agents.is_empty() {
+            return Ok(self.ranked(request));
         }
-        let matches =
-            |c: &Capabilities| task_type.is_empty() || c.skills.is_empty() || c.skills.iter().any(|s| s == task_type);
-        let here = self.seats.iter().filter(|(_, s)| {
-            s.up && s.skip_until <= self.now_ms
-                && matches(&s.capabilities)
-                && barrier(&s.capabilities, &wants.needs).is_none()
-        });
-        let mut offers: Vec<Offer> =
-            here.filter_map(|(name, _)| self.offer(name, wants.prompt_tokens, qos, &window, String::new())).collect();
-        // Those that can begin now, then cheapest first; ties: fewer tokens, then name (the order of the map).
-        let ready = |o: &Offer| {
-            self.seats.get(&o.agent).is_some_and(|s| matches!(s.status.status, Status::Ready | Status::Busy))
-        };
-        offers.retain(ready);
-        offers.sort_by_key(|o| {
-            let full = self.in_flight(&o.agent) >= self.seat_window(&o.agent);
-            (full, o.estimate.guarded.usd_micros, o.estimate.guarded.tokens)
-        });
-        for (rank, offer) in offers.iter_mut().enumerate() {
-            offer.rule = format!("match: rank {} by cost", rank + 1);
-        }
-        Ok(offers)
+        let named = |a: &AgentName| self.offer(a, request, "named").ok_or_else(|| a.clone());
+        wants.agents.iter().map(named).collect()
     }
 
     /// The agents of an open task in order of rank; `None` where a named one isn't here.
     pub(super) fn offers_of(&self, no: u64) -> Option<Vec<Offer>> {
         let (stream, live) = (self.state.stream(no)?, self.live.get(&no)?);
-        self.offers(&live.wants, &stream.accept.task_type, stream_qos(stream)).ok()
+        self.offers(&live.wants, &Request::of(&stream.accept, &live.wants)).ok()
     }
 
     /// Judges a task before it is accepted: EBUDGET where waiting can't help, EWINDOW and EAGENTDOWN for who won't wait.
-    pub(super) fn judge(&self, tenant: &TenantId, submit: &Submit, qos: Qos, task_type: &str) -> Result<(), WireError> {
-        let wants = super::client::Wants::read(submit);
+    pub(super) fn judge(
+        &self,
+        tenant: &TenantId,
+        submit: &Submit,
+        wants: &super::client::Wants,
+        request: &Request<'_>,
+    ) -> Result<(), WireError> {
         let limit = submit.budget.min(self.settings.stream_window.limit);
-        let mut offers = match self.offers(&wants, task_type, qos) {
+        let mut offers = match self.offers(wants, request) {
             Ok(offers) if !offers.is_empty() => offers,
             Ok(_) if submit.wait => return Ok(()),
             Ok(_) => {
-                return Err(WireError::new(Code::AgentDown, "no connected agent matches; connect one, or wait for it"));
+                let filters = self.filters(request);
+                let why = if filters.is_empty() { String::new() } else { format!(" ({filters})") };
+                let message = format!("no connected agent matches{why}; connect one, or wait for it");
+                return Err(WireError::new(Code::AgentDown, message));
             }
             Err(_) if submit.wait => return Ok(()),
             Err(agent) => {

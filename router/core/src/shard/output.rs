@@ -12,7 +12,7 @@ use crate::record::{FrameRecord, ProofPb, Record, SourcePb};
 use crate::said::Said;
 use crate::stream::{Call, Phase};
 use atp_proto::codec::Received;
-use atp_proto::content::{Ack, AgentError, AgentFinal, Finish, Proof, UsageSource};
+use atp_proto::content::{Ack, AgentError, AgentFinal, Finish, Proof, UsageSource, estimated_call};
 use atp_proto::frame::{Flags, kind};
 use atp_proto::limits::RETRY_MS;
 use atp_proto::reassembly::{Fed, Inbound, Message};
@@ -20,6 +20,9 @@ use atp_proto::{AgentName, Amount, CallId, Code, Cost, Frame, WireError};
 
 impl Shard {
     pub(super) fn agent_frame(&mut self, agent: &AgentName, incarnation: &str, received: Received) {
+        if let Some(call) = estimated_call(&received.frame.stream_id) {
+            return self.preflight_frame(agent, call, &received);
+        }
         let known = CallId::parse(&received.frame.stream_id).and_then(|id| Some((id, self.state.call(&id)?)));
         let Some((id, (no, lane))) = known else {
             return self.forget_there(agent, &received.frame);
@@ -215,7 +218,8 @@ impl Shard {
         }
         if !running {
             self.record_said(Record::Frame(record), Some(said));
-            return self.adjust(no, lane, actual, if counted { SourcePb::Counted } else { SourcePb::Reported });
+            let source = if counted { SourcePb::Counted } else { SourcePb::Reported };
+            return self.adjust(no, lane, actual, source, last.finish == Finish::Complete);
         }
         self.record_said(Record::Frame(record), Some(said.clone()));
         let source = if counted { SourcePb::Counted } else { SourcePb::Reported };
@@ -245,13 +249,13 @@ impl Shard {
                 let proof = if proof == Proof::Rejected { ProofPb::Rejected } else { ProofPb::NotCalled };
                 self.disproved(no, lane, proof, code);
             }
-            (Some(_), _) if silent && !twice => self.adjust(no, lane, Cost::default(), SourcePb::Reported),
+            (Some(_), _) if silent && !twice => self.adjust(no, lane, Cost::default(), SourcePb::Reported, false),
             (_, Some(_)) if twice => self.settle_unknown(no, lane, SourcePb::UnknownAtHold, code),
             (_, Some(actual)) if running => {
                 let stated = error.cost.map_or(0, |c| c.usd_micros.0);
                 self.settle(no, lane, actual, stated, source, code, 0, &Said::default());
             }
-            (_, Some(actual)) => self.adjust(no, lane, actual, source),
+            (_, Some(actual)) => self.adjust(no, lane, actual, source, false),
             (_, None) if running => {
                 let code = if external { Code::OutcomeUnknown.as_str() } else { code };
                 self.settle_unknown(no, lane, SourcePb::UnknownAtHold, code);

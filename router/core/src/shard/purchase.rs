@@ -1,8 +1,10 @@
 //! Slots, and the one entry that holds the money of all lanes when the first slot is there.
 //! Slot first, then money; Extend goes before Reserve.
 
+use super::choice::{Request, price_rule};
 use super::lane::LiveCall;
 use super::offer::{Fit, Offer, stream_qos};
+use super::preflight::Estimates;
 use super::{REPEAT_MS, Shard};
 use crate::message::{LogRoom, Metric, ToAgent};
 use crate::record::{Record, Reserve, ReserveCall};
@@ -96,8 +98,25 @@ impl Shard {
         let (tenant, level) = (stream.accept.account.clone(), stream.level());
         let ids: Vec<CallId> = (1..=fanout as u32).map(|lane| stream.call_id(lane)).collect();
         let wait = live.wants.wait;
-        if !named && let Err(error) = self.drop_unaffordable(&tenant, no, &level, &mut offers) {
+        self.take_preflights(no, named, &mut offers);
+        if !named
+            && !offers.is_empty()
+            && let Err(error) = self.drop_unaffordable(&tenant, no, &level, &mut offers)
+        {
             return self.close_refused(no, error);
+        }
+        let either = fanout == 1 && !named;
+        match self.preflights(no, fanout, either, &mut offers) {
+            Estimates::Ready => {}
+            Estimates::Awaited => return self.ask_later(no),
+            Estimates::Nobody if wait => {
+                self.leave_books(no);
+                return self.ask_later(no);
+            }
+            Estimates::Nobody => {
+                let error = self.no_estimate(no);
+                return self.close_refused(no, error);
+            }
         }
         match self.fit(&tenant, no, &level, 0, &offers[..1]) {
             Fit::Lanes(_) => self.leave_books(no),
@@ -113,7 +132,6 @@ impl Shard {
             Fit::Never(error) => return self.close_refused(no, error),
         }
         self.withdraw(no);
-        let either = fanout == 1 && !named;
         offers.truncate(if either { ASKED_MAX } else { fanout });
         for (i, offer) in offers.iter().enumerate() {
             let call = ids[if either { 0 } else { i }];
@@ -236,6 +254,8 @@ impl Shard {
         let Some(stream) = self.state.stream(no) else { return };
         let Some(live) = self.live.get(&no) else { return };
         let (key, first) = (stream.accept.key.clone(), stream.calls.len() as u32 + 1);
+        let task_type = stream.accept.task_type.clone();
+        let prompt_tokens = live.wants.prompt_tokens;
         let qos = stream_qos(stream);
         let deadline_ms = self.settings.agent_timeout_ms.min(live.deadline_at.saturating_sub(self.now_ms)).max(1);
         let (_, reference, window) = self.window_now(&key.tenant);
@@ -252,8 +272,8 @@ impl Shard {
                 model: e.model.clone(),
                 mean: e.mean.into(),
                 sd: e.sd.into(),
-                source: e.source.into(),
-                samples: 0,
+                source: e.source.as_str().into(),
+                samples: e.samples,
                 k_ppm: qos.k_ppm(),
                 guarded: e.guarded.into(),
                 hold: (*hold).into(),
@@ -262,7 +282,9 @@ impl Shard {
                 price_version: e.price_version.to_string(),
                 in_price: e.price.in_usd_micros_per_mtok,
                 out_price: e.price.out_usd_micros_per_mtok,
-                rule: offer.rule.clone(),
+                rule: format!("{}; {}", offer.why, price_rule(e, qos.k_ppm())),
+                prompt_tokens,
+                overage_ppm: self.overage_ppm(offer, &task_type),
             }
         });
         let calls: Vec<ReserveCall> = calls.collect();
@@ -283,18 +305,20 @@ impl Shard {
         let (tenant, level, old_agent) = (stream.accept.account.clone(), stream.level(), old.agent());
         let open = stream.calls.iter().filter(|c| c.is_open()).count() as u32;
         let used: BTreeSet<AgentName> = stream.calls.iter().map(crate::stream::Call::agent).collect();
-        let (wants, qos) = (&live.wants, stream_qos(stream));
+        let wants = &live.wants;
+        let request = Request::of(&stream.accept, wants);
         let offers = if wants.agents.is_empty() {
-            let mut offers = self.offers(wants, &stream.accept.task_type, qos).unwrap_or_default();
+            let mut offers = self.offers(wants, &request).unwrap_or_default();
             // Somebody else first, then the same again.
             offers.sort_by_key(|o| used.contains(&o.agent));
             offers
         } else {
-            let window = self.settings.stream_window;
-            self.offer(&old_agent, wants.prompt_tokens, qos, &window, String::new()).into_iter().collect()
+            self.offer(&old_agent, &request, "named").into_iter().collect()
         };
         let Some(mut offer) = offers.into_iter().next() else { return Ok(false) };
-        offer.rule = format!("retry of lane {failed} after {}", old.ended);
+        // Nobody is asked again: the money goes on to the next lane in this very entry.
+        self.take_preflight(no, &mut offer);
+        offer.why = format!("retry of lane {failed} after {}; {}", old.ended, offer.why);
         match self.fit(&tenant, no, &level, open, std::slice::from_ref(&offer)) {
             Fit::Lanes(holds) => {
                 self.reserve(no, &[offer], &holds, failed);

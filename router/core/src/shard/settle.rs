@@ -5,8 +5,9 @@ use super::{Shard, Timer};
 use crate::estimate::CALL_AMOUNT_MAX;
 use crate::message::{LogRoom, Metric, ToAgent};
 use crate::price::Price;
-use crate::record::{Adjust, Ended, Extend, ProofPb, Record, Settle, SourcePb, Void};
+use crate::record::{Adjust, Ended, Extend, ProofPb, Record, Settle, SourcePb, Tier, Void};
 use crate::said::Said;
+use crate::statistics::{Learned, day_of};
 use crate::stream::{Call, Phase};
 use atp_proto::content::BudgetUpdate;
 use atp_proto::frame::{Flags, kind};
@@ -163,6 +164,7 @@ impl Shard {
             ended: Ended { how: how.into(), out_seq },
             confidence_ppm_plus_1: confidence,
         }));
+        self.judge_tier(&agent);
         self.metric(metric);
         if let Some(breach) = breach {
             self.metric(breach);
@@ -194,7 +196,7 @@ impl Shard {
     }
 
     /// A later and better figure for a settled call: once.
-    pub(super) fn adjust(&mut self, no: u64, lane: u32, actual: Cost, source: SourcePb) {
+    pub(super) fn adjust(&mut self, no: u64, lane: u32, actual: Cost, source: SourcePb, complete: bool) {
         let Some(stream) = self.state.stream(no) else { return };
         let Some(call) = stream.call(lane).filter(|c| c.phase() == Phase::Settled) else { return };
         let evidence = "final".to_owned();
@@ -206,8 +208,21 @@ impl Shard {
         let key = stream.accept.key.clone();
         let account = stream.accept.account.clone();
         let actual = call.with_tools(actual);
-        self.record(Record::Adjust(Adjust { key, lane, evidence, actual: actual.into(), source: source as i32 }));
+        let (actual, source) = (actual.into(), source as i32);
+        let agent = call.agent();
+        self.record(Record::Adjust(Adjust { key, lane, evidence, actual, source, complete }));
+        self.judge_tier(&agent);
         self.money_returned(&account);
+    }
+
+    /// Repeated underestimation lowers an agent's QoS tier; good estimates raise it again.
+    fn judge_tier(&mut self, agent: &AgentName) {
+        let today = day_of(self.clock.logged_ms());
+        let Some(standing) = self.state.statistics().agent(agent.as_str()).map(Learned::standing) else { return };
+        let Some(tier) = standing.due(today) else { return };
+        let errors = standing.errors(today);
+        let agent = agent.as_str().into();
+        self.record(Record::Tier(Tier { agent, tier: tier as u32, runs: errors.runs, under_ppm: errors.under_ppm }));
     }
 
     pub(super) fn account_metric(&mut self, account: &str) {

@@ -4,9 +4,10 @@ use super::{Done, FORMAT, REMEMBERED_MS, RESULT_BYTES_MAX, RESULT_FINDINGS_MAX, 
 use crate::account::{AccountWindow, replace};
 use crate::record::{
     Accept, Adjust, Close, CostPb, Deny, Epoch, Extend, FrameRecord, Genesis, Intent, Key, Reserve, Settle, SourcePb,
-    Void, Window, hex,
+    Tier, Void, Window, hex,
 };
 use crate::said::Said;
+use crate::statistics::Run;
 use crate::stream::{Call, Phase, Stream};
 use atp_proto::frame::kind;
 use atp_proto::money::OutOfRange;
@@ -209,6 +210,34 @@ impl State {
         if matches!(r.source(), SourcePb::Reported | SourcePb::Counted) {
             totals.overshoot = Amount::from(totals.overshoot).max(actual.less(hold)).into();
         }
+        let measured = matches!(r.source(), SourcePb::Reported | SourcePb::Counted);
+        let complete = r.ended.how == "complete";
+        // What was cut says nothing of the agent; what failed says nothing of what a call costs.
+        if complete && measured || !matches!(r.ended.how.as_str(), "complete" | "grant" | "cancelled") {
+            self.learn(&r.key, r.lane, Some(complete), complete);
+        }
+        Ok(())
+    }
+
+    /// An ended call enters the statistics: whether it had a result, and, where it was measured, its run.
+    pub(super) fn learn(&mut self, key: &Key, lane: u32, accepted: Option<bool>, measured: bool) {
+        let Some(no) = self.stream_no(&key.tenant, &key.stream) else { return };
+        let Some(stream) = self.streams.get(&no) else { return };
+        let Some(call) = stream.call(lane) else { return };
+        let reserve = &call.reserve;
+        let run = Run {
+            prompt_tokens: reserve.prompt_tokens,
+            duration_ms: self.logged_ms.saturating_sub(call.intent_at),
+            source: crate::estimate::Source::of(&reserve.source) as u32,
+            ..Run::new(call.own_cost(), reserve.mean.into())
+        };
+        let row = (reserve.agent.as_str(), reserve.model.as_str(), stream.accept.task_type.as_str());
+        self.statistics.record(row, self.logged_ms, accepted, measured.then_some(run));
+    }
+
+    pub(super) fn tier(&mut self, r: &Tier) -> Done {
+        let tier = atp_proto::Qos::from_wire(r.tier).map_err(|e| e.message.to_string())?;
+        self.statistics.agent_mut(&r.agent).standing.set(tier);
         Ok(())
     }
 
@@ -248,6 +277,7 @@ impl State {
         }
         let from = Cost::from(call.actual).amount().map_err(range)?;
         let to = Cost::from(r.actual).amount().map_err(range)?;
+        let guessed = matches!(call.source(), SourcePb::UnknownAtHold | SourcePb::Expired);
         call.actual = r.actual;
         call.source = r.source;
         call.evidence.push(r.evidence.clone());
@@ -262,6 +292,10 @@ impl State {
         let totals = self.agents.entry(agent).or_default();
         let spent = totals.spent_usd_micros.saturating_sub(from.usd_micros.0);
         totals.spent_usd_micros = spent.saturating_add(to.usd_micros.0);
+        // The call is known now: its Settle measured nothing.
+        if guessed && r.complete {
+            self.learn(&r.key, r.lane, None, true);
+        }
         Ok(())
     }
 

@@ -3,6 +3,7 @@
 use super::{AgentTotals, Corrupt, FOLD_VERSION, PIECE_BYTES, State};
 use crate::account::Account;
 use crate::record::{Checkpoint, Genesis, hex};
+use crate::statistics::{LearnedImage, Statistics};
 use crate::stream::Stream;
 use crate::view::{AccountView, VerifyView};
 use atp_proto::Limit;
@@ -26,6 +27,8 @@ struct Image {
     agents: BTreeMap<String, AgentTotals>,
     #[prost(uint64, tag = "6")]
     next_no: u64,
+    #[prost(message, repeated, tag = "20")]
+    statistics: Vec<LearnedImage>,
 }
 impl State {
     /// SHA-256 over money and keys at this position, the fold's version in front.
@@ -140,6 +143,7 @@ impl State {
             streams: self.streams.clone(),
             agents: self.agents.clone(),
             next_no: self.next_no,
+            statistics: self.statistics.to_image(),
         };
         let data = Bytes::from(image.encode_to_vec());
         let pieces = data.len().div_ceil(PIECE_BYTES).max(1);
@@ -189,6 +193,7 @@ impl State {
             streams: image.streams,
             agents: image.agents,
             next_no: image.next_no,
+            statistics: Statistics::from_image(image.statistics),
             ..Self::default()
         };
         state.index();

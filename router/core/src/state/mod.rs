@@ -8,6 +8,7 @@ mod tool;
 use crate::account::Account;
 use crate::record::{AmountPb, AnyRecord, Entry, Genesis, Record};
 use crate::said::Said;
+use crate::statistics::Statistics;
 use crate::stream::Stream;
 use atp_proto::CallId;
 use bytes::Bytes;
@@ -56,6 +57,7 @@ pub struct State {
     pub(crate) accounts: BTreeMap<String, Account>,
     pub(crate) streams: BTreeMap<u64, Stream>,
     pub(crate) agents: BTreeMap<String, AgentTotals>,
+    pub(crate) statistics: Statistics,
     next_no: u64,
     by_id: BTreeMap<String, BTreeMap<String, u64>>,
     by_key: BTreeMap<String, BTreeMap<String, u64>>,
@@ -115,6 +117,11 @@ impl State {
     #[must_use]
     pub fn agent_totals(&self, agent: &str) -> AgentTotals {
         self.agents.get(agent).copied().unwrap_or_default()
+    }
+    /// What calls really cost. Not part of the hash.
+    #[must_use]
+    pub fn statistics(&self) -> &Statistics {
+        &self.statistics
     }
 
     /// Folds one entry.
@@ -201,6 +208,7 @@ impl State {
             Record::Close(r) => self.close(r),
             Record::Frame(r) => self.frame(r, said),
             Record::Tool(r) => self.tool(r),
+            Record::Tier(r) => self.tier(r),
             Record::Checkpoint(_) => Ok(()),
         }
     }
