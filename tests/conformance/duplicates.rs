@@ -1,10 +1,10 @@
-//! The same again (rules 4-4, 4-8, 4-13): one answer per stream id, one piece of work per idempotency key.
+//! The same again (rules 4-4, 4-8, 4-13, 4-14): one answer per stream id, one piece of work per idempotency key.
 
 use crate::{agent, last, partial, shared, whole_task};
-use atp_proto::content::{Accepted, Submit, TaskState};
+use atp_proto::content::{Accepted, Resume, Submit, TaskCancel, TaskState};
 use atp_proto::frame::{Meta, kind};
 use atp_proto::id::stream_of_key;
-use atp_proto::{Code, Frame, Limit, UsdMicros};
+use atp_proto::{Code, Flags, Frame, Limit, StreamId, UsdMicros};
 use atp_tests::blackbox::peer::{Peer, submit, submit_by_key, task};
 
 #[test]
@@ -154,4 +154,36 @@ fn atp_4_13_a_refusal_belongs_to_the_stream_id_and_work_to_the_key() {
     worker.send(&last(call, 1, 5));
     let frames = client.to_the_bill(second.as_str());
     assert_eq!(crate::bill(&frames).state, TaskState::Done);
+}
+
+#[test]
+fn atp_4_14_an_attachment_is_not_kept_and_the_named_stream_is_resumed() {
+    let router = shared();
+    let content = task("nobody-4-14");
+    let (first, second) = (stream_of_key("a-4-14", 1), stream_of_key("a-4-14", 2));
+    let mut client = Peer::client(router.atp());
+    let named = |peer: &mut Peer, number| {
+        peer.send(&submit_by_key("a-4-14", number, &content));
+        let frame = peer.expect(kind::ACCEPTED);
+        (frame.msg_seq, frame.read::<Accepted>().unwrap().stream_id)
+    };
+    let cancel = |peer: &mut Peer, id: &StreamId| {
+        let reason = TaskCancel { reason: None };
+        peer.send(&Frame::json(id.as_str(), 0, Flags::NONE, kind::TASK_CANCEL, &reason));
+        peer.to_the_bill(id.as_str())
+    };
+    assert_eq!(named(&mut client, 1), (1, first.as_str().to_owned()));
+    let mut other = Peer::client(router.atp());
+    assert_eq!(named(&mut other, 2), (0, first.as_str().to_owned()));
+    drop(other);
+    // It ends without a dispatched call while the other one is away.
+    cancel(&mut client, &first);
+    let mut other = Peer::client(router.atp());
+    let resume = Resume { token: None, after: 0 };
+    other.send(&Frame::json(first.as_str(), 0, Flags::SYN, kind::RESUME, &resume));
+    let frames = other.to_the_bill(first.as_str());
+    assert_eq!(crate::bill(&frames).state, TaskState::Cancelled);
+    // Its own SYN is a fresh try now.
+    assert_eq!(named(&mut other, 2), (1, second.as_str().to_owned()));
+    cancel(&mut other, &second);
 }

@@ -46,6 +46,18 @@ impl Task {
     pub fn is_over(&self) -> bool {
         matches!(self.state, TaskState::Refused | TaskState::Answered)
     }
+    /// Nobody keeps that it was attached: its own id is judged anew, what the other stream says is no answer to that.
+    fn detach(&mut self) {
+        if self.is_attached() {
+            self.state = TaskState::Waiting;
+            self.follows.clone_from(&self.stream);
+            (self.delivered, self.finals) = (0, 0);
+        }
+    }
+    /// `accepted` named another stream than its own.
+    fn is_attached(&self) -> bool {
+        self.follows != self.stream
+    }
 }
 
 /// One client: a connection and the tasks that it speaks for.
@@ -84,7 +96,10 @@ impl Clients {
                     let (stream, after) = (self.tasks[task].follows.clone(), self.tasks[task].delivered);
                     resume(s, check, conn, &stream, after);
                 }
-                TaskState::Accepted => self.submit(s, check, task),
+                TaskState::Accepted => {
+                    self.tasks[task].detach();
+                    self.submit(s, check, task);
+                }
                 TaskState::Idle | TaskState::Refused | TaskState::Answered => {}
             }
         }
@@ -220,7 +235,8 @@ impl Clients {
             if task.plan.client != client || task.stream != id && task.follows != id {
                 continue;
             }
-            if task.state == TaskState::Accepted && error.code == Code::ResumeGone {
+            let lost = error.code == Code::ResumeGone || error.judged && !task.is_attached();
+            if task.state == TaskState::Accepted && lost {
                 check.verdict.fail("no acknowledged task is lost", || format!("{id}: {error}"));
             }
             if task.state != TaskState::Waiting || !error.judged {

@@ -157,8 +157,8 @@ async fn a_gap_is_mended_by_a_resume() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_used_key_attaches_to_its_stream() {
-    let (client, _listener, mut peer) = start().await;
+async fn a_used_key_attaches_to_its_stream_and_a_loss_never_repeats_the_own_submit() {
+    let (client, mut listener, mut peer) = start().await;
     let submitting = submit(&client, SubmitRequest::new("task").key("k").next_try());
     let syn = peer.expect(kind::TASK_SUBMIT).await;
     let first = stream_of_key("k", 1);
@@ -168,6 +168,12 @@ async fn a_used_key_attaches_to_its_stream() {
     let resume = peer.expect(kind::RESUME).await;
     assert_eq!((after(&resume), &*resume.stream_id), (0, first.as_str()));
     peer.accepted(first.as_str(), 1, first.as_str()).await;
+    drop(peer);
+    // The router keeps no attachment (ATP-4-14): the own id's submit might be refused now.
+    let mut peer = listener.accept().await;
+    let resume = peer.expect(kind::RESUME).await;
+    assert_eq!((after(&resume), &*resume.stream_id), (1, first.as_str()));
+    peer.accepted(first.as_str(), 0, first.as_str()).await;
     peer.finish(first.as_str(), 2).await;
     assert_eq!(texts(stream).await, ["accepted", "all", "bill"]);
 }
