@@ -45,7 +45,9 @@ pub fn show_to_agent(message: &ToAgent) -> String {
         ToAgent::Dispatch { epoch, call, go_on, frame, .. } => {
             format!("Dispatch epoch {epoch} {call} go_on {go_on} {}", show_frame(frame))
         }
-        ToAgent::Pass { epoch, frame, .. } => format!("Pass epoch {epoch} {}", show_frame(frame)),
+        ToAgent::Pass { epoch, incarnation, frame, .. } => {
+            format!("Pass to {incarnation} epoch {epoch} {}", show_frame(frame))
+        }
         other => format!("{other:?}"),
     }
 }

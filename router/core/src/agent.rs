@@ -299,7 +299,7 @@ impl Agent {
             ToAgent::Dispatch { shard, epoch, call, incarnation, go_on, frame } => {
                 let live = self.fence(shard, epoch);
                 // What one incarnation says proves nothing of another.
-                let here = self.link.as_ref().is_some_and(|l| *l.capabilities.incarnation == *incarnation);
+                let here = self.is_here(&incarnation);
                 match go_on {
                     true if live && here => self.go_on(shard, epoch, call, frame),
                     true => {}
@@ -308,8 +308,10 @@ impl Agent {
                     false => self.dispatch(shard, epoch, call, frame, live && here),
                 }
             }
-            ToAgent::Pass { shard, epoch, frame, .. } => {
+            ToAgent::Pass { shard, epoch, incarnation, frame, .. } => {
+                // What was on its way to a process that is gone would be taken for an answer by the next one.
                 if self.fence(shard, epoch)
+                    && self.is_here(&incarnation)
                     && let Some(conn) = self.conn()
                 {
                     self.effects.push_back(AgentEffect::Send { conn, frame });
@@ -322,6 +324,10 @@ impl Agent {
                 }
             }
         }
+    }
+
+    fn is_here(&self, incarnation: &str) -> bool {
+        self.link.as_ref().is_some_and(|l| l.capabilities.incarnation == incarnation)
     }
 
     fn conn(&self) -> Option<ConnId> {

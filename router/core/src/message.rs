@@ -219,8 +219,9 @@ pub enum ToAgent {
     /// Send `agent.dispatch` to this incarnation, to no other. Repeated until `Sent` or `Unsent`. With `go_on` it is a
     /// question and needs no slot.
     Dispatch { shard: u32, epoch: u64, call: CallId, incarnation: Arc<str>, go_on: bool, frame: Frame },
-    /// Send a frame of a call that was dispatched: `control.budget_update`, `agent.cancel`, `control.ack`.
-    Pass { shard: u32, epoch: u64, call: CallId, frame: Frame },
+    /// Send a frame of a call to this incarnation, the one that it was dispatched to, and to no other:
+    /// `control.budget_update`, `agent.cancel`, `tool.result`, `control.ack`; before a dispatch `agent.estimate`.
+    Pass { shard: u32, epoch: u64, call: CallId, incarnation: Arc<str>, frame: Frame },
     /// The call is settled or void: its slot is free.
     Ended { shard: u32, epoch: u64, call: CallId },
 }

@@ -112,9 +112,14 @@ impl House {
     }
 
     fn connect(&mut self, calls: Vec<ListedCall>) {
+        self.connect_as("p1", AGENT, calls);
+        self.run();
+    }
+
+    fn connect_as(&mut self, incarnation: &str, conn: ConnId, calls: Vec<ListedCall>) {
         let capabilities = Capabilities {
             agent: AgentName::new("a"),
-            incarnation: "p1".into(),
+            incarnation: incarnation.into(),
             max_parallel: 2,
             models: vec![ModelInfo {
                 id: "m1".into(),
@@ -127,8 +132,7 @@ impl House {
             counted_up_ppm: self.counted_up_ppm,
             ..Capabilities::default()
         };
-        self.agent.handle(self.now, AgentInput::Connected { conn: AGENT, capabilities: Box::new(capabilities) });
-        self.run();
+        self.agent.handle(self.now, AgentInput::Connected { conn, capabilities: Box::new(capabilities) });
     }
 
     fn submit(&mut self, id: &str, submit: &Submit) {
@@ -244,6 +248,24 @@ fn what_another_process_of_the_handle_says_does_not_count() {
     house.says(last(&call, 2, 25));
     let bill: Bill = house.to_client.last().unwrap().read().unwrap();
     assert_eq!(bill.settled, Amount::new(95, 170));
+}
+
+#[test]
+fn atp_4_15_what_was_meant_for_a_process_that_is_gone_is_never_told_to_the_next() {
+    let mut house = House::new();
+    house.connect(vec![]);
+    house.submit("s1", &task("hi"));
+    let call = house.dispatched();
+    house.says(partial(&call, 1, "one", 10));
+    let told: Vec<Frame> = house.to_agent.drain(..).collect();
+    assert!(told.iter().any(|f| &*f.kind == kind::ACK), "what it says is acknowledged to it: {told:?}");
+    // Another process is there, and the shard hears of it only behind what the first one had said.
+    house.agent.handle(house.now, AgentInput::Disconnected { conn: AGENT });
+    house.connect_as("p2", ConnId(3), vec![]);
+    house.says(partial(&call, 2, "two", 20));
+    assert_eq!(house.kinds().iter().filter(|k| *k == "agent.result.partial").count(), 3, "two, and how it ended");
+    let its_own = call.call_id.to_string();
+    assert!(house.to_agent.iter().all(|f| *f.stream_id != *its_own), "{:?}", house.to_agent);
 }
 
 #[test]

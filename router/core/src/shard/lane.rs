@@ -221,10 +221,20 @@ impl Shard {
     }
 
     pub(super) fn pass(&mut self, id: CallId, frame: Frame) {
-        if let Some(agent) = self.calls.get(&id).map(|c| c.agent.clone()) {
-            let message = ToAgent::Pass { shard: self.settings.shard, epoch: self.epoch, call: id, frame };
+        if self.calls.contains_key(&id)
+            && let Some((agent, message)) = self.to_its_process(id, frame)
+        {
             self.tell_agent(&agent, message);
         }
+    }
+
+    /// A frame for the process that the call was last sent to, and the agent whose router passes it on.
+    pub(super) fn to_its_process(&self, call: CallId, frame: Frame) -> Option<(AgentName, ToAgent)> {
+        let (no, lane) = self.state.call(&call)?;
+        let sent = self.state.stream(no)?.call(lane)?;
+        let incarnation = sent.intent.as_ref()?.incarnation.as_str().into();
+        let (shard, epoch) = (self.settings.shard, self.epoch);
+        Some((sent.agent(), ToAgent::Pass { shard, epoch, call, incarnation, frame }))
     }
 
     pub(super) fn ask_to_stop(&mut self, id: CallId, reason: &str) {

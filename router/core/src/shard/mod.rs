@@ -304,10 +304,9 @@ impl Shard {
                 return;
             }
             for (call, msg_seq) in std::mem::take(&mut self.acks_held.1) {
-                if let Some(agent) = self.agent_of(&call) {
-                    let frame =
-                        Frame::json(call.to_string(), 0, Flags::NONE, kind::ACK, &Ack { msg_seq, open: Vec::new() });
-                    let message = ToAgent::Pass { shard: self.settings.shard, epoch: self.epoch, call, frame };
+                let ack = Ack { msg_seq, open: Vec::new() };
+                let frame = Frame::json(call.to_string(), 0, Flags::NONE, kind::ACK, &ack);
+                if let Some((agent, message)) = self.to_its_process(call, frame) {
                     self.out.free(Effect::ToAgent { agent, message });
                 }
             }
@@ -316,11 +315,6 @@ impl Shard {
             }
             self.acks_held = (self.state.position(), std::mem::take(&mut self.acks));
         }
-    }
-
-    fn agent_of(&self, call: &CallId) -> Option<AgentName> {
-        let (no, lane) = self.state.call(call)?;
-        Some(self.state.stream(no)?.call(lane)?.agent())
     }
 
     fn effect(&mut self, effect: Effect) {

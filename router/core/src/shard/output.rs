@@ -25,14 +25,14 @@ impl Shard {
         }
         let known = CallId::parse(&received.frame.stream_id).and_then(|id| Some((id, self.state.call(&id)?)));
         let Some((id, (no, lane))) = known else {
-            return self.forget_there(agent, &received.frame);
+            return self.forget_there(agent, incarnation, &received.frame);
         };
         let Some(call) = self.state.stream(no).and_then(|s| s.call(lane)) else { return };
         if call.reserve.agent != agent.as_str() || call.intent.is_none() || received.frame.msg_seq == 0 {
             return self.metric(Metric::Dropped { reason: "not_its_call" });
         }
         if call.phase() == Phase::Void {
-            return self.forget_there(agent, &received.frame);
+            return self.forget_there(agent, incarnation, &received.frame);
         }
         // What one process says is nothing that another one of the same handle has said.
         if call.intent.as_ref().is_some_and(|i| i.incarnation != incarnation) {
@@ -80,13 +80,13 @@ impl Shard {
     }
 
     /// Frames of a call that isn't remembered here: the agent may forget it too.
-    pub(super) fn forget_there(&mut self, agent: &AgentName, frame: &Frame) {
+    pub(super) fn forget_there(&mut self, agent: &AgentName, incarnation: &str, frame: &Frame) {
         self.metric(Metric::Dropped { reason: "unknown_call" });
         let Some(call) = CallId::parse(&frame.stream_id).filter(|_| frame.msg_seq > 0) else { return };
         let ack =
             Frame::json(call.to_string(), 0, Flags::NONE, kind::ACK, &Ack { msg_seq: frame.msg_seq, open: Vec::new() });
-        let message = ToAgent::Pass { shard: self.settings.shard, epoch: self.epoch, call, frame: ack };
-        self.tell_agent(agent, message);
+        let (shard, epoch, incarnation) = (self.settings.shard, self.epoch, incarnation.into());
+        self.tell_agent(agent, ToAgent::Pass { shard, epoch, call, incarnation, frame: ack });
     }
 
     pub(super) fn call_gap_due(&mut self, id: CallId) {

@@ -98,14 +98,14 @@ impl Shard {
     }
 
     fn ask_preflight(&mut self, no: u64, lane: u32, agent: &AgentName, model: Option<String>) {
-        let Some(stream) = self.state.stream(no) else { return };
-        let call_id = stream.call_id(lane);
+        let Some((stream, seat)) = self.state.stream(no).zip(self.seats.get(agent)) else { return };
+        let (call_id, incarnation) = (stream.call_id(lane), seat.incarnation.clone());
         let submit = super::client::read_content(&stream.submit);
         let task_type = stream.accept.task_type.clone();
         let request = EstimateRequest { call_id, task: submit.task, inputs: submit.inputs, model, task_type };
         let frame = Frame::json(estimate_stream(call_id), 1, Flags::SYN, kind::ESTIMATE, &request);
-        let message = ToAgent::Pass { shard: self.settings.shard, epoch: self.epoch, call: call_id, frame };
-        self.tell_agent(agent, message);
+        let (shard, epoch) = (self.settings.shard, self.epoch);
+        self.tell_agent(agent, ToAgent::Pass { shard, epoch, call: call_id, incarnation, frame });
         if let Some(live) = self.live.get_mut(&no) {
             live.preflights.insert(agent.clone(), Preflight::Asked);
         }

@@ -3,7 +3,7 @@
 use super::{REPEAT_MS, Shard, Timer};
 use crate::message::ToAgent;
 use atp_proto::AgentName;
-use atp_proto::content::{Ack, AgentCancel, AgentStatus, Capabilities};
+use atp_proto::content::{Ack, AgentCancel, AgentStatus, Capabilities, ListedCall};
 use atp_proto::frame::{Flags, kind};
 use atp_proto::{CallId, Frame};
 use std::sync::Arc;
@@ -42,7 +42,7 @@ impl Shard {
             self.agent_back(call, &incarnation);
         }
         for listed in &capabilities.calls {
-            self.answer_listed(&agent, listed);
+            self.answer_listed(&agent, &incarnation, listed);
         }
         let waiting: Vec<u64> = self.live.keys().copied().collect();
         waiting
@@ -54,7 +54,7 @@ impl Shard {
     }
 
     /// A call on the agent's list that isn't running here is forgotten or stopped there.
-    fn answer_listed(&mut self, agent: &AgentName, listed: &atp_proto::content::ListedCall) {
+    fn answer_listed(&mut self, agent: &AgentName, incarnation: &Arc<str>, listed: &ListedCall) {
         let call = listed.call_id;
         let open = self
             .state
@@ -81,7 +81,7 @@ impl Shard {
             let cancel = AgentCancel { call_id: call, shard, epoch, reason: "this router doesn't wait for it".into() };
             Frame::json(on, 0, Flags::NONE, kind::AGENT_CANCEL, &cancel)
         };
-        self.tell_agent(agent, ToAgent::Pass { shard, epoch, call, frame });
+        self.tell_agent(agent, ToAgent::Pass { shard, epoch, call, incarnation: incarnation.clone(), frame });
     }
 
     pub(super) fn agent_down(&mut self, agent: &AgentName, incarnation: &Arc<str>) {
