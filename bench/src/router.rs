@@ -85,6 +85,7 @@ fn config(line: Line, atp: SocketAddr, http: SocketAddr, data_dir: &str) -> Stri
          data_dir: {data_dir:?}\n\
          log: {{kind: local, durability: {}}}\n\
          windows:\n  stream: {{max_parallel: 8, {window}}}\n  agent: {{max_parallel: {CALLS_PER_AGENT}, {window}}}\n\
+         limits: {{aimd_base: {CALLS_PER_AGENT}, aimd_cap: {CALLS_PER_AGENT}, burst: 100000, cool_off_percent: 1000000}}\n\
          accounts:\n  default: {account}\n",
         line.durability()
     )

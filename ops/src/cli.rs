@@ -74,6 +74,9 @@ pub(crate) enum Command {
     Agents,
     /// One agent
     AgentStatus(AgentName),
+    /// Send nothing new to an agent, also after a restart; what it runs goes on
+    #[command(subcommand)]
+    Drain(Drain),
     /// Budgets: limit, settled, held, what is left
     Accounts,
     /// Each call of a stream: estimate, guard, grant, actual, source, price, rule
@@ -269,6 +272,25 @@ pub(crate) struct AgentName {
     /// The agent's handle
     #[arg(value_name = "NAME", value_parser = id)]
     pub(crate) name: String,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Drain {
+    /// Nothing new for this agent until `--undo`
+    #[command(
+        after_help = "Examples:\n  atp drain agent reviewer.gemini\n  atp drain agent reviewer.gemini --undo   as the agent says itself again"
+    )]
+    Agent(DrainAgent),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct DrainAgent {
+    /// The agent's handle
+    #[arg(value_name = "NAME", value_parser = id)]
+    pub(crate) name: String,
+    /// Take it back
+    #[arg(long)]
+    pub(crate) undo: bool,
 }
 
 #[derive(Debug, Args)]

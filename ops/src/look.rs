@@ -1,4 +1,5 @@
-//! Commands that only look, over HTTP: ps, agents, agent-status, accounts, bill. They change nothing.
+//! Commands that look, over HTTP: ps, agents, agent-status, accounts, bill; and `drain agent`, which answers with the row of
+//! `agents`. Nothing else here changes anything.
 
 use crate::api::{Accounts, Agents, Api, Streams};
 use crate::cli::{self, Global};
@@ -60,6 +61,16 @@ pub(crate) async fn agent_status(global: &Global, screen: Screen, args: &cli::Ag
         return Ok(screen.document(&agent)?);
     }
     Ok(screen.line(rows::agents(screen, std::slice::from_ref(&agent)).trim_end())?)
+}
+
+pub(crate) async fn drain_agent(global: &Global, screen: Screen, args: &cli::DrainAgent) -> Outcome {
+    let (api, path) = (Api::new(global)?, format!("/v1/agents/{}/drain", args.name));
+    let agents: Agents = if args.undo { api.delete(&path).await? } else { api.post(&path).await? };
+    if screen.json {
+        let one = agents.agents.first().map(serde_json::to_value).transpose()?;
+        return Ok(screen.document(&one.unwrap_or_default())?);
+    }
+    Ok(screen.line(rows::agents(screen, &agents.agents).trim_end())?)
 }
 
 async fn fetch_agents(api: &Api) -> Result<Agents, Failure> {

@@ -79,6 +79,7 @@ pub(crate) fn agents(screen: Screen, rows: &[AgentView]) -> String {
         "MODELS",
         ">RUNNING",
         ">WINDOW calls / tokens / USD",
+        "BREAKER",
         ">SPENT",
         ">SCORE",
         "TIER",
@@ -94,12 +95,13 @@ pub(crate) fn agents(screen: Screen, rows: &[AgentView]) -> String {
             row.models.join(","),
             row.in_flight.to_string(),
             window(&row.window.effective),
+            row.breaker.clone(),
             show_usd(row.spent_usd_micros),
             row.score_ppm.map(percent).unwrap_or_default(),
             row.qos_tier.as_str().into(),
             row.mape_7d_ppm.map(percent).unwrap_or_default(),
             row.last_heartbeat_at.as_deref().map(clock).unwrap_or_default(),
-            row.reason.clone().unwrap_or_default(),
+            reason(row),
         ]);
         table.paint(
             2,
@@ -111,6 +113,15 @@ pub(crate) fn agents(screen: Screen, rows: &[AgentView]) -> String {
         );
     }
     table.render(screen)
+}
+
+/// Why it is as it is: its own or the operator's reason, and what the router sees of it.
+fn reason(row: &AgentView) -> String {
+    let silent = (!row.healthy && row.status != "GONE").then(|| "answers no heartbeat".to_owned());
+    let cools = (row.surcharge_ppm > 0).then(|| format!("cools off, cost +{} %", row.surcharge_ppm / 10_000));
+    let until = row.retry_at.as_deref().map(|at| format!("until {} at least", clock(at)));
+    let parts = [row.reason.clone(), until, silent, cools];
+    parts.into_iter().flatten().collect::<Vec<_>>().join("; ")
 }
 
 pub(crate) fn accounts(screen: Screen, rows: &[AccountView]) -> String {

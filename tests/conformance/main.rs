@@ -4,6 +4,7 @@
 mod agents;
 mod duplicates;
 mod estimates;
+mod flow;
 mod fragments;
 mod frames;
 mod refusals;

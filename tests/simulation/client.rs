@@ -239,9 +239,12 @@ impl Clients {
             if task.state == TaskState::Accepted && lost {
                 check.verdict.fail("no acknowledged task is lost", || format!("{id}: {error}"));
             }
-            if task.state != TaskState::Waiting || !error.judged {
+            // The stream that it was attached to had ended without a call: its own was a fresh try, and is judged.
+            let fresh_try = task.state == TaskState::Accepted && task.follows != task.stream && task.stream == id;
+            if (task.state != TaskState::Waiting && !fresh_try) || !error.judged {
                 continue;
             }
+            task.state = TaskState::Waiting;
             check
                 .verdict
                 .expect(error.code != Code::Idempotency, "the same SYN, the same answer", || format!("{id}: {error}"));

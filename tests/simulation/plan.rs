@@ -2,7 +2,7 @@
 //! tiny limits, so that rare meetings are frequent.
 
 use crate::simulation::rng::Rng;
-use atp_core::settings::{AccountSettings, Limits, Per, Settings, WindowSettings};
+use atp_core::settings::{AccountSettings, FlowSettings, Limits, Per, Settings, WindowSettings};
 use atp_proto::content::{
     Capabilities, Effects, EstimateDeclaration, EstimateFigures, EstimateMode, ModelInfo, Stop, Submit, Variance,
 };
@@ -77,6 +77,8 @@ pub struct AgentPlan {
     pub slow: bool,
     /// How often it asks for a tool instead of making a chunk.
     pub asks_percent: u64,
+    /// After a reconnect it doesn't repeat its status.
+    pub taciturn: bool,
 }
 
 impl AgentPlan {
@@ -162,7 +164,7 @@ impl Plan {
                 times(rng, heal_at, n)
             },
             status_at: {
-                let n = most(rng.pick(&[0, 0, 2]));
+                let n = most(rng.pick(&[0, 0, 2, 8]));
                 times(rng, heal_at, n)
             },
             checkpoint_at: times(rng, heal_at, 2),
@@ -246,6 +248,14 @@ fn settings(rng: &mut Rng) -> Settings {
             denials_burst: rng.pick(&[1, 2, 500]),
             preempt_after_ms: rng.pick(&[100, 1_000, 5_000]),
         },
+        flow: FlowSettings {
+            aimd_base: rng.pick(&[1, 2, 4, 4]) as u32,
+            aimd_cap: rng.pick(&[4, 64]) as u32,
+            burst: rng.pick(&[1, 2, 64, 64]) as u32,
+            latency_target_ms: rng.pick(&[100, 30_000]),
+            cool_off_ppm: rng.pick(&[0, 250_000]),
+            ..FlowSettings::default()
+        },
         ..defaults
     }
 }
@@ -319,6 +329,7 @@ fn agent(rng: &mut Rng, index: usize, calm: bool) -> AgentPlan {
         eager: rng.percent(50),
         slow: rng.percent(40),
         asks_percent: 0,
+        taciturn: rng.percent(50),
     }
 }
 

@@ -11,7 +11,7 @@ use crate::simulation::sched::{Event, Sched};
 use crate::simulation::tools::Asking;
 use atp_proto::content::{
     Ack, AgentError, AgentFinal, AgentPartial, AgentStatus, BudgetUpdate, Capabilities, Dispatch, Finish, ListedCall,
-    Proof, Status, Stop, ToolResult, UsageSource,
+    Proof, Status, Stop, ToolResult, UsageSource, WindowView,
 };
 use atp_proto::frame::kind;
 use atp_proto::{Amount, CallId, Code, Cost, Flags, Frame, TenantId, Tokens};
@@ -105,6 +105,8 @@ impl Process {
         }
         self.life += 1;
         self.alive = true;
+        // Another process knows nothing of what the former one said.
+        self.status = AgentStatus::default();
         self.calls.clear();
         self.epoch_seen = 0;
         let (agent, life) = (self.index, self.life);
@@ -152,7 +154,8 @@ impl Process {
             .collect();
         let capabilities = Capabilities { incarnation: self.incarnation(), calls, ..self.plan.capabilities.clone() };
         s.send_up(conn, Frame::json("", 0, Flags::NONE, kind::CAPABILITIES, &capabilities));
-        if self.status.status != Status::Ready {
+        // Who says nothing again is known to the router from the log.
+        if s.healed || (self.status.status != Status::Ready && !self.plan.taciturn) {
             s.send_up(conn, Frame::json("", 0, Flags::NONE, kind::STATUS, &self.status));
         }
         let eager = self.plan.eager;
@@ -187,10 +190,12 @@ impl Process {
 
     /// A new status; READY once all is healed.
     pub fn change_status(&mut self, s: &mut Sched) {
-        let status =
-            if s.healed { Status::Ready } else { s.rng.pick(&[Status::Pause, Status::Busy, Status::Draining]) };
+        let all = [Status::Pause, Status::Pause, Status::Busy, Status::Draining, Status::Ready];
+        let status = if s.healed { Status::Ready } else { s.rng.pick(&all) };
         let retry_after_ms = (status == Status::Pause).then(|| s.rng.range(100, 2_000));
-        self.status = AgentStatus { status, retry_after_ms, ..AgentStatus::default() };
+        let max_parallel = (status == Status::Busy && s.rng.percent(60)).then(|| s.rng.range(0, 2) as u32);
+        let suggested_window = max_parallel.map(|n| WindowView { max_parallel: Some(n), ..WindowView::default() });
+        self.status = AgentStatus { status, retry_after_ms, suggested_window, ..AgentStatus::default() };
         s.say(|| format!("{} says {:?}", self.plan.name, status));
         if let Some(conn) = self.conn {
             s.send_up(conn, Frame::json("", 0, Flags::NONE, kind::STATUS, &self.status));

@@ -19,7 +19,7 @@ use atp_core::settings::Settings;
 use atp_core::shard::Shard;
 use atp_core::state::State;
 use atp_proto::codec::{Received, encode_body};
-use atp_proto::content::{Capabilities, Dispatch};
+use atp_proto::content::{AgentStatus, Capabilities, Dispatch};
 use atp_proto::frame::kind;
 use atp_proto::{AgentName, ConnId, Frame, StreamId, TenantId};
 use bytes::Bytes;
@@ -191,7 +191,7 @@ impl Router {
             }
             Effect::ToAgent { agent, message } => {
                 s.note(&agent, || format!("to {agent}: {}", show_to_agent(&message)));
-                check.to_agent(&message);
+                check.to_agent(&agent, &message);
                 if let Some(agent) = self.names.iter().position(|n| *n == agent) {
                     self.send_to_machine(s, agent, message);
                 }
@@ -290,6 +290,7 @@ impl Router {
             for agent in 0..self.machines.len() {
                 self.machines[agent] = None;
                 check.slots.restarted(agent);
+                check.statuses.restarted(agent);
             }
         }
         let ms = if s.rng.percent(15) { s.rng.range(1_000, 8_000) } else { s.rng.range(1, 500) };
@@ -318,6 +319,12 @@ impl Router {
             state = whole;
         }
         check.fold.statistics(&state, &mut check.verdict);
+        for name in &self.names {
+            let (folded, logged) = (state.standing(name.as_str()), check.ledger.standing(name.as_str()));
+            check.verdict.expect(folded == logged, "status after a restart is the log's", || {
+                format!("{name} stands as {folded:?}, the log has {logged:?}")
+            });
+        }
         self.owner += 1;
         self.told_owner = false;
         let incarnation = format!("o{}", self.owner);
@@ -373,14 +380,14 @@ impl Router {
                 kind::CAPABILITIES => {
                     let capabilities: Box<Capabilities> = Box::new(frame.read().expect("the process's own"));
                     s.net.conns[conn].incarnation = Some(capabilities.incarnation.as_str().into());
-                    if self.machines[agent].is_none() {
-                        let (name, settings) = (self.names[agent].clone(), self.settings.clone());
-                        self.machines[agent] = Some(Agent::new(name, settings, s.now()));
-                    }
+                    self.keep(s, agent);
+                    let log = check.ledger.standing(self.names[agent].as_str());
+                    check.statuses.connected(agent, conn, &capabilities.incarnation, log);
                     self.machine(s, check, agent, AgentInput::Connected { conn: id, capabilities });
                 }
                 kind::STATUS => {
-                    let status = frame.read().expect("the process's own");
+                    let status: AgentStatus = frame.read().expect("the process's own");
+                    check.statuses.said(agent, conn, &status, s.now_ms);
                     self.machine(s, check, agent, AgentInput::Status { conn: id, status });
                 }
                 "" => self.machine(s, check, agent, AgentInput::Alive { conn: id }),
@@ -412,7 +419,7 @@ impl Router {
     /// A message of the shard on its way to a keeper: late, twice, out of order, lost where it is repeated.
     fn send_to_machine(&mut self, s: &mut Sched, agent: usize, message: ToAgent) {
         let far = !s.healed && (s.faults.loss_percent > 0 || s.faults.duplicate_percent > 0);
-        if !far || matches!(message, ToAgent::Ended { .. }) {
+        if !far || matches!(message, ToAgent::Ended { .. } | ToAgent::Standing { .. }) {
             return self.send_in_order(s, agent, message);
         }
         let (generation, mut copies) = (self.generation, 1);
@@ -434,6 +441,14 @@ impl Router {
         s.at(at, Event::ToMachine { agent, generation: self.generation, message: Box::new(message) });
     }
 
+    /// A handle has its keeper from the first word of or for it.
+    fn keep(&mut self, s: &Sched, agent: usize) {
+        if self.machines[agent].is_none() {
+            let (name, settings) = (self.names[agent].clone(), self.settings.clone());
+            self.machines[agent] = Some(Agent::new(name, settings, s.now()));
+        }
+    }
+
     pub fn hand_to_machine(
         &mut self,
         s: &mut Sched,
@@ -442,9 +457,10 @@ impl Router {
         generation: u32,
         message: ToAgent,
     ) {
-        if generation != self.generation || self.machines[agent].is_none() {
+        if generation != self.generation {
             return;
         }
+        self.keep(s, agent);
         check.slots.told(agent, &message);
         self.machine(s, check, agent, AgentInput::Shard(message));
     }
@@ -470,6 +486,7 @@ impl Router {
                         && !d.go_on
                     {
                         check.slots.dispatched(agent, d.call_id, d.epoch, s.now_ms, &mut check.verdict);
+                        check.statuses.dispatched(agent, d.call_id, s.now_ms, &mut check.verdict);
                     }
                     s.note(&frame_hash(&frame), || format!("agent {agent} down {} {}", conn.0, show_frame(&frame)));
                     if s.net.conns[index].router_open {
@@ -479,12 +496,13 @@ impl Router {
                 AgentEffect::Close { conn, error } => {
                     s.note(&conn.0, || format!("agent {agent} closes {}: {error}", conn.0));
                     let index = usize::try_from(conn.0).expect("few connections");
+                    check.statuses.closed(agent, index);
                     if s.net.conns[index].router_open {
                         s.router_closes(index);
                     }
                 }
                 AgentEffect::ToShard { message, .. } => {
-                    check.slots.said(agent, &message, s.now_ms, &mut check.verdict);
+                    check.slots.said(agent, &message, s.now_ms, &check.statuses, &mut check.verdict);
                     self.tell_shard(s, agent, message);
                 }
             }
@@ -534,7 +552,7 @@ impl Router {
     }
 
     pub fn random_query(s: &mut Sched, streams: &[(TenantId, StreamId)]) -> Query {
-        let which = if streams.is_empty() { 0 } else { s.rng.below(6) };
+        let which = if streams.is_empty() { 0 } else { s.rng.below(7) };
         let (tenant, stream) = match streams.get(s.rng.index(streams.len())) {
             Some(known) => known.clone(),
             None => return Query::Verify,
@@ -544,6 +562,7 @@ impl Router {
             2 => Query::Accounts,
             3 => Query::Stream { tenant, stream },
             4 => Query::Bill { tenant, stream },
+            5 => Query::Agents,
             _ => Query::Streams { tenant },
         }
     }

@@ -56,8 +56,9 @@ pub fn show_to_agent(message: &ToAgent) -> String {
 pub fn show_from_agent(message: &FromAgent) -> String {
     match message {
         FromAgent::Frame { agent, received, .. } => format!("{agent} {}", show_frame(&received.frame)),
-        FromAgent::Up { agent, capabilities, status } => {
-            format!("Up {agent} {} {:?} {:?}", capabilities.incarnation, status.status, capabilities.calls)
+        FromAgent::Up { agent, capabilities, status, drained } => {
+            let said = status.as_ref().map(|s| s.status);
+            format!("Up {agent} {} {said:?} drained {drained} {:?}", capabilities.incarnation, capabilities.calls)
         }
         other => format!("{other:?}"),
     }

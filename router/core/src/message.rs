@@ -1,6 +1,8 @@
 //! What goes into a `Shard` and what comes out of it, and the messages between `Shard` and `Agent`.
 //! Inputs are facts; effects are requests to the shell. Nothing here does I/O.
 
+use crate::agent::breaker::BreakerState;
+use crate::agent::queue::Wish;
 use crate::clock::Now;
 use crate::view::{AccountView, AgentView, StreamView, VerifyView};
 use atp_proto::codec::Received;
@@ -35,6 +37,9 @@ pub enum Input {
     Checkpoint,
     /// New work is refused with EDRAINING; running streams end.
     Drain,
+    /// An operator's word on an agent: nothing new for it, or (`drained: false`) as it says itself. Answered like a query, by
+    /// the agent's row; without one where nobody knows the agent.
+    DrainAgent { id: u64, agent: AgentName, drained: bool },
 }
 
 /// What a mediated tool did. Content is bounded by who ran it.
@@ -213,7 +218,7 @@ pub enum ToAgent {
     /// A new owner of the shard: slots of lower epochs fall. Answered by `Up` if the agent is connected.
     Owner { shard: u32, epoch: u64 },
     /// Lend a slot for this call. Repeated until `Lent`, or withdrawn by `Back`.
-    Want { shard: u32, epoch: u64, call: CallId },
+    Want { shard: u32, epoch: u64, call: CallId, wish: Wish },
     /// The slot, lent or wanted, isn't needed.
     Back { shard: u32, epoch: u64, call: CallId },
     /// Send `agent.dispatch` to this incarnation, to no other. Repeated until `Sent` or `Unsent`. With `go_on` it is a
@@ -222,18 +227,51 @@ pub enum ToAgent {
     /// Send a frame of a call to this incarnation, the one that it was dispatched to, and to no other:
     /// `control.budget_update`, `agent.cancel`, `tool.result`, `control.ack`; before a dispatch `agent.estimate`.
     Pass { shard: u32, epoch: u64, call: CallId, incarnation: Arc<str>, frame: Frame },
-    /// The call is settled or void: its slot is free.
-    Ended { shard: u32, epoch: u64, call: CallId },
+    /// The call is settled or void: its slot is free, and this is what it says of the agent.
+    Ended { shard: u32, epoch: u64, call: CallId, outcome: Outcome },
+    /// What the log says of the agent: its status, if that isn't READY, for a machine that hasn't heard it itself; and the
+    /// operator's word.
+    Standing { shard: u32, epoch: u64, incarnation: Arc<str>, status: Option<AgentStatus>, drained: bool },
+}
+
+/// How a call ended, as far as its agent's window is concerned.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// It answered: how long after its dispatch, how far above its guarded estimate (0: not), and whether a frame of it
+    /// carried a congestion mark.
+    Done { latency_ms: u64, over_ppm: u64, congested: bool },
+    /// An error, a time-out, or a lost process.
+    Failed,
+    /// It was asked too much (EWINDOW_AGENT, EDRAINING): nothing more before then.
+    Refused { retry_after_ms: u64 },
+    /// Cancelled, never sent, or refused for what it asks: says nothing of the agent.
+    Unknown,
+}
+
+/// How much an agent is given now, and why. Absolute: the latest counts.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Flow {
+    /// Calls that may run at once: the effective window.
+    pub window: u32,
+    /// What its results have earned.
+    pub aimd: u32,
+    pub breaker: BreakerState,
+    /// What its effective cost is raised by while it cools off.
+    pub surcharge_ppm: u32,
+    /// It answered lately.
+    pub healthy: bool,
 }
 
 /// Agent to shard.
 #[derive(Clone, Debug)]
 pub enum FromAgent {
-    /// Connected (or asked by a new owner): what it can, and which calls it still has (`capabilities.calls`).
+    /// Connected (or asked by a new owner): what it can, which calls it still has (`capabilities.calls`), what it said of
+    /// itself here (`None`: nothing yet), and whether it is drained as far as its router knows.
     Up {
         agent: AgentName,
         capabilities: Arc<Capabilities>,
-        status: AgentStatus,
+        status: Option<AgentStatus>,
+        drained: bool,
     },
     /// The connection is gone; the agent goes on and may come back with the same incarnation.
     Down {
@@ -243,6 +281,10 @@ pub enum FromAgent {
     Status {
         agent: AgentName,
         status: AgentStatus,
+    },
+    Flow {
+        agent: AgentName,
+        flow: Flow,
     },
     /// A slot, for 2 s.
     Lent {

@@ -90,6 +90,7 @@ impl StreamReplay {
             | Record::Adjust(_)
             | Record::Tool(_)
             | Record::Checkpoint(_)
+            | Record::Agent(_)
             | Record::Tier(_) => {}
         }
     }

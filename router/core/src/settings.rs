@@ -65,6 +65,40 @@ pub struct Settings {
     pub policy: Arc<Policy>,
     pub tools: ToolSettings,
     pub limits: Limits,
+    pub flow: FlowSettings,
+}
+
+/// How an agent is given work.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct FlowSettings {
+    /// Calls that a new agent may run at once.
+    pub aimd_base: u32,
+    /// The most that its results can earn.
+    pub aimd_cap: u32,
+    /// New dispatches per agent and second.
+    pub burst: u32,
+    /// A result within this time lets the window grow.
+    pub latency_target_ms: u64,
+    /// An actual so far above its guarded estimate cools the agent off, in ppm.
+    pub cool_off_ppm: u64,
+    /// Gold may pass a PAUSE after its `retry_after_ms`, one call at a time.
+    pub gold_passes_pause: bool,
+    /// A tenant's share of its tier; absent: 1.
+    pub weights: BTreeMap<TenantId, u32>,
+}
+
+impl Default for FlowSettings {
+    fn default() -> Self {
+        Self {
+            aimd_base: 4,
+            aimd_cap: 64,
+            burst: 64,
+            latency_target_ms: 30_000,
+            cool_off_ppm: 250_000,
+            gold_passes_pause: false,
+            weights: BTreeMap::new(),
+        }
+    }
 }
 
 /// Bounds of a shard's memory, each with its code.
@@ -122,6 +156,7 @@ impl Default for Settings {
             policy: Arc::new(Policy::default()),
             tools: ToolSettings::default(),
             limits: Limits::default(),
+            flow: FlowSettings::default(),
         }
     }
 }

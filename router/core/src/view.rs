@@ -45,6 +45,24 @@ pub struct AgentView {
     pub status: String,
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub reason: Option<String>,
+    /// When a pause may be over at the earliest.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub retry_at: Option<String>,
+    /// An operator wants nothing new sent to it.
+    #[serde(default)]
+    pub drained: bool,
+    /// It is connected and answered lately.
+    #[serde(default)]
+    pub healthy: bool,
+    /// closed, open, half_open
+    #[serde(default)]
+    pub breaker: String,
+    /// Calls at once that its results have earned.
+    #[serde(default)]
+    pub aimd: u32,
+    /// What its effective cost is raised by while it cools off.
+    #[serde(default)]
+    pub surcharge_ppm: u32,
     pub window: AgentWindows,
     pub in_flight: u32,
     /// Mean absolute error of its estimates over 7 days; absent below 3 runs, as the next two.

@@ -86,7 +86,8 @@ impl House {
 
     fn agent_up(&mut self, capabilities: Capabilities) {
         let agent = capabilities.agent.clone();
-        let up = FromAgent::Up { agent, capabilities: Arc::new(capabilities), status: AgentStatus::default() };
+        let status = Some(AgentStatus::default());
+        let up = FromAgent::Up { agent, capabilities: Arc::new(capabilities), status, drained: false };
         self.shard.handle(self.now, Input::Agent(up));
         self.run();
     }

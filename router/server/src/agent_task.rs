@@ -8,7 +8,7 @@ use crate::time::Clocks;
 use atp_core::agent::Agent;
 use atp_core::message::{AgentEffect, AgentInput, FromAgent, Machine, ToAgent};
 use atp_core::settings::Settings;
-use atp_proto::content::{AgentStatus, Capabilities};
+use atp_proto::content::{AgentStatus, Capabilities, Status};
 use atp_proto::limits::UNSENT_FULL_MS;
 use atp_proto::{AgentName, Code, ConnId, Frame, WireError};
 use std::collections::{BTreeMap, VecDeque};
@@ -103,6 +103,7 @@ impl Agents {
             clocks: self.clocks,
             last_heartbeat_ms: handle.last_heartbeat_ms.clone(),
             connections: BTreeMap::new(),
+            shown: None,
         };
         self.tasks.spawn(task.run());
         list.insert(name.clone(), handle.clone());
@@ -146,6 +147,8 @@ struct AgentTask {
     clocks: Clocks,
     last_heartbeat_ms: Arc<AtomicU64>,
     connections: BTreeMap<ConnId, Connection>,
+    /// Its status and the calls that wait for it, as the metrics say.
+    shown: Option<(&'static str, usize)>,
 }
 
 impl AgentTask {
@@ -192,6 +195,7 @@ impl AgentTask {
                     AgentMessage::Settings(settings) => self.machine.set_settings(settings),
                 }
             }
+            self.show();
             let told = self.drain();
             if !told.is_empty() && self.inbox.send(256 * told.len(), ToShard::Agent(told)).await.is_err() {
                 return;
@@ -199,6 +203,15 @@ impl AgentTask {
             for up in ups {
                 let _ = up.send(());
             }
+        }
+    }
+
+    fn show(&mut self) {
+        let status = self.machine.stands().map_or(metric::GONE, Status::as_str);
+        let now = (status, self.machine.waiting());
+        if self.shown != Some(now) {
+            self.shown = Some(now);
+            metric::agent(self.machine.name(), status, now.1);
         }
     }
 
@@ -223,7 +236,9 @@ impl AgentTask {
                     }
                 }
                 AgentEffect::ToShard { shard: _, message } => {
-                    show(&message);
+                    if let FromAgent::Flow { agent, flow } = &message {
+                        metric::agent_flow(agent, flow);
+                    }
                     told.push(message);
                 }
             }
@@ -243,17 +258,6 @@ impl AgentTask {
             }
         }
         told
-    }
-}
-
-/// Keeps the metric of the agent's status at what the shard is told.
-fn show(message: &FromAgent) {
-    match message {
-        FromAgent::Up { agent, status, .. } | FromAgent::Status { agent, status } => {
-            metric::agent_status(agent, status.status.as_str());
-        }
-        FromAgent::Down { agent, .. } => metric::agent_status(agent, metric::GONE),
-        FromAgent::Lent { .. } | FromAgent::Sent { .. } | FromAgent::Unsent { .. } | FromAgent::Frame { .. } => {}
     }
 }
 

@@ -16,7 +16,7 @@ use atp_proto::content::TaskCancel;
 use atp_proto::frame::kind;
 use atp_proto::id::is_id;
 use atp_proto::limits::MESSAGE_BYTES_MAX;
-use atp_proto::{Code, ConnId, Flags, Frame, StreamId, TenantId, WireError};
+use atp_proto::{AgentName, Code, ConnId, Flags, Frame, StreamId, TenantId, WireError};
 use axum::extract::{DefaultBodyLimit, Path, Query as Params, Request, State};
 use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
 use axum::middleware::{self, Next};
@@ -93,6 +93,7 @@ pub(crate) fn routes(site: Site) -> Router {
         .route("/v1/accounts/{id}", get(account))
         .route("/v1/agents", get(agents))
         .route("/v1/agents/{name}", get(agent))
+        .route("/v1/agents/{name}/drain", post(drain_agent).delete(undrain_agent))
         .route("/v1/verify", post(verify_now))
         .layer(middleware::from_fn_with_state(site.clone(), authorise))
         .route("/metrics", get(metrics))
@@ -255,10 +256,32 @@ async fn cancel(
 
 async fn agent_rows(site: &Site) -> Result<Vec<AgentView>, Problem> {
     let Answer::Agents(mut rows) = site.ask(Query::Agents).await? else { return Err(mismatch()) };
-    for row in &mut rows {
-        row.last_heartbeat_at = site.0.agents.last_heartbeat_ms(&row.name).map(rfc3339);
-    }
+    rows.iter_mut().for_each(|row| heartbeat(site, row));
     Ok(rows)
+}
+
+fn heartbeat(site: &Site, row: &mut AgentView) {
+    row.last_heartbeat_at = site.0.agents.last_heartbeat_ms(&row.name).map(rfc3339);
+}
+
+/// Nothing new for this agent, also after a restart, until the DELETE; what it runs goes on.
+async fn drain_agent(State(site): State<Site>, Path(name): Path<String>) -> Result<Json<Value>, Problem> {
+    drain(&site, &name, true).await
+}
+
+async fn undrain_agent(State(site): State<Site>, Path(name): Path<String>) -> Result<Json<Value>, Problem> {
+    drain(&site, &name, false).await
+}
+
+async fn drain(site: &Site, name: &str, drained: bool) -> Result<Json<Value>, Problem> {
+    if !is_id(name) {
+        return Err(Problem::new(WireError::proto("agent name: 1 to 64 of A-Za-z0-9._-"), None));
+    }
+    let Some(Answer::Agents(mut rows)) = site.0.inbox.drain_agent(AgentName::new(name), drained).await else {
+        return Err(mismatch());
+    };
+    rows.iter_mut().for_each(|row| heartbeat(site, row));
+    if rows.is_empty() { Err(not_found(name)) } else { Ok(Json(json!({ "agents": rows }))) }
 }
 
 async fn agents(State(site): State<Site>) -> Result<Json<Value>, Problem> {

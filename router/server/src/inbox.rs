@@ -52,6 +52,12 @@ pub(crate) enum ToShard {
         query: Query,
         reply: oneshot::Sender<Answer>,
     },
+    /// An operator's word on an agent.
+    DrainAgent {
+        agent: AgentName,
+        drained: bool,
+        reply: oneshot::Sender<Answer>,
+    },
     Settings(Arc<Settings>),
     Drain,
 }
@@ -99,6 +105,13 @@ impl Inbox {
     pub(crate) async fn ask(&self, query: Query) -> Option<Answer> {
         let (reply, answer) = oneshot::channel();
         self.send(256, ToShard::Ask { query, reply }).await.ok()?;
+        answer.await.ok()
+    }
+
+    /// Tells the shard an operator's word on an agent; `None` when the shard has ended.
+    pub(crate) async fn drain_agent(&self, agent: AgentName, drained: bool) -> Option<Answer> {
+        let (reply, answer) = oneshot::channel();
+        self.send(256, ToShard::DrainAgent { agent, drained, reply }).await.ok()?;
         answer.await.ok()
     }
 }

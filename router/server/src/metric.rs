@@ -1,6 +1,7 @@
 //! Names and labels of `/metrics`, in one place. Labels are bounded: no stream ids, payload types from a fixed list.
 
-use atp_core::message::Metric;
+use atp_core::agent::breaker::BreakerState;
+use atp_core::message::{Flow, Metric};
 use atp_proto::AgentName;
 use atp_proto::frame::kind;
 use metrics::{Counter, counter, gauge, histogram};
@@ -100,12 +101,28 @@ pub(crate) fn dropped(reason: &'static str) {
     counter!("atp_dropped_total", "reason" => reason).increment(1);
 }
 
-/// One of an agent's statuses is 1, the others are 0. Handles are bounded by `limits.agents`.
-pub(crate) fn agent_status(agent: &AgentName, status: &'static str) {
+/// One of an agent's statuses is 1, the others are 0; and the calls that wait for a slot of it. Handles are bounded by
+/// `limits.agents`.
+#[allow(clippy::cast_precision_loss)] // a gauge is a float by its nature
+pub(crate) fn agent(agent: &AgentName, status: &'static str, waiting: usize) {
     const ALL: [&str; 5] = ["READY", "BUSY", "PAUSE", "DRAINING", GONE];
     for one in ALL {
         let value = if one == status { 1.0 } else { 0.0 };
         gauge!("atp_agent_status", "agent" => agent.to_string(), "status" => one).set(value);
+    }
+    gauge!("atp_agent_waiting_calls", "agent" => agent.to_string()).set(waiting as f64);
+}
+
+/// How much an agent is given: its effective window, what its results have earned, its breaker (one of the states is 1).
+pub(crate) fn agent_flow(agent: &AgentName, flow: &Flow) {
+    let name = agent.to_string();
+    gauge!("atp_agent_window_calls", "agent" => name.clone()).set(f64::from(flow.window));
+    gauge!("atp_agent_aimd_calls", "agent" => name.clone()).set(f64::from(flow.aimd));
+    gauge!("atp_agent_surcharge_ppm", "agent" => name.clone()).set(f64::from(flow.surcharge_ppm));
+    gauge!("atp_agent_healthy", "agent" => name.clone()).set(if flow.healthy { 1.0 } else { 0.0 });
+    for one in [BreakerState::Closed, BreakerState::Open, BreakerState::HalfOpen] {
+        let value = if one == flow.breaker { 1.0 } else { 0.0 };
+        gauge!("atp_agent_breaker", "agent" => name.clone(), "state" => one.as_str()).set(value);
     }
 }
 

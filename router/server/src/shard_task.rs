@@ -260,10 +260,12 @@ impl ShardTask {
                 }
             }
             ToShard::Ask { query, reply } => {
-                let id = self.next_ask;
-                self.next_ask += 1;
-                self.asked.insert(id, reply);
+                let id = self.ask(reply);
                 self.shard.handle(now, Input::Query { id, query });
+            }
+            ToShard::DrainAgent { agent, drained, reply } => {
+                let id = self.ask(reply);
+                self.shard.handle(now, Input::DrainAgent { id, agent, drained });
             }
             ToShard::Settings(settings) => {
                 self.shard.set_settings(settings.clone());
@@ -272,6 +274,14 @@ impl ShardTask {
             }
             ToShard::Drain => self.shard.handle(now, Input::Drain),
         }
+    }
+
+    /// The number under which an answer comes back.
+    fn ask(&mut self, reply: oneshot::Sender<Answer>) -> u64 {
+        let id = self.next_ask;
+        self.next_ask += 1;
+        self.asked.insert(id, reply);
+        id
     }
 
     /// Carries out every effect: entries to the log in one append, frames grouped by connection, messages by agent.

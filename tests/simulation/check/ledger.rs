@@ -3,7 +3,9 @@
 
 use super::Verdict;
 use super::grammar;
-use atp_core::record::{AmountPb, CostPb, Entry, Key, LimitPb, Record, ReserveCall, SourcePb, ToolVerdict};
+use atp_core::record::{
+    AgentRecord, AmountPb, CostPb, Entry, Key, LimitPb, Record, ReserveCall, SourcePb, ToolVerdict,
+};
 use atp_proto::{CallId, Qos};
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -162,6 +164,8 @@ pub struct Ledger {
     pub by_call: BTreeMap<CallId, (Key, u32)>,
     pub windows: BTreeMap<(String, String), Window>,
     current: BTreeMap<String, String>,
+    /// How each agent stood, by handle, in order.
+    pub standings: BTreeMap<String, Vec<AgentRecord>>,
 }
 
 impl Ledger {
@@ -173,6 +177,11 @@ impl Ledger {
     #[must_use]
     pub fn stream(&self, tenant: &str, stream: &str) -> Option<&Stream> {
         self.streams.get(&Key { tenant: tenant.into(), stream: stream.into() })
+    }
+    /// How an agent stands.
+    #[must_use]
+    pub fn standing(&self, agent: &str) -> Option<&AgentRecord> {
+        self.standings.get(agent)?.last()
     }
     /// Calls that hold money.
     pub fn open_calls(&self) -> impl Iterator<Item = &Call> {
@@ -312,6 +321,9 @@ impl Ledger {
             Record::Checkpoint(_) => self.seen.checkpoints += 1,
             // No money moves with it.
             Record::Tier(_) => {}
+            Record::Agent(r) => {
+                self.standings.entry(r.agent.clone()).or_default().push(r.clone());
+            }
         }
     }
 

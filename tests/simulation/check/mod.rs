@@ -8,6 +8,7 @@ pub mod grammar;
 pub mod ledger;
 pub mod order;
 pub mod slots;
+pub mod status;
 pub mod tool;
 pub mod truth;
 pub mod wire;
@@ -55,6 +56,7 @@ pub struct Check {
     pub fold: fold::Fold,
     pub order: order::Order,
     pub slots: slots::Slots,
+    pub statuses: status::Statuses,
     pub wire: wire::Wire,
     pub tools: tool::Tools,
     /// How long what an agent says may be on its way.

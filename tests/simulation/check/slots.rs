@@ -2,18 +2,29 @@
 //! agent never runs more calls than it takes.
 
 use super::Verdict;
+use super::status::Statuses;
 use crate::simulation::plan::AgentPlan;
 use atp_core::message::{FromAgent, ToAgent};
 use atp_proto::CallId;
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 /// How long a slot is lent for.
 const LEASE_MS: u64 = 2_000;
 
+#[derive(Debug)]
+struct Lent {
+    epoch: u64,
+    until: u64,
+    used: bool,
+    /// The incarnation that it is for: another one's slots have fallen with it.
+    of: Arc<str>,
+}
+
 #[derive(Debug, Default)]
 struct Keeper {
     epoch: u64,
-    lent: BTreeMap<CallId, (u64, u64)>,
+    lent: BTreeMap<CallId, Lent>,
 }
 
 #[derive(Debug, Default)]
@@ -32,6 +43,7 @@ impl Slots {
         let keeper = self.keepers.entry(agent).or_default();
         let (epoch, ended) = match message {
             ToAgent::Owner { epoch, .. }
+            | ToAgent::Standing { epoch, .. }
             | ToAgent::Want { epoch, .. }
             | ToAgent::Dispatch { epoch, .. }
             | ToAgent::Pass { epoch, .. } => (*epoch, None),
@@ -39,23 +51,34 @@ impl Slots {
         };
         if epoch > keeper.epoch {
             keeper.epoch = epoch;
-            keeper.lent.retain(|_, (of, _)| *of >= epoch);
+            keeper.lent.retain(|_, slot| slot.epoch >= epoch);
         }
         if let Some(call) = ended
-            && keeper.lent.get(call).is_some_and(|(of, _)| *of <= epoch)
+            && keeper.lent.get(call).is_some_and(|slot| slot.epoch <= epoch)
         {
             keeper.lent.remove(call);
         }
     }
 
     /// The keeper answers.
-    pub fn said(&mut self, agent: usize, message: &FromAgent, now_ms: u64, verdict: &mut Verdict) {
+    pub fn said(&mut self, agent: usize, message: &FromAgent, now_ms: u64, statuses: &Statuses, verdict: &mut Verdict) {
         let keeper = self.keepers.entry(agent).or_default();
-        if let FromAgent::Lent { call, epoch, .. } = message {
+        if let FromAgent::Lent { call, epoch, incarnation, .. } = message {
             verdict.expect(*epoch >= keeper.epoch, "agents fence lower epochs", || {
                 format!("a slot was lent for {call} under epoch {epoch}, {} was seen", keeper.epoch)
             });
-            keeper.lent.insert(*call, (*epoch, now_ms + LEASE_MS));
+            // Said again it is still the slot that was lent first.
+            let until = now_ms + LEASE_MS;
+            let old = keeper.lent.get(call).filter(|slot| !slot.used && slot.until > now_ms).map(|slot| slot.until);
+            keeper.lent.insert(
+                *call,
+                Lent { epoch: *epoch, until: old.unwrap_or(until), used: false, of: incarnation.clone() },
+            );
+            if old.is_none() {
+                let in_use =
+                    keeper.lent.values().filter(|s| s.of == *incarnation && (s.used || s.until > now_ms)).count();
+                statuses.lent(agent, in_use, now_ms, verdict);
+            }
         }
         if let FromAgent::Unsent { call, .. } = message {
             keeper.lent.remove(call);
@@ -70,10 +93,13 @@ impl Slots {
         });
         let slot = keeper.lent.get(&call);
         verdict.expect(
-            slot.is_some_and(|(of, until)| *of == epoch && now_ms <= *until),
+            slot.is_some_and(|slot| slot.epoch == epoch && now_ms <= slot.until),
             "no dispatch without a live slot",
             || format!("{call} under epoch {epoch} at {now_ms}, slot {slot:?}"),
         );
+        if let Some(slot) = keeper.lent.get_mut(&call) {
+            slot.used = true;
+        }
     }
 
     /// The agent's process begins a call; `running` counts it.

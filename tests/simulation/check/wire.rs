@@ -4,9 +4,10 @@
 use super::ledger::{Ledger, Phase, fits, minus};
 use super::{Check, Verdict};
 use atp_core::message::ToAgent;
-use atp_proto::content::{Ack, BudgetUpdate, Dispatch};
+use atp_core::record::AgentRecord;
+use atp_proto::content::{Ack, AgentStatus, BudgetUpdate, Dispatch};
 use atp_proto::frame::kind;
-use atp_proto::{CallId, Code, Flags, Frame, WireError};
+use atp_proto::{AgentName, CallId, Code, Flags, Frame, WireError};
 
 #[derive(Debug, Default)]
 pub struct Wire {
@@ -64,7 +65,7 @@ impl Check {
     }
 
     /// A message goes out to an agent's keeper.
-    pub fn to_agent(&mut self, message: &ToAgent) {
+    pub fn to_agent(&mut self, agent: &AgentName, message: &ToAgent) {
         let ledger = &self.ledger;
         let verdict = &mut self.verdict;
         match message {
@@ -100,6 +101,17 @@ impl Check {
                 let over = ledger.call(call).is_none_or(|c| matches!(c.phase, Phase::Settled | Phase::Void));
                 verdict.expect(over, "slots are freed by durable ends", || {
                     format!("{call} ended, but it is open in the log")
+                });
+            }
+            ToAgent::Standing { incarnation, status, drained, .. } => {
+                let same = |r: &AgentRecord| {
+                    let same_word = |s: &AgentStatus| s.status == r.status() && *r.incarnation == **incarnation;
+                    r.drained == *drained && status.as_ref().is_none_or(same_word)
+                };
+                // A later word may have become durable together with it.
+                let known = ledger.standings.get(agent.as_str());
+                verdict.expect(known.is_some_and(|all| all.iter().any(same)), "standing => durable record", || {
+                    format!("{agent} is said to stand as {status:?}, drained {drained}; the log has {known:?}")
                 });
             }
             ToAgent::Owner { .. } | ToAgent::Want { .. } | ToAgent::Back { .. } => {}

@@ -142,7 +142,7 @@ impl Router {
         wait_for(&format!("agent {name}"), || {
             let (_, answer) = self.http("GET", "/v1/agents");
             let rows = answer["agents"].as_array()?.clone();
-            rows.iter().find(|row| row["name"] == name && row["status"] == "READY").map(|_| ())
+            rows.iter().find(|row| row["name"] == name && row["status"] != "GONE").map(|_| ())
         });
     }
 }

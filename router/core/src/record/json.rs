@@ -82,6 +82,10 @@ impl Record {
             Self::Tier(r) => {
                 json!({"agent": r.agent, "tier": r.tier, "runs": r.runs, "under_ppm": r.under_ppm})
             }
+            Self::Agent(r) => {
+                json!({"agent": r.agent, "incarnation": r.incarnation, "status": r.status(), "reason": r.reason,
+                "suggested_window": r.suggested(), "retry_at": r.until_ms.map(crate::clock::rfc3339), "drained": r.drained})
+            }
             Self::Checkpoint(r) => {
                 json!({"position": r.position, "epoch": r.epoch, "fold_version": r.fold_version, "hash": hex(&r.hash),
                 "piece": r.piece, "pieces": r.pieces, "bytes": r.data.len()})

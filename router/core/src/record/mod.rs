@@ -1,10 +1,12 @@
 //! What a log holds: entries of records. One input's decision is one entry; it survives whole or not at all.
 //! Protobuf by derive, so that later versions can add fields; an unknown record kind stops the shard.
 
+mod agent;
 mod amount;
 mod json;
 mod tool;
 
+pub use agent::AgentRecord;
 pub use amount::{AmountPb, CostPb, LimitPb};
 use atp_proto::{CallId, StreamId, TenantId};
 use bytes::Bytes;
@@ -24,7 +26,7 @@ pub struct Entry {
 /// One record; `None` was written by a newer version.
 #[derive(Clone, PartialEq, Message)]
 pub struct AnyRecord {
-    #[prost(oneof = "Record", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 20, 21")]
+    #[prost(oneof = "Record", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 20, 21")]
     pub record: Option<Record>,
 }
 
@@ -58,6 +60,8 @@ pub enum Record {
     Frame(FrameRecord),
     #[prost(message, tag = "14")]
     Checkpoint(Checkpoint),
+    #[prost(message, tag = "15")]
+    Agent(AgentRecord),
     #[prost(message, tag = "20")]
     Tool(Tool),
     #[prost(message, tag = "21")]
@@ -488,6 +492,7 @@ impl Record {
             Self::Checkpoint(_) => "checkpoint",
             Self::Tool(_) => "tool",
             Self::Tier(_) => "tier",
+            Self::Agent(_) => "agent",
         }
     }
 
@@ -506,7 +511,12 @@ impl Record {
             Self::Close(r) => Some(&r.key),
             Self::Frame(r) => Some(&r.key),
             Self::Tool(r) => Some(&r.key),
-            Self::Genesis(_) | Self::Epoch(_) | Self::Window(_) | Self::Checkpoint(_) | Self::Tier(_) => None,
+            Self::Genesis(_)
+            | Self::Epoch(_)
+            | Self::Window(_)
+            | Self::Checkpoint(_)
+            | Self::Agent(_)
+            | Self::Tier(_) => None,
         }
     }
 }

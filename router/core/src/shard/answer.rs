@@ -7,9 +7,13 @@ use crate::message::{Answer, Effect, Query, StreamAnswer};
 use crate::statistics::{RUNS_MIN, day_of};
 use crate::stream::Stream;
 use crate::view::{AgentView, AgentWindows, StreamView};
-use atp_proto::content::WindowView;
+use crate::window::effective;
+use atp_proto::content::{Status, WindowView};
 use atp_proto::{AgentName, StreamId, TenantId, UsdMicros};
 use std::collections::{BTreeMap, BTreeSet};
+
+/// The reason of an agent that an operator drained.
+const DRAINED: &str = "drained by an operator";
 
 impl Shard {
     pub(super) fn query(&mut self, id: u64, query: Query) {
@@ -31,15 +35,22 @@ impl Shard {
         self.effect(Effect::Answer { id, answer });
     }
 
+    /// An operator's word on an agent, answered by the agent's row.
+    pub(super) fn drain_and_answer(&mut self, id: u64, agent: AgentName, drained: bool) {
+        let known = self.drain_agent(&agent, drained);
+        let rows = if known { vec![self.agent(agent, &self.scores())] } else { Vec::new() };
+        self.effect(Effect::Answer { id, answer: Answer::Agents(rows) });
+    }
+
     fn find(&self, tenant: &TenantId, stream: &StreamId) -> Option<&Stream> {
         self.state.stream(self.state.stream_no(tenant.as_str(), stream.as_str())?)
     }
 
     /// Agents that are or were connected, and those that the log knows.
     fn agents(&self) -> Vec<AgentView> {
-        let known = self.state.agents.keys().map(|name| AgentName::new(name));
+        let known = self.state.agents.keys().chain(self.state.standings.keys()).map(|name| AgentName::new(name));
         let names: BTreeSet<AgentName> = known.chain(self.seats.keys().cloned()).collect();
-        let scores: BTreeMap<AgentName, u64> = self.scores().into_iter().collect();
+        let scores = self.scores();
         names.into_iter().map(|name| self.agent(name, &scores)).collect()
     }
 
@@ -53,19 +64,35 @@ impl Shard {
             max_tokens: self.settings.agent_window.limit.tokens,
             max_usd_micros: self.settings.agent_window.limit.usd_micros,
         };
-        let own = seat
-            .map(|s| WindowView { max_parallel: Some(s.capabilities.max_parallel), ..WindowView::default() })
-            .unwrap_or_default();
-        let least = |a: Option<u32>, b: Option<u32>| a.into_iter().chain(b).min();
-        let effective = WindowView { max_parallel: least(router.max_parallel, own.max_parallel), ..router };
+        let standing = self.state.standing(name.as_str());
+        let drained = standing.is_some_and(|s| s.drained);
+        let suggested = seat.and_then(|s| s.status.suggested_window).unwrap_or_default();
+        let calls = |max_parallel| WindowView { max_parallel, ..WindowView::default() };
+        let own = effective(calls(seat.map(|s| s.capabilities.max_parallel)), suggested);
+        let earned = calls(seat.map(|s| s.flow.window));
+        let here = seat.filter(|s| s.up);
+        let status = match here {
+            None => "GONE",
+            Some(_) if drained => Status::Draining.as_str(),
+            Some(seat) => seat.status.status.as_str(),
+        };
+        let reason = if drained { Some(DRAINED.into()) } else { seat.and_then(|s| s.status.reason.clone()) };
+        let retry_at = standing.filter(|s| s.status() == Status::Pause).and_then(|s| s.until_ms).map(rfc3339);
+        let flow = seat.map(|s| s.flow).unwrap_or_default();
         AgentView {
             host: seat.map_or_else(String::new, |s| s.capabilities.host.clone()),
             incarnation: seat.map_or_else(String::new, |s| s.incarnation.to_string()),
             adapter: seat.map_or_else(String::new, |s| s.capabilities.adapter.clone()),
             models: seat.map_or_else(Vec::new, |s| s.capabilities.models.iter().map(|m| m.id.clone()).collect()),
-            status: seat.filter(|s| s.up).map_or("GONE", |s| s.status.status.as_str()).into(),
-            reason: seat.and_then(|s| s.status.reason.clone()),
-            window: AgentWindows { router, agent: own, effective },
+            status: status.into(),
+            reason,
+            retry_at: here.and(retry_at),
+            drained,
+            healthy: here.is_some() && flow.healthy,
+            breaker: flow.breaker.as_str().into(),
+            aimd: flow.aimd,
+            surcharge_ppm: flow.surcharge_ppm,
+            window: AgentWindows { router, agent: own, effective: effective(effective(router, own), earned) },
             in_flight: self.in_flight(&name),
             mape_7d_ppm: errors.map(|e| e.mape_ppm),
             under_rate_7d_ppm: errors.map(|e| e.under_ppm),

@@ -6,13 +6,14 @@ use super::client::Wants;
 use super::offer::Offer;
 use super::seat::Seat;
 use super::tool::{Needs, barrier};
-use crate::estimate::{Ask, Estimate, estimate};
+use crate::estimate::{Ask, Estimate, estimate, overage};
 use crate::policy::Weights;
 use crate::record::Accept;
 use crate::score::{Candidate, Measured, Task, Terms, ahead, terms};
 use crate::statistics::{Row, day_of};
 use atp_proto::content::{EstimateFigures, Status};
 use atp_proto::{AgentName, Qos};
+use std::collections::BTreeMap;
 use std::fmt;
 
 /// What a task is, as far as the choice of agents looks at it.
@@ -106,7 +107,10 @@ impl Shard {
         if !seat.up {
             return Err(Filter::Gone);
         }
-        if !matches!(seat.status.status, Status::Ready | Status::Busy) {
+        if seat.drained {
+            return Err(Filter::Status(Status::Draining));
+        }
+        if !seat.may_begin(request.qos == Qos::Gold && self.settings.flow.gold_passes_pause) {
             return Err(Filter::Status(seat.status.status));
         }
         if seat.skip_until > self.now_ms {
@@ -181,8 +185,9 @@ impl Shard {
     }
 
     /// What an estimate counts in comparisons: its guarded micro-USD and the surcharge of an agent that cools off.
-    fn effective_cost(&self, _agent: &AgentName, estimate: &Estimate) -> u64 {
-        estimate.guarded.usd_micros.0
+    fn effective_cost(&self, agent: &AgentName, estimate: &Estimate) -> u64 {
+        let surcharge = self.seats.get(agent).map_or(0, |s| s.flow.surcharge_ppm);
+        overage(estimate.guarded.usd_micros.0, 1_000_000 + u64::from(surcharge))
     }
 
     /// Terms and effective cost of each.
@@ -247,7 +252,7 @@ impl Shard {
     }
 
     /// The scores of the connected agents for a task that names nothing.
-    pub(super) fn scores(&self) -> Vec<(AgentName, u64)> {
+    pub(super) fn scores(&self) -> BTreeMap<AgentName, u64> {
         let needs = Needs::default();
         let request = Request { task: Task::default(), prompt_tokens: 0, qos: Qos::default(), needs: &needs };
         let up = self.seats.keys().filter_map(|a| Some((a.clone(), self.estimate_of(a, &request, None)?)));

@@ -51,6 +51,8 @@ pub(super) struct LiveCall {
     pub(super) progress: (u64, usize),
     pub(super) answered: bool,
     pub(super) tools: LiveTools,
+    /// A frame of it carried a congestion mark.
+    pub(super) congested: bool,
 }
 
 impl LiveCall {
@@ -71,6 +73,7 @@ impl LiveCall {
             progress: (0, 0),
             answered: false,
             tools: LiveTools::default(),
+            congested: false,
         }
     }
 
@@ -292,9 +295,9 @@ impl Shard {
 
     pub(super) fn want_again(&mut self, id: CallId) {
         let Some(live) = self.calls.get(&id) else { return };
-        let agent = live.agent.clone();
-        let message = ToAgent::Want { shard: self.settings.shard, epoch: self.epoch, call: id };
-        self.tell_agent(&agent, message);
+        let (no, lane, agent) = (live.no, live.lane, live.agent.clone());
+        let amount = self.state.stream(no).and_then(|s| s.call(lane)).map(Call::hold).unwrap_or_default();
+        self.want_slot(no, &agent, id, amount);
         self.call_timer(id, self.now_ms + REPEAT_MS);
     }
 

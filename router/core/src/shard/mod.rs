@@ -67,6 +67,8 @@ enum Timer {
     /// An agent's message waits behind a gap.
     CallGap(CallId),
     Owner(AgentName),
+    /// A slot was lent, by an agent that isn't the best.
+    Choice(u64),
     /// A stream's window has moved and wasn't told.
     Window(u64),
     /// An account's window has moved and wasn't told.
@@ -206,6 +208,8 @@ impl Shard {
         for agent in agents {
             self.timer(self.now_ms, Timer::Owner(agent));
         }
+        let standings: Vec<String> = self.state.standings.keys().cloned().collect();
+        standings.iter().for_each(|agent| self.tell_standing(&AgentName::new(agent)));
         let configured = self.settings.accounts.keys().map(|t| t.as_str().to_owned());
         let mut accounts: BTreeSet<String> = self.state.accounts.keys().cloned().chain(configured).collect();
         accounts.insert("default".into());
@@ -376,7 +380,10 @@ impl Shard {
 
     fn agent_message(&mut self, message: FromAgent) {
         match message {
-            FromAgent::Up { agent, capabilities, status } => self.agent_up(agent, capabilities, status),
+            FromAgent::Up { agent, capabilities, status, drained } => {
+                self.agent_up(agent, capabilities, status, drained);
+            }
+            FromAgent::Flow { agent, flow } => self.agent_flow(&agent, flow),
             FromAgent::Down { agent, incarnation } => self.agent_down(&agent, &incarnation),
             FromAgent::Status { agent, status } => self.agent_status(&agent, status),
             FromAgent::Lent { agent, incarnation, call, epoch } => self.slot_lent(agent, incarnation, call, epoch),
@@ -408,6 +415,7 @@ impl Shard {
             Timer::Gap(conn, stream) => self.gap_due(conn, &stream),
             Timer::CallGap(call) => self.call_gap_due(call),
             Timer::Owner(agent) => self.announce(agent),
+            Timer::Choice(no) => self.choose(no),
             Timer::Window(no) => self.tell_window(no),
             Timer::AccountWindow(account) => self.tell_account_window(&account),
             Timer::Preflight(call, agent) => self.preflight_due(call, &agent),
@@ -433,6 +441,7 @@ impl Machine for Shard {
             Input::Checkpoint => self.checkpoint(),
             Input::ToolDone(done) => self.tool_done(*done),
             Input::Drain => self.draining = true,
+            Input::DrainAgent { id, agent, drained } => self.drain_and_answer(id, agent, drained),
         }
         self.commit();
     }

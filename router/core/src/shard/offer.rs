@@ -121,8 +121,7 @@ impl Shard {
     }
 
     pub(super) fn seat_window(&self, agent: &AgentName) -> u32 {
-        let own = self.seats.get(agent).map_or(0, |s| s.capabilities.max_parallel);
-        own.min(self.settings.agent_window.max_parallel.unwrap_or(u32::MAX))
+        self.seats.get(agent).map_or(0, super::seat::Seat::window)
     }
 
     // ---- permission -------------------------------------------------------------------------------------------------

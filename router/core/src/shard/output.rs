@@ -46,6 +46,7 @@ impl Shard {
         });
         live.answered = true;
         let asks = (&*received.frame.kind == kind::TOOL_REQUEST).then(|| received.frame.clone());
+        live.congested |= received.frame.hop.as_deref().is_some_and(|hop| hop.ecn);
         match live.inbound.feed(received) {
             Ok(Fed::Ready(message)) => {
                 let mut next = Some(message);

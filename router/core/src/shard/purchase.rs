@@ -5,7 +5,7 @@ use super::choice::{Request, price_rule};
 use super::lane::LiveCall;
 use super::offer::{Fit, Offer, stream_qos};
 use super::preflight::Estimates;
-use super::{REPEAT_MS, Shard};
+use super::{REPEAT_MS, Shard, Timer};
 use crate::message::{LogRoom, Metric, ToAgent};
 use crate::record::{Record, Reserve, ReserveCall};
 use crate::stream::Phase;
@@ -15,12 +15,16 @@ use std::sync::Arc;
 
 /// Agents that are asked for the slot of a single lane; the first one wins.
 const ASKED_MAX: usize = 3;
+/// A slot of an agent that isn't the best is kept this long for one of a better rank, in milliseconds.
+const CHOICE_MS: u64 = 2;
 
 /// What a stream asks slots for before it has bought anything.
 pub(super) struct Bid {
     offers: Vec<Offer>,
     /// True: one lane, several agents asked for it.
     either: bool,
+    /// The best slot so far, while one of a better rank may still come: which offer, of which process.
+    lent: Option<(usize, Arc<str>)>,
 }
 
 impl Shard {
@@ -68,20 +72,20 @@ impl Shard {
             return;
         }
         let reserved = stream.calls.iter().filter(|c| c.phase() == Phase::Reserved);
-        let wanted: Vec<(AgentName, CallId)> = reserved.map(|c| (c.agent(), stream.call_id(c.reserve.lane))).collect();
+        let wanted: Vec<(AgentName, CallId, Amount)> =
+            reserved.map(|c| (c.agent(), stream.call_id(c.reserve.lane), c.hold())).collect();
         let repeat = !wanted.is_empty() || self.owes(stream);
-        for (agent, call) in wanted {
-            self.want(&agent, call);
+        for (agent, call, amount) in wanted {
+            self.want(no, &agent, call, amount);
         }
         if repeat {
             self.ask_later(no);
         }
     }
 
-    pub(super) fn want(&mut self, agent: &AgentName, call: CallId) {
+    pub(super) fn want(&mut self, no: u64, agent: &AgentName, call: CallId, amount: Amount) {
         if self.seats.get(agent).is_some_and(|s| s.up && s.skip_until <= self.now_ms) {
-            let message = ToAgent::Want { shard: self.settings.shard, epoch: self.epoch, call };
-            self.tell_agent(agent, message);
+            self.want_slot(no, agent, call, amount);
         }
     }
 
@@ -136,10 +140,10 @@ impl Shard {
         for (i, offer) in offers.iter().enumerate() {
             let call = ids[if either { 0 } else { i }];
             self.bids.insert(call, no);
-            self.want(&offer.agent, call);
+            self.want(no, &offer.agent, call, offer.estimate.guarded);
         }
         if let Some(live) = self.live.get_mut(&no) {
-            live.bid = Some(Bid { offers, either });
+            live.bid = Some(Bid { offers, either, lent: None });
         }
         self.ask_later(no);
     }
@@ -171,11 +175,17 @@ impl Shard {
         self.withdraw(no);
     }
 
+    /// True while a slot that this process of the agent lent may be used.
+    fn may_begin(&self, agent: &AgentName, incarnation: &Arc<str>) -> bool {
+        let passes = self.settings.flow.gold_passes_pause;
+        self.seats.get(agent).is_some_and(|s| s.up && s.incarnation == *incarnation && s.may_begin(passes))
+    }
+
     pub(super) fn slot_lent(&mut self, agent: AgentName, incarnation: Arc<str>, call: CallId, epoch: u64) {
         if epoch != self.epoch {
             return;
         }
-        let here = self.seats.get(&agent).is_some_and(|s| s.up && s.incarnation == incarnation);
+        let here = self.may_begin(&agent, &incarnation);
         if let Some((no, lane)) = self.state.call(&call) {
             let reserved = self.state.stream(no).and_then(|s| s.call(lane));
             let ours = reserved.is_some_and(|c| c.reserve.agent == agent.as_str());
@@ -193,8 +203,44 @@ impl Shard {
         }
         let no = self.bids.get(&call).copied().filter(|_| here && self.room == LogRoom::Enough);
         match no {
+            Some(no) if self.a_better_one_may_lend(no, &agent, &incarnation) => {}
             Some(no) => self.purchase(no, &agent, call),
             None => self.give_back(&agent, call),
+        }
+    }
+
+    /// Several agents were asked for one lane: a slot of one that isn't the best waits a moment for those before it in rank
+    /// that have room, so that the score decides and not who answers first.
+    fn a_better_one_may_lend(&mut self, no: u64, agent: &AgentName, incarnation: &Arc<str>) -> bool {
+        let Some(bid) = self.live.get(&no).and_then(|l| l.bid.as_ref()).filter(|b| b.either) else { return false };
+        let Some(at) = bid.offers.iter().position(|o| o.agent == *agent) else { return false };
+        let has_room = |o: &Offer| {
+            self.seats.get(&o.agent).is_some_and(|s| s.up && s.takes_work())
+                && self.in_flight(&o.agent) < self.seat_window(&o.agent)
+        };
+        if !bid.offers[..at].iter().any(has_room) {
+            return false;
+        }
+        let Some(bid) = self.live.get_mut(&no).and_then(|l| l.bid.as_mut()) else { return false };
+        match &mut bid.lent {
+            Some(best) if best.0 <= at => {}
+            Some(best) => *best = (at, incarnation.clone()),
+            None => {
+                bid.lent = Some((at, incarnation.clone()));
+                self.timer(self.now_ms + CHOICE_MS, Timer::Choice(no));
+            }
+        }
+        true
+    }
+
+    /// Nobody better lent a slot in time.
+    pub(super) fn choose(&mut self, no: u64) {
+        let Some(bid) = self.live.get_mut(&no).and_then(|l| l.bid.as_mut()) else { return };
+        let Some((at, incarnation)) = bid.lent.take() else { return };
+        let Some(agent) = bid.offers.get(at).map(|o| o.agent.clone()) else { return };
+        let Some(call) = self.state.stream(no).map(|s| s.call_id(1)) else { return };
+        if self.may_begin(&agent, &incarnation) && self.room == LogRoom::Enough {
+            self.purchase(no, &agent, call);
         }
     }
 

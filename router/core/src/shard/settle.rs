@@ -3,7 +3,7 @@
 use super::lane::COUNTED_UP_PPM;
 use super::{Shard, Timer};
 use crate::estimate::CALL_AMOUNT_MAX;
-use crate::message::{LogRoom, Metric, ToAgent};
+use crate::message::{LogRoom, Metric, Outcome, ToAgent};
 use crate::price::Price;
 use crate::record::{Adjust, Ended, Extend, ProofPb, Record, Settle, SourcePb, Tier, Void};
 use crate::said::Said;
@@ -11,7 +11,7 @@ use crate::statistics::{Learned, day_of};
 use crate::stream::{Call, Phase};
 use atp_proto::content::BudgetUpdate;
 use atp_proto::frame::{Flags, kind};
-use atp_proto::{AgentName, Amount, CallId, Cost, Frame, Tokens, UsdMicros};
+use atp_proto::{AgentName, Amount, CallId, Code, Cost, Frame, Tokens, UsdMicros};
 
 impl Shard {
     /// Extends a running call's hold when what is left of its grant is below one slice; oldest call first.
@@ -177,9 +177,10 @@ impl Shard {
 
     /// The call's hold is back: its slot, its account, its stream.
     pub(super) fn ended(&mut self, no: u64, lane: u32, id: CallId, agent: &AgentName) {
-        if self.calls.contains_key(&id) {
+        if let Some(live) = self.calls.get(&id) {
+            let outcome = self.outcome(no, lane, live.congested);
             self.flies(id, false);
-            let message = ToAgent::Ended { shard: self.settings.shard, epoch: self.epoch, call: id };
+            let message = ToAgent::Ended { shard: self.settings.shard, epoch: self.epoch, call: id, outcome };
             self.tell_agent(agent, message);
         } else {
             self.give_back(agent, id);
@@ -193,6 +194,30 @@ impl Shard {
         self.advance(no);
         self.money_returned(&account);
         self.account_metric(&account);
+    }
+
+    /// What the end of a call says of its agent.
+    fn outcome(&self, no: u64, lane: u32, congested: bool) -> Outcome {
+        let Some(call) = self.state.stream(no).and_then(|s| s.call(lane)) else { return Outcome::Unknown };
+        let latency_ms = self.clock.logged_ms().saturating_sub(call.intent_at);
+        match (call.ended.as_str(), call.phase()) {
+            ("complete" | "grant", _) => {
+                let actual = Cost::from(call.actual).amount().unwrap_or_default();
+                let over_ppm = over_ppm(actual, call.reserve.guarded.into());
+                Outcome::Done { latency_ms, over_ppm, congested }
+            }
+            ("cancelled", _) => Outcome::Unknown,
+            (code, phase) => match Code::parse(code) {
+                Some(Code::WindowAgent | Code::Draining) => {
+                    let until = self.seats.get(&call.agent()).map_or(0, |s| s.skip_until);
+                    Outcome::Refused { retry_after_ms: until.saturating_sub(self.now_ms) }
+                }
+                Some(Code::Auth) => Outcome::Failed,
+                // The dispatch never left, or the provider found fault with what it was asked.
+                _ if phase == Phase::Void && call.proof() != ProofPb::NotCalled => Outcome::Unknown,
+                Some(_) | None => Outcome::Failed,
+            },
+        }
     }
 
     /// A later and better figure for a settled call: once.
@@ -236,6 +261,16 @@ impl Shard {
             remaining_usd_micros: remaining,
         });
     }
+}
+
+/// How far an actual lies above its guarded estimate, in the dimension where that is more. Without an estimate in a
+/// dimension nothing is above it.
+fn over_ppm(actual: Amount, guarded: Amount) -> u64 {
+    let over = |actual: u64, guarded: u64| {
+        let above = u128::from(actual.saturating_sub(guarded)) * 1_000_000;
+        above.checked_div(u128::from(guarded)).map_or(0, |ppm| u64::try_from(ppm).unwrap_or(u64::MAX))
+    };
+    over(actual.tokens.0, guarded.tokens.0).max(over(actual.usd_micros.0, guarded.usd_micros.0))
 }
 
 /// The price of the tokens at the Reserve's price version, rounded up once; never less than what the agent says.

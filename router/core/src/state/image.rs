@@ -2,7 +2,7 @@
 
 use super::{AgentTotals, Corrupt, FOLD_VERSION, PIECE_BYTES, State};
 use crate::account::Account;
-use crate::record::{Checkpoint, Genesis, hex};
+use crate::record::{AgentRecord, Checkpoint, Genesis, hex};
 use crate::statistics::{LearnedImage, Statistics};
 use crate::stream::Stream;
 use crate::view::{AccountView, VerifyView};
@@ -29,6 +29,8 @@ struct Image {
     next_no: u64,
     #[prost(message, repeated, tag = "20")]
     statistics: Vec<LearnedImage>,
+    #[prost(btree_map = "string, message", tag = "7")]
+    standings: BTreeMap<String, AgentRecord>,
 }
 impl State {
     /// SHA-256 over money and keys at this position, the fold's version in front.
@@ -144,6 +146,7 @@ impl State {
             agents: self.agents.clone(),
             next_no: self.next_no,
             statistics: self.statistics.to_image(),
+            standings: self.standings.clone(),
         };
         let data = Bytes::from(image.encode_to_vec());
         let pieces = data.len().div_ceil(PIECE_BYTES).max(1);
@@ -194,6 +197,7 @@ impl State {
             agents: image.agents,
             next_no: image.next_no,
             statistics: Statistics::from_image(image.statistics),
+            standings: image.standings,
             ..Self::default()
         };
         state.index();

@@ -6,7 +6,7 @@ mod image;
 mod tool;
 
 use crate::account::Account;
-use crate::record::{AmountPb, AnyRecord, Entry, Genesis, Record};
+use crate::record::{AgentRecord, AmountPb, AnyRecord, Entry, Genesis, Record};
 use crate::said::Said;
 use crate::statistics::Statistics;
 use crate::stream::Stream;
@@ -58,6 +58,8 @@ pub struct State {
     pub(crate) streams: BTreeMap<u64, Stream>,
     pub(crate) agents: BTreeMap<String, AgentTotals>,
     pub(crate) statistics: Statistics,
+    /// How each agent stands, by handle.
+    pub(crate) standings: BTreeMap<String, AgentRecord>,
     next_no: u64,
     by_id: BTreeMap<String, BTreeMap<String, u64>>,
     by_key: BTreeMap<String, BTreeMap<String, u64>>,
@@ -122,6 +124,12 @@ impl State {
     #[must_use]
     pub fn statistics(&self) -> &Statistics {
         &self.statistics
+    }
+
+    /// How an agent stands: its last word and the operator's; `None` where neither said anything.
+    #[must_use]
+    pub fn standing(&self, agent: &str) -> Option<&AgentRecord> {
+        self.standings.get(agent)
     }
 
     /// Folds one entry.
@@ -210,6 +218,10 @@ impl State {
             Record::Tool(r) => self.tool(r),
             Record::Tier(r) => self.tier(r),
             Record::Checkpoint(_) => Ok(()),
+            Record::Agent(r) => {
+                self.standings.insert(r.agent.clone(), r.clone());
+                Ok(())
+            }
         }
     }
 }

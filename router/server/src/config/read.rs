@@ -143,7 +143,9 @@ impl Walk<'_> {
             if !is_id(name) {
                 return self.problem(mark, &concrete, "is no name", "use 1 to 64 of A-Za-z0-9._-");
             }
-            self.accounts.push(name.to_owned());
+            if pattern == "accounts" {
+                self.accounts.push(name.to_owned());
+            }
             return self.node(value, &concrete, &format!("{pattern}.*"));
         }
         self.unknown(mark, &concrete, name, &known);
@@ -337,7 +339,32 @@ impl Walk<'_> {
         self.tools(&mut config);
         self.agents(&mut config);
         self.limits(&mut config);
+        self.flow(&mut config);
         config
+    }
+
+    fn flow(&mut self, config: &mut Config) {
+        let small = |walk: &Self, path: &str, default: u32| {
+            walk.whole(path).and_then(|n| u32::try_from(n).ok()).unwrap_or(default)
+        };
+        let flow = &mut config.settings.flow;
+        flow.aimd_base = small(self, "limits.aimd_base", flow.aimd_base);
+        flow.aimd_cap = small(self, "limits.aimd_cap", flow.aimd_cap);
+        flow.burst = small(self, "limits.burst", flow.burst);
+        flow.latency_target_ms = self.whole("limits.latency_target").unwrap_or(flow.latency_target_ms);
+        flow.cool_off_ppm = self.whole("limits.cool_off_percent").map_or(flow.cool_off_ppm, |n| n * 10_000);
+        flow.gold_passes_pause = self.value("limits.gold_passes_pause") == Some(Read::Bool(true));
+        let weights = "limits.tenant_weights.";
+        for (path, read) in self.values.range(weights.to_owned()..).take_while(|(path, _)| path.starts_with(weights)) {
+            if let Read::Whole(n) = read {
+                flow.weights.insert(TenantId::new(&path[weights.len()..]), u32::try_from(*n).unwrap_or(1));
+            }
+        }
+        if flow.aimd_base > flow.aimd_cap {
+            let message = format!("{} is above limits.aimd_cap, {}", flow.aimd_base, flow.aimd_cap);
+            let mark = self.mark("limits.aimd_base");
+            self.problem(mark, "limits.aimd_base", message, "raise limits.aimd_cap too, or lower this one");
+        }
     }
 
     fn accounts(&mut self, config: &mut Config) {
