@@ -11,6 +11,7 @@ mod refusals;
 mod sessions;
 mod streams;
 mod tools;
+mod windows;
 
 use atp_proto::content::{
     AgentFinal, AgentPartial, Bill, Capabilities, EstimateDeclaration, EstimateFigures, ModelInfo,

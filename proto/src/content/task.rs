@@ -90,7 +90,7 @@ pub struct WindowView {
 /// `control.window_update`: the window as it is now (absolute); the latest counts.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct WindowUpdate {
-    /// `stream:ID`, `tenant:NAME` or `agent:NAME`.
+    /// `stream:ID`, `tenant:NAME` (on stream "") or `agent:NAME`.
     pub scope: String,
     /// What may still begin: calls, tokens and micro-USD that are neither spent nor held.
     pub window: WindowView,

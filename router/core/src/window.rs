@@ -1,4 +1,4 @@
-//! Windows: the triplet {calls, tokens, micro-USD}, its algebra, and when a changed one is told (ATP-6). Decides nothing about
+//! Windows: the triplet {calls, tokens, micro-USD}, its algebra, and when a changed one is told (ATP-10). Decides nothing about
 //! what fits in one.
 
 use atp_proto::content::WindowView;

@@ -35,7 +35,7 @@ async fn what_isn_t_a_hello_is_refused_with_the_reason() {
         (submit("s", "a"), Code::Proto, "first frame"),
         (hello(r#"{"role":"router","minor_max":1}"#), Code::Proto, "router"),
         (hello(r#"{"role":"king"}"#), Code::Proto, "control.hello"),
-        (hello(r#"{"role":"client","token":"atp_1234"}"#), Code::Auth, "token"),
+        (hello(r#"{"role":"client","token":"atp_1034"}"#), Code::Auth, "token"),
     ] {
         let mut peer = Peer::new(&router);
         peer.send(frame).await;

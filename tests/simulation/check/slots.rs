@@ -69,7 +69,8 @@ impl Slots {
             });
             // Said again it is still the slot that was lent first.
             let until = now_ms + LEASE_MS;
-            let old = keeper.lent.get(call).filter(|slot| !slot.used && slot.until > now_ms).map(|slot| slot.until);
+            let same = |slot: &&Lent| !slot.used && slot.until > now_ms && slot.of == *incarnation;
+            let old = keeper.lent.get(call).filter(same).map(|slot| slot.until);
             keeper.lent.insert(
                 *call,
                 Lent { epoch: *epoch, until: old.unwrap_or(until), used: false, of: incarnation.clone() },

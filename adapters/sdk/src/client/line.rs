@@ -342,6 +342,12 @@ impl Line {
                 }
                 tracing::warn!(%error, "the router says");
             }
+            if &*frame.kind == kind::WINDOW_UPDATE {
+                // The account's: of interest to each of its streams that has been accepted.
+                for stream in self.streams.values().filter(|s| s.delivered > 0 && s.cancelled.is_none()) {
+                    stream.pipe.push(frame.clone());
+                }
+            }
         }
         Ok(())
     }

@@ -35,7 +35,7 @@ pub enum EventKind {
     /// Always last.
     Bill(Box<Bill>),
     Log,
-    /// What the stream may still use.
+    /// What the stream (`stream:ID`) or its account (`tenant:NAME`) may still use.
     Window(WindowUpdate),
     /// A payload type that this version doesn't read.
     Other,

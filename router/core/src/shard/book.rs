@@ -1,12 +1,13 @@
 //! Accounts as the shard decides with them: windows that roll, who waits for money, and who gets it when it comes back.
 
+use super::offer::stream_qos;
+use super::windows::Followers;
 use super::{Shard, Timer};
 use crate::account::{AccountWindow, Level, window_at};
 use crate::message::LogRoom;
 use crate::record::{Record, Window, WindowRef};
 use crate::settings::AccountSettings;
 use crate::stream::Stream;
-use crate::window::Cadence;
 use atp_proto::Amount;
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -18,18 +19,38 @@ const WOKEN_MAX: usize = 16;
 pub(super) struct Book {
     /// Running calls that wait for a slice, oldest first.
     pub(super) starved: BTreeSet<(u64, u32)>,
-    /// Tasks that had a slot and no money, and what they need.
-    pub(super) waiting: BTreeMap<u64, Amount>,
+    /// Tasks that had a slot and no money, and what they need: gold first, then silver, oldest first.
+    waiting: BTreeMap<(u32, u64), Amount>,
     /// Running calls whose hold is below their guarded estimate, and by how much.
     pub(super) short: BTreeMap<(u64, u32), Amount>,
     /// Calls that hold money of the account.
     pub(super) open: BTreeSet<(u64, u32)>,
-    /// What the account's clients were told that is left of it, once that has moved.
-    pub(super) window: Option<Cadence>,
+    /// Who is told what is left of the account.
+    pub(super) followers: Followers,
     roll_at: u64,
 }
 
 impl Shard {
+    /// The place of a task among those that wait for money; one that isn't accepted yet comes last.
+    fn place(&self, no: u64) -> (u32, u64) {
+        (self.state.stream(no).map_or(u32::MAX, |s| stream_qos(s) as u32), no)
+    }
+
+    pub(super) fn waits_for_money(&self, no: u64, account: &str) -> bool {
+        self.books.get(account).is_some_and(|b| b.waiting.contains_key(&self.place(no)))
+    }
+
+    pub(super) fn wait_for_money(&mut self, no: u64, need: Amount) {
+        let Some(account) = self.state.stream(no).map(|s| s.accept.account.clone()) else { return };
+        let place = self.place(no);
+        self.books.entry(account).or_default().waiting.insert(place, need);
+    }
+
+    /// What others have a claim on before task `no`: those that wait in front of it, and running calls below their estimate.
+    pub(super) fn claims<'a>(&self, book: &'a Book, no: u64) -> impl Iterator<Item = &'a Amount> + use<'a> {
+        book.waiting.range(..self.place(no)).map(|(_, need)| need).chain(book.short.values())
+    }
+
     pub(super) fn account_settings(&self, tenant: &str) -> AccountSettings {
         self.settings.accounts.get(tenant).copied().unwrap_or(self.settings.default_account)
     }
@@ -99,7 +120,7 @@ impl Shard {
         }
         let Some(book) = self.books.get(account) else { return };
         if book.starved.is_empty() {
-            let woken: Vec<u64> = book.waiting.keys().copied().take(WOKEN_MAX).collect();
+            let woken: Vec<u64> = book.waiting.keys().map(|(_, no)| *no).take(WOKEN_MAX).collect();
             woken.into_iter().for_each(|no| self.ask(no));
         }
     }
@@ -137,10 +158,11 @@ impl Shard {
     }
 
     pub(super) fn leave_books(&mut self, no: u64) {
+        let place = self.place(no);
         if let Some(account) = self.state.stream(no).map(|s| s.accept.account.clone())
             && let Some(book) = self.books.get_mut(&account)
         {
-            book.waiting.remove(&no);
+            book.waiting.remove(&place);
         }
     }
 }

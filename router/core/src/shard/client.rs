@@ -236,7 +236,7 @@ impl Shard {
                 return self.attach(conn, no, id, 0);
             }
         }
-        if let Err(error) = self.before_the_ledger().and_then(|()| self.shed(qos)) {
+        if let Err(error) = self.before_the_ledger().and_then(|()| self.shed(tenant, &submit, qos, task_type)) {
             self.metric(Metric::Admission { outcome: "refused", code: error.code.as_str() });
             return self.refuse(conn, id, &error);
         }
@@ -299,6 +299,7 @@ impl Shard {
         live.subscribers.push(conn);
         live.left_out = self.kept_out(&live.wants.needs);
         let accepted = accepted(id.as_str(), 1, stream, TaskState::Queued);
+        self.join(conn, no, true);
         self.timer(live.deadline_at, Timer::Deadline(no));
         self.live.insert(no, live);
         self.send(conn, Frame::json(id.as_str(), 0, Flags::NONE, kind::ACK, &Ack { msg_seq: 1, open: Vec::new() }));
@@ -433,6 +434,7 @@ impl Shard {
         let Some(stream) = self.state.stream(no) else { return };
         let (upto, from) = (stream.out_seq, stream.from);
         let (tenant, id) = (stream.tenant(), stream.id());
+        self.part(conn, no);
         if let Some(live) = self.live.get_mut(&no) {
             live.subscribers.retain(|c| *c != conn);
             let first = live.recent.front().map_or(upto + 1, |f| f.msg_seq);
@@ -440,6 +442,7 @@ impl Shard {
                 let frames: Vec<Frame> = live.recent.iter().filter(|f| f.msg_seq > after).cloned().collect();
                 live.subscribers.push(conn);
                 frames.into_iter().for_each(|frame| self.send(conn, frame));
+                self.join(conn, no, false);
                 return;
             }
         } else if after >= upto {
@@ -461,6 +464,7 @@ impl Shard {
         for live in self.live.values_mut() {
             live.subscribers.retain(|c| *c != conn);
         }
+        self.books.values_mut().for_each(|book| book.followers.gone(conn));
         self.pending.retain(|(c, _), _| *c != conn);
         self.replaying.retain(|(c, _), _| *c != conn);
     }

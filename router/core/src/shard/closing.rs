@@ -213,6 +213,7 @@ impl Shard {
         if let Some(live) = self.live.remove(&no) {
             self.timers.remove(&(live.deadline_at, Timer::Deadline(no)));
             self.timers.remove(&(live.ask_at, Timer::Ask(no)));
+            self.forget_window(no, live.told.as_deref(), &live.subscribers);
         }
         self.metric(Metric::Admission { outcome: state.as_str(), code: Code::parse(&code).map_or("", Code::as_str) });
     }
@@ -225,12 +226,14 @@ impl Shard {
         let any = |how: &str| stream.calls.iter().any(|c| c.ended == how);
         let has_text = stream.calls.iter().any(|c| !c.text.is_empty() || !c.findings.is_empty());
         let why = self.live.get(&no).and_then(|l| l.stopping).map(|s| s.why);
+        let replaced = |call: &Call| stream.calls.iter().any(|c| c.reserve.retry_of == call.reserve.lane);
         if stream.cancel || why == Some(Why::Cancel) {
             return (TaskState::Cancelled, None);
         }
         let partly = |error: WireError| {
             let state = if has_text || any("complete") { TaskState::Provisional } else { TaskState::Failed };
-            (state, Some(error.scope(scope.clone())))
+            let named = error.scope.is_some();
+            (state, Some(if named { error } else { error.scope(scope.clone()) }))
         };
         match why {
             Some(Why::Deadline) if stream.calls.is_empty() => return partly(self.waited_in_vain(no, stream)),
@@ -240,11 +243,12 @@ impl Shard {
             Some(Why::Log) => {
                 return partly(WireError::new(Code::Log, "the router's log is full; this is what is known"));
             }
-            Some(Why::Preempt) => {
+            // What came to its end before it could stop is whole.
+            Some(Why::Preempt) if stream.calls.iter().any(|c| c.ended != "complete" && !replaced(c)) => {
                 let message = "the task gave way to a gold one; this is what is known, try again later";
                 return partly(WireError::new(Code::Preempt, message).retry_after_ms(REPEAT_MS));
             }
-            Some(Why::Cancel) | None => {}
+            Some(Why::Preempt | Why::Cancel) | None => {}
         }
         if any("grant") && self.room > LogRoom::Enough {
             return partly(WireError::new(
@@ -299,10 +303,11 @@ impl Shard {
             let message = format!("no connected agent matched until the deadline ({})", self.filters(&request));
             return WireError::new(Code::AgentDown, message);
         }
-        WireError::new(
-            Code::Window,
-            format!("no slot or no free money until the deadline (account {})", stream.accept.account),
-        )
+        let Some(mut error) = self.obstacle(no) else {
+            return WireError::new(Code::Window, "no agent that matches took work until the deadline");
+        };
+        error.message = format!("it didn't begin until its deadline: {}", error.message);
+        error
     }
 
     fn consensus(&self, no: u64, stream: &Stream) -> Consensus {

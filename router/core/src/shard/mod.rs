@@ -26,7 +26,6 @@ use crate::said::Said;
 use crate::settings::Settings;
 use crate::state::State;
 use crate::stream::{Phase, Stream};
-use crate::window::Cadence;
 use atp_proto::content::Ack;
 use atp_proto::frame::{Flags, kind};
 use atp_proto::{AgentName, CallId, ConnId, Frame, StreamId, TenantId};
@@ -42,7 +41,7 @@ use purchase::Bid;
 use seat::Seat;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
-use windows::moves_money;
+use windows::{Moved, Told};
 
 /// Slots and dispatches that weren't answered are asked for again this often.
 const REPEAT_MS: u64 = 1_000;
@@ -91,7 +90,7 @@ struct Live {
     /// Agents that the money had no room for, and why.
     left_out: Vec<String>,
     /// What its clients were told that it may still use, once that has moved.
-    window: Option<Box<Cadence>>,
+    told: Option<Box<Told>>,
     /// The task that was asked to give way to this one.
     victim: Option<u64>,
     /// What agents that were asked said of this task.
@@ -109,8 +108,8 @@ pub struct Shard {
     room: LogRoom,
     draining: bool,
     entry: Option<Vec<AnyRecord>>,
-    /// Streams whose windows this input moved.
-    moved: BTreeSet<u64>,
+    /// Windows that this input moved.
+    moved: Moved,
     pressure: Pressure,
     out: Outflow,
     live: BTreeMap<u64, Live>,
@@ -155,7 +154,7 @@ impl Shard {
             room: LogRoom::Enough,
             draining: false,
             entry: None,
-            moved: BTreeSet::new(),
+            moved: Moved::default(),
             pressure: Pressure::default(),
             out: Outflow::default(),
             live: BTreeMap::new(),
@@ -226,7 +225,7 @@ impl Shard {
             ask_at: 0,
             stopping: None,
             left_out: Vec::new(),
-            window: None,
+            told: None,
             victim: None,
             preflights: BTreeMap::new(),
         }
@@ -237,6 +236,7 @@ impl Shard {
         self.settings = settings;
         let accounts: Vec<String> = self.state.accounts.keys().cloned().collect();
         accounts.into_iter().for_each(|account| self.rolled(&account));
+        self.note_settings();
         self.commit();
     }
 
@@ -270,12 +270,7 @@ impl Shard {
             self.entry = Some(Vec::new());
         }
         let kind = record.kind();
-        if moves_money(&record)
-            && let Some(key) = record.key()
-            && let Some(no) = self.state.stream_no(&key.tenant, &key.stream)
-        {
-            self.moved.insert(no);
-        }
+        self.note_moved(&record);
         if let Err(e) = self.state.apply_record(&record, said) {
             panic!("a decision broke the record grammar, {kind}: {e}");
         }

@@ -79,13 +79,7 @@ impl Shard {
                 let busy = |o: &Offer| self.in_flight(&o.agent) >= self.seat_window(&o.agent);
                 match !submit.wait && offers.iter().all(busy) {
                     false => Ok(()),
-                    true => {
-                        let agent = &offers[0].agent;
-                        let (used, limit) = (self.in_flight(agent), self.seat_window(agent));
-                        let error = WireError::new(Code::Window, "every agent that matches is busy")
-                            .used(used.into(), limit.into());
-                        Err(error.scope(format!("agent:{agent}")).retry_after_ms(1_000))
-                    }
+                    true => Err(self.slot_error(&offers[0].agent)),
                 }
             }
         }
@@ -134,8 +128,7 @@ impl Shard {
         let left = account.left().min(stream.left());
         let mut free = account.free();
         let book = self.books.get(tenant);
-        for claim in book.into_iter().flat_map(|b| b.waiting.range(..no).map(|(_, need)| need).chain(b.short.values()))
-        {
+        for claim in book.into_iter().flat_map(|b| self.claims(b, no)) {
             free = free.less(*claim);
         }
         let free = free.min(stream.free());
@@ -144,7 +137,7 @@ impl Shard {
         let in_account = room(self.account_settings(tenant).max_parallel, book.map_or(0, |b| b.open.len()));
         let room = room(self.settings.stream_window.max_parallel, open_lanes as usize).min(in_account);
         let (mut holds, mut used) = (Vec::new(), Amount::ZERO);
-        for offer in offers.iter().take(room) {
+        for (n, offer) in offers.iter().enumerate() {
             let e = &offer.estimate;
             let rest = left.less(used);
             let need = e.guarded.min(rest);
@@ -152,7 +145,7 @@ impl Shard {
                 || !first_grant_suffices(offer, need)
                 || (offer.capabilities.stop == Stop::None && need != e.guarded);
             let sum = used.add(need);
-            let fits = !starved && sum.is_ok_and(|sum| sum.fits(free));
+            let fits = n < room && !starved && sum.is_ok_and(|sum| sum.fits(free));
             if never || !fits {
                 return match holds.is_empty() {
                     false => Fit::Lanes(holds),
@@ -211,8 +204,32 @@ impl Shard {
             "{} micro-USD and {} tokens are needed now and not free; wait, or lower the budget",
             need.usd_micros, need.tokens
         );
-        let error = WireError::new(Code::Window, message).used(used.usd_micros.0, level.limit.amount().usd_micros.0);
+        let (used, limit) = match need.usd_micros <= level.free().usd_micros && level.limit.tokens.is_some() {
+            true => (used.tokens.0, level.limit.amount().tokens.0),
+            false => (used.usd_micros.0, level.limit.amount().usd_micros.0),
+        };
+        let error = WireError::new(Code::Window, message).used(used, limit);
         error.scope(format!("tenant:{}", reference.account)).retry_after_ms(1_000)
+    }
+
+    /// EWINDOW for who found no slot: the agent that comes first, and how much of its window is used.
+    pub(super) fn slot_error(&self, agent: &AgentName) -> WireError {
+        let (used, limit) = (self.in_flight(agent), self.seat_window(agent));
+        let error = WireError::new(Code::Window, "every agent that matches is busy").used(used.into(), limit.into());
+        error.scope(format!("agent:{agent}")).retry_after_ms(1_000)
+    }
+
+    /// What keeps an open task from beginning; `None` where no agent could run it.
+    pub(super) fn obstacle(&self, no: u64) -> Option<WireError> {
+        let stream = self.state.stream(no)?;
+        let offers = self.offers_of(no)?;
+        let first = offers.first()?;
+        let tenant = &stream.accept.account;
+        Some(match self.fit(tenant, no, &stream.level(), 0, std::slice::from_ref(first)) {
+            Fit::Wait(need) => self.window_error(tenant, need),
+            Fit::Never(error) => error,
+            Fit::Lanes(_) => self.slot_error(&first.agent),
+        })
     }
 }
 

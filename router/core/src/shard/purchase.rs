@@ -5,11 +5,11 @@ use super::choice::{Request, price_rule};
 use super::lane::LiveCall;
 use super::offer::{Fit, Offer, stream_qos};
 use super::preflight::Estimates;
-use super::{REPEAT_MS, Shard, Timer};
+use super::{Shard, Timer};
 use crate::message::{LogRoom, Metric, ToAgent};
 use crate::record::{Record, Reserve, ReserveCall};
 use crate::stream::Phase;
-use atp_proto::{AgentName, Amount, CallId, Code, WireError};
+use atp_proto::{AgentName, Amount, CallId, WireError};
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
@@ -40,12 +40,14 @@ impl Shard {
     pub(super) fn ask_again(&mut self, no: u64) {
         let Some(live) = self.live.get(&no) else { return };
         let Some(stream) = self.state.stream(no) else { return };
-        if stream.calls.is_empty() && live.bid.is_some() && !live.wants.wait {
+        if stream.calls.is_empty()
+            && !live.wants.wait
+            && let Some(asked) = live.bid.as_ref().and_then(|bid| bid.offers.first())
+        {
             // It had its chance: whoever won't wait is told so.
-            let error = WireError::new(Code::Window, "no agent that matches had a free slot").retry_after_ms(REPEAT_MS);
-            let scope = format!("tenant:{}", stream.accept.account);
+            let error = self.slot_error(&asked.agent);
             self.withdraw_loudly(no, None);
-            return self.close_refused(no, error.scope(scope));
+            return self.close_refused(no, error);
         }
         if live.ask_at <= self.now_ms {
             self.press(no);
@@ -125,7 +127,7 @@ impl Shard {
         match self.fit(&tenant, no, &level, 0, &offers[..1]) {
             Fit::Lanes(_) => self.leave_books(no),
             Fit::Wait(need) if wait => {
-                self.books.entry(tenant).or_default().waiting.insert(no, need);
+                self.wait_for_money(no, need);
                 self.ask_later(no);
                 return;
             }
@@ -260,7 +262,7 @@ impl Shard {
                     let error = self.window_error(&tenant, need);
                     return self.close_refused(no, error);
                 }
-                self.books.entry(tenant).or_default().waiting.insert(no, need);
+                self.wait_for_money(no, need);
                 self.ask_later(no);
                 return;
             }

@@ -1,19 +1,70 @@
-//! What a stream and its account may still use, and telling their clients when that has moved (ATP-6). It never admits
-//! anything.
+//! What streams and accounts may still use, and telling their clients when that has moved (ATP-10). It never admits
+//! anything. A stream's window is its own; what may begin is the least of it and its account's, each told under its scope.
 
 use super::{Shard, Timer};
 use crate::account::{AccountWindow, Level};
 use crate::record::Record;
 use crate::stream::{Call, Stream};
-use crate::window::{Cadence, Due, effective};
+use crate::window::{Cadence, Due};
 use atp_proto::content::{WindowUpdate, WindowView};
 use atp_proto::frame::{Flags, kind};
 use atp_proto::{ConnId, Frame};
 use std::collections::BTreeSet;
 
-/// True for records that change what is left of a stream and its account.
-pub(super) const fn moves_money(record: &Record) -> bool {
-    matches!(record, Record::Reserve(_) | Record::Extend(_) | Record::Settle(_) | Record::Void(_) | Record::Adjust(_))
+/// What this input has moved, and who began to follow.
+#[derive(Default)]
+pub(super) struct Moved {
+    streams: BTreeSet<u64>,
+    accounts: BTreeSet<String>,
+    joined: Vec<Joined>,
+}
+
+struct Joined {
+    conn: ConnId,
+    no: u64,
+    /// `control.accepted` has just told it the stream's window.
+    fresh: bool,
+    /// It follows no other stream of the account.
+    first: bool,
+}
+
+/// What was last told of a window, and the timer that looks at it again.
+#[derive(Clone, Copy)]
+pub(super) struct Told {
+    cadence: Cadence,
+    due: Option<u64>,
+}
+
+impl Told {
+    fn new(window: WindowView, now: u64) -> Self {
+        Self { cadence: Cadence::new(window, now), due: None }
+    }
+}
+
+/// The connections that follow an account's streams.
+#[derive(Default)]
+pub(super) struct Followers {
+    of: BTreeSet<(ConnId, u64)>,
+    told: Option<Told>,
+}
+
+impl Followers {
+    fn has(&self, conn: ConnId) -> bool {
+        self.of.range((conn, 0)..=(conn, u64::MAX)).next().is_some()
+    }
+
+    fn conns(&self) -> BTreeSet<ConnId> {
+        self.of.iter().map(|(conn, _)| *conn).collect()
+    }
+
+    fn is_one(&self) -> bool {
+        self.of.first().map(|(conn, _)| conn) == self.of.last().map(|(conn, _)| conn)
+    }
+
+    /// The connection is lost.
+    pub(super) fn gone(&mut self, conn: ConnId) {
+        self.of.retain(|(c, _)| *c != conn);
+    }
 }
 
 fn left(level: &Level, max_parallel: Option<u32>, open: usize) -> WindowView {
@@ -25,81 +76,162 @@ fn left(level: &Level, max_parallel: Option<u32>, open: usize) -> WindowView {
     }
 }
 
+/// What `control.accepted` says.
+fn accepted(stream: &Stream) -> WindowView {
+    left(&Level { limit: stream.limit(), ..Level::default() }, stream.accept.max_parallel, 0)
+}
+
+fn stream_window(stream: &Stream) -> WindowView {
+    let open = stream.calls.iter().filter(|c: &&Call| c.is_open()).count();
+    left(&stream.level(), stream.accept.max_parallel, open)
+}
+
+fn update(on: &str, scope: String, window: WindowView) -> Frame {
+    Frame::json(on, 0, Flags::NONE, kind::WINDOW_UPDATE, &WindowUpdate { scope, window })
+}
+
 impl Shard {
-    /// What is left of the account's current window.
-    pub(super) fn account_window_left(&self, account: &str) -> WindowView {
-        let open = self.books.get(account).map_or(0, |b| b.open.len());
-        let found = self.state.accounts.get(account);
-        let level = found.and_then(|a| a.windows.get(&a.current)).map(AccountWindow::level);
-        left(&level.unwrap_or_default(), self.account_settings(account).max_parallel, open)
+    /// Notes what a record moves.
+    pub(super) fn note_moved(&mut self, record: &Record) {
+        match record {
+            Record::Reserve(_) | Record::Extend(_) | Record::Settle(_) | Record::Void(_) | Record::Adjust(_) => {
+                let no = record.key().and_then(|key| self.state.stream_no(&key.tenant, &key.stream));
+                self.moved.streams.extend(no);
+            }
+            Record::Window(window) => {
+                self.moved.accounts.insert(window.account.clone());
+            }
+            _ => {}
+        }
     }
 
-    /// What the stream may still use: the least of its own window and its account's.
-    fn window_left(&self, stream: &Stream) -> WindowView {
-        let open = stream.calls.iter().filter(|c: &&Call| c.is_open()).count();
-        let own = left(&stream.level(), stream.accept.max_parallel, open);
-        effective(own, self.account_window_left(&stream.accept.account))
+    /// New settings may have moved every account's window.
+    pub(super) fn note_settings(&mut self) {
+        self.moved.accounts.extend(self.books.keys().cloned());
+    }
+
+    /// A connection begins to follow a stream: it is told what it can't know, at once (`fresh`: all but the stream's).
+    pub(super) fn join(&mut self, conn: ConnId, no: u64, fresh: bool) {
+        let Some(account) = self.state.stream(no).map(|s| s.accept.account.clone()) else { return };
+        let followers = &mut self.books.entry(account).or_default().followers;
+        let first = !followers.has(conn);
+        if followers.of.insert((conn, no)) {
+            self.moved.joined.push(Joined { conn, no, fresh, first });
+        }
+    }
+
+    /// It doesn't follow the stream any more.
+    pub(super) fn part(&mut self, conn: ConnId, no: u64) {
+        if let Some(stream) = self.state.stream(no)
+            && let Some(book) = self.books.get_mut(&stream.accept.account)
+        {
+            book.followers.of.remove(&(conn, no));
+        }
     }
 
     /// Looks at every window that this input has moved.
     pub(super) fn tell_windows(&mut self) {
-        if self.moved.is_empty() {
+        for joined in std::mem::take(&mut self.moved.joined) {
+            self.tell_joined(&joined);
+        }
+        if self.moved.streams.is_empty() && self.moved.accounts.is_empty() {
             return;
         }
-        let mut accounts = BTreeSet::new();
-        for no in std::mem::take(&mut self.moved) {
+        let mut accounts = std::mem::take(&mut self.moved.accounts);
+        for no in std::mem::take(&mut self.moved.streams) {
             self.tell_window(no);
             accounts.extend(self.state.stream(no).map(|s| s.accept.account.clone()));
         }
         accounts.into_iter().for_each(|account| self.tell_account_window(&account));
     }
 
+    fn tell_joined(&mut self, joined: &Joined) {
+        let &Joined { conn, no, fresh, first } = joined;
+        let now = self.now_ms;
+        let Some(stream) = self.state.stream(no).filter(|s| !s.is_closed()) else { return };
+        let (id, account, window) = (stream.id(), stream.accept.account.clone(), stream_window(stream));
+        let known = fresh || window == accepted(stream);
+        if let Some(live) = self.live.get_mut(&no).filter(|l| !fresh && l.subscribers == [conn]) {
+            // Nobody else has to be told what this one is told.
+            live.told.get_or_insert_with(|| Box::new(Told::new(window, now))).cadence.sent(window, now);
+        }
+        if !known {
+            self.send(conn, update(id.as_str(), format!("stream:{id}"), window));
+        }
+        let window = self.account_window(&account);
+        let Some(book) = self.books.get_mut(&account).filter(|b| first && b.followers.has(conn)) else { return };
+        let followers = &mut book.followers;
+        if followers.told.is_none() || followers.is_one() {
+            followers.told.get_or_insert_with(|| Told::new(window, now)).cadence.sent(window, now);
+        }
+        self.send(conn, update("", format!("tenant:{account}"), window));
+    }
+
+    /// What is left of the account's current window.
+    fn account_window(&self, account: &str) -> WindowView {
+        let open = self.books.get(account).map_or(0, |b| b.open.len());
+        let known = self.state.accounts.get(account).and_then(|a| a.windows.get(&a.current));
+        let level = known.map_or_else(|| self.window_now(account).0.level(), AccountWindow::level);
+        left(&level, self.account_settings(account).max_parallel, open)
+    }
+
     pub(super) fn tell_window(&mut self, no: u64) {
         let Some(stream) = self.state.stream(no).filter(|s| !s.is_closed()) else { return };
-        let window = self.window_left(stream);
-        let (now, id) = (self.now_ms, stream.id());
-        let level = Level { limit: stream.limit(), ..Level::default() };
-        // What `control.accepted` said.
-        let first = left(&level, stream.accept.max_parallel, 0);
-        let Some(live) = self.live.get_mut(&no) else { return };
-        let cadence = live.window.get_or_insert_with(|| Box::new(Cadence::new(first, now)));
-        match cadence.look(window, now) {
-            Due::Never => {}
-            Due::At(at) => self.timer(at, Timer::Window(no)),
-            Due::Now => {
-                cadence.sent(window, now);
-                let conns = live.subscribers.clone();
-                let frame = update(id.as_str(), format!("stream:{id}"), window);
-                conns.into_iter().for_each(|conn| self.send(conn, frame.clone()));
+        let (window, first, id) = (stream_window(stream), accepted(stream), stream.id());
+        let now = self.now_ms;
+        let age = self.clock.logged_ms().saturating_sub(stream.accepted_at);
+        let Some(live) = self.live.get_mut(&no).filter(|l| !l.subscribers.is_empty()) else { return };
+        let told = live.told.get_or_insert_with(|| Box::new(Told::new(first, now.saturating_sub(age))));
+        let (look, timer) = (told.cadence.look(window, now), Timer::Window(no));
+        let due = std::mem::replace(&mut told.due, if let Due::At(at) = look { Some(at) } else { None });
+        if look == Due::Now {
+            told.cadence.sent(window, now);
+            let frame = update(id.as_str(), format!("stream:{id}"), window);
+            for conn in &live.subscribers {
+                self.out.hold(crate::message::Effect::Send { conn: *conn, frame: frame.clone() });
             }
         }
+        self.look_again(due, look, timer);
     }
 
     /// An account's window goes to each connection that follows one of its streams, once, on stream "".
     pub(super) fn tell_account_window(&mut self, account: &str) {
-        let window = self.account_window_left(account);
-        let now = self.now_ms;
+        if self.books.get(account).is_none_or(|b| b.followers.of.is_empty()) {
+            return;
+        }
+        let (window, now) = (self.account_window(account), self.now_ms);
         let Some(book) = self.books.get_mut(account) else { return };
-        let cadence = book.window.get_or_insert_with(|| Cadence::new(WindowView::default(), now));
-        match cadence.look(window, now) {
-            Due::Never => {}
-            Due::At(at) => self.timer(at, Timer::AccountWindow(account.into())),
-            Due::Now => {
-                cadence.sent(window, now);
-                let of_account = |no: &u64| self.state.stream(*no).is_some_and(|s| s.accept.account == account);
-                let conns: BTreeSet<ConnId> = self
-                    .live
-                    .iter()
-                    .filter(|(no, live)| !live.subscribers.is_empty() && of_account(no))
-                    .flat_map(|(_, live)| live.subscribers.iter().copied())
-                    .collect();
-                let frame = update("", format!("tenant:{account}"), window);
-                conns.into_iter().for_each(|conn| self.send(conn, frame.clone()));
+        let told = book.followers.told.get_or_insert_with(|| Told::new(window, now));
+        let look = told.cadence.look(window, now);
+        let due = std::mem::replace(&mut told.due, if let Due::At(at) = look { Some(at) } else { None });
+        if look == Due::Now {
+            told.cadence.sent(window, now);
+            let frame = update("", format!("tenant:{account}"), window);
+            for conn in book.followers.conns() {
+                self.out.hold(crate::message::Effect::Send { conn, frame: frame.clone() });
             }
         }
+        self.look_again(due, look, Timer::AccountWindow(account.into()));
     }
-}
 
-fn update(on: &str, scope: String, window: WindowView) -> Frame {
-    Frame::json(on, 0, Flags::NONE, kind::WINDOW_UPDATE, &WindowUpdate { scope, window })
+    fn look_again(&mut self, due: Option<u64>, look: Due, timer: Timer) {
+        let next = if let Due::At(at) = look { Some(at) } else { None };
+        if due == next {
+            return;
+        }
+        if let Some(at) = due {
+            self.timers.remove(&(at, timer.clone()));
+        }
+        if let Some(at) = next {
+            self.timer(at, timer);
+        }
+    }
+
+    /// The stream has ended: nothing looks at its window again.
+    pub(super) fn forget_window(&mut self, no: u64, told: Option<&Told>, subscribers: &[ConnId]) {
+        if let Some(at) = told.and_then(|t| t.due) {
+            self.timers.remove(&(at, Timer::Window(no)));
+        }
+        subscribers.iter().for_each(|conn| self.part(*conn, no));
+    }
 }

@@ -42,12 +42,12 @@ impl Peer {
         self.io.write_all(&bytes).await.is_ok()
     }
 
-    /// The next frame that is no heartbeat and no ack; `None`: closed.
+    /// The next frame that is no heartbeat, no ack and no window; `None`: closed.
     pub async fn next(&mut self) -> Option<Frame> {
         loop {
             if let Some(received) = decode(&mut self.bytes).expect("the router sends whole frames") {
                 let frame = received.frame;
-                if !frame.flags.has(Flags::HB) && &*frame.kind != kind::ACK {
+                if !frame.flags.has(Flags::HB) && !matches!(&*frame.kind, kind::ACK | kind::WINDOW_UPDATE) {
                     return Some(frame);
                 }
                 continue;
