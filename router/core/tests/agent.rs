@@ -7,7 +7,8 @@ use atp_core::agent::queue::Wish;
 use atp_core::clock::Now;
 use atp_core::message::{AgentEffect, AgentInput, FromAgent, Machine, Outcome, ToAgent};
 use atp_core::settings::{FlowSettings, Settings, WindowSettings};
-use atp_proto::content::{AgentStatus, Capabilities, Status, WindowView};
+use atp_proto::content::{AgentStatus, Capabilities, Status, WindowUpdate, WindowView};
+use atp_proto::frame::kind;
 use atp_proto::{AgentName, Amount, CallId, ConnId, Frame, Limit, Qos, Tokens};
 use std::sync::Arc;
 
@@ -15,6 +16,8 @@ struct Keeper {
     agent: Agent,
     now: u64,
     lent: Vec<CallId>,
+    /// When it was told which window.
+    windows: Vec<(u64, WindowView)>,
 }
 
 fn call(n: u8) -> CallId {
@@ -24,8 +27,8 @@ fn call(n: u8) -> CallId {
 impl Keeper {
     fn new(flow: FlowSettings, window: WindowSettings) -> Self {
         let settings = Arc::new(Settings { flow, agent_window: window, ..Settings::default() });
-        let mut keeper =
-            Self { agent: Agent::new(AgentName::new("a"), settings, Now::default()), now: 0, lent: Vec::new() };
+        let agent = Agent::new(AgentName::new("a"), settings, Now::default());
+        let mut keeper = Self { agent, now: 0, lent: Vec::new(), windows: Vec::new() };
         let capabilities =
             Box::new(Capabilities { incarnation: "i".into(), max_parallel: 100, ..Capabilities::default() });
         keeper.take(AgentInput::Connected { conn: ConnId(1), capabilities });
@@ -39,8 +42,14 @@ impl Keeper {
 
     fn drain(&mut self) {
         while let Some(effect) = self.agent.poll_effect() {
-            if let AgentEffect::ToShard { message: FromAgent::Lent { call, .. }, .. } = effect {
-                self.lent.push(call);
+            match effect {
+                AgentEffect::ToShard { message: FromAgent::Lent { call, .. }, .. } => self.lent.push(call),
+                AgentEffect::Send { frame, .. } if &*frame.kind == kind::WINDOW_UPDATE => {
+                    let WindowUpdate { scope, window } = frame.read().unwrap();
+                    assert_eq!(scope, "agent:a");
+                    self.windows.push((self.now, window));
+                }
+                _ => {}
             }
         }
     }
@@ -80,6 +89,33 @@ impl Keeper {
 }
 
 const DONE: Outcome = Outcome::Done { latency_ms: 10, over_ppm: 0, congested: false };
+
+#[test]
+fn atp_10_1_the_agent_is_told_what_of_its_window_is_free() {
+    let window = WindowSettings { max_parallel: Some(3), limit: Limit { tokens: Some(Tokens(100)), usd_micros: None } };
+    let mut keeper = Keeper::new(FlowSettings::default(), window);
+    let free = |calls, tokens| WindowView {
+        max_parallel: Some(calls),
+        max_tokens: Some(Tokens(tokens)),
+        max_usd_micros: None,
+    };
+    assert_eq!(keeper.windows, [(0, free(3, 100))], "when it connects");
+    keeper.wait(100);
+    keeper.want(1, Qos::Silver, 10);
+    keeper.want(2, Qos::Silver, 10);
+    keeper.wait(499);
+    assert_eq!(keeper.windows.len(), 1, "held for half a second");
+    keeper.wait(500);
+    assert_eq!(keeper.windows[1..], [(500, free(1, 80))]);
+    keeper.wait(510);
+    keeper.want(3, Qos::Silver, 10);
+    assert_eq!(keeper.windows[2..], [(510, free(0, 70))], "a fall to zero goes out at once");
+    (1..=3).for_each(|n| keeper.dispatch(n));
+    keeper.ended(1, DONE);
+    keeper.says(AgentStatus { status: Status::Pause, ..AgentStatus::default() });
+    keeper.wait(1_010);
+    assert_eq!(keeper.windows[3..], [(1_010, free(0, 80))], "no calls while it takes no work");
+}
 
 #[test]
 fn results_widen_and_failures_narrow_what_is_lent() {

@@ -89,6 +89,8 @@ impl House {
             while let Some(effect) = self.agent.poll_effect() {
                 moved = true;
                 match effect {
+                    // Its window comes by itself whenever it moves.
+                    AgentEffect::Send { frame, .. } if &*frame.kind == kind::WINDOW_UPDATE => {}
                     AgentEffect::Send { frame, .. } => self.to_agent.push_back(frame),
                     AgentEffect::ToShard { message, .. } => self.shard.handle(self.now, Input::Agent(message)),
                     AgentEffect::Close { error, .. } => panic!("{error}"),

@@ -11,9 +11,11 @@ pub use slot::SLOT_MS;
 use crate::clock::Now;
 use crate::message::{AgentEffect, AgentInput, Flow, FromAgent, Machine};
 use crate::settings::Settings;
-use atp_proto::content::{AgentStatus, Capabilities, ListedCall, Status};
-use atp_proto::{AgentName, Amount, CallId, Code, ConnId, WireError};
-use breaker::Breaker;
+use crate::window::{Cadence, Due, effective};
+use atp_proto::content::{AgentStatus, Capabilities, ListedCall, Status, WindowUpdate, WindowView};
+use atp_proto::frame::{Flags, kind};
+use atp_proto::{AgentName, Amount, CallId, Code, ConnId, Frame, Limit, WireError};
+use breaker::{Breaker, BreakerState};
 use queue::{Queue, Wish};
 use slot::{Slot, Used};
 use std::collections::{BTreeMap, VecDeque};
@@ -32,6 +34,8 @@ struct Link {
     capabilities: Arc<Capabilities>,
     alive_at: u64,
     up: bool,
+    /// What it was told of its window.
+    told: Option<Cadence>,
 }
 
 /// What is known of an agent's own word on how it is.
@@ -71,6 +75,8 @@ pub struct Agent {
     over: VecDeque<(u64, CallId)>,
     /// No slot lapses and no wish grows stale before.
     due: u64,
+    /// When its window has to be looked at again.
+    window_due: Option<u64>,
     effects: VecDeque<AgentEffect>,
 }
 
@@ -98,6 +104,7 @@ impl Agent {
             used: Used::default(),
             over: VecDeque::new(),
             due: u64::MAX,
+            window_due: None,
             effects: VecDeque::new(),
         }
     }
@@ -176,7 +183,7 @@ impl Agent {
             self.skip_until = 0;
             self.note_stop();
         }
-        self.link = Some(Link { conn, capabilities: capabilities.clone(), alive_at: now, up: true });
+        self.link = Some(Link { conn, capabilities: capabilities.clone(), alive_at: now, up: true, told: None });
         for call in capabilities.calls.iter().filter(|c| !c.done) {
             self.listed(call.call_id, call.shard, call.epoch);
         }
@@ -298,12 +305,42 @@ impl Agent {
         own.min(self.settings.agent_window.max_parallel.unwrap_or(u32::MAX)).min(suggested).min(earned)
     }
 
+    /// Its window of tokens and micro-USD.
+    fn amounts(&self) -> WindowView {
+        let Limit { tokens, usd_micros } = self.settings.agent_window.limit;
+        let own = WindowView { max_parallel: None, max_tokens: tokens, max_usd_micros: usd_micros };
+        effective(own, self.said.status.suggested_window.unwrap_or_default())
+    }
+
+    /// Tells the agent itself what of its window is free (ATP-10-1), when that has moved.
+    fn tell_window(&mut self) {
+        self.window_due = None;
+        let takes = self.takes_work() && self.breaker.state() != BreakerState::Open && self.now_ms >= self.skip_until;
+        let calls = if takes { self.window().saturating_sub(self.used.calls) } else { 0 };
+        let (limit, used) = (self.amounts(), self.used.amount);
+        let window = WindowView {
+            max_parallel: Some(calls),
+            max_tokens: limit.max_tokens.map(|most| most.less(used.tokens)),
+            max_usd_micros: limit.max_usd_micros.map(|most| most.less(used.usd_micros)),
+        };
+        let now = self.now_ms;
+        let Some(link) = self.link.as_mut().filter(|l| l.up) else { return };
+        match link.told.as_mut().map_or(Due::Now, |told| told.look(window, now)) {
+            Due::Never => {}
+            Due::At(at) => self.window_due = Some(at),
+            Due::Now => {
+                link.told = Some(Cadence::new(window, now));
+                let content = WindowUpdate { scope: format!("agent:{}", self.name), window };
+                let frame = Frame::json("", 0, Flags::NONE, kind::WINDOW_UPDATE, &content);
+                self.effects.push_back(AgentEffect::Send { conn: link.conn, frame });
+            }
+        }
+    }
+
     /// Whether what is outstanding leaves room for a call of this amount. One that is larger than the whole window may run
     /// alone; a window of zero takes none.
     fn has_room(&self, amount: Amount) -> bool {
-        let (own, suggested) = (self.settings.agent_window.limit, self.said.status.suggested_window);
-        let tokens = own.tokens.into_iter().chain(suggested.and_then(|w| w.max_tokens)).min();
-        let usd = own.usd_micros.into_iter().chain(suggested.and_then(|w| w.max_usd_micros)).min();
+        let WindowView { max_tokens: tokens, max_usd_micros: usd, .. } = self.amounts();
         let fits = |used: u64, more: u64, most: Option<u64>| {
             most.is_none_or(|most| most > 0 && used.saturating_add(more.min(most)) <= most)
         };
@@ -355,6 +392,7 @@ impl Agent {
         if self.link.is_some() && self.flow != self.flow_now() {
             self.tell_flow(None);
         }
+        self.tell_window();
     }
 }
 
@@ -387,7 +425,7 @@ impl Machine for Agent {
         let burst = self.burst.next_at().filter(|_| waiting);
         let skip = waiting.then_some(self.skip_until);
         let retry = self.said.retry_at.filter(|_| waiting && self.settings.flow.gold_passes_pause);
-        let by_time = [health, burst, skip, retry, self.breaker.next_at(), self.cool_off.next_at()];
+        let by_time = [health, burst, skip, retry, self.breaker.next_at(), self.cool_off.next_at(), self.window_due];
         // What lies behind has been looked at.
         let next = by_time.into_iter().flatten().filter(|at| *at > self.now_ms).min();
         [next, (self.due < u64::MAX).then_some(self.due)].into_iter().flatten().min()
