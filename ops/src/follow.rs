@@ -17,6 +17,7 @@ pub(crate) struct Follower {
     lanes: BTreeMap<CallId, Lane>,
     /// What stands before each line, e.g. a stream id when several are followed.
     prefix: String,
+    noted: BTreeMap<String, String>,
 }
 
 #[derive(Debug)]
@@ -27,13 +28,21 @@ struct Lane {
 
 impl Follower {
     pub(crate) fn new(screen: Screen, prefix: String) -> Self {
-        Self { screen, lanes: BTreeMap::new(), prefix }
+        Self { screen, lanes: BTreeMap::new(), prefix, noted: BTreeMap::new() }
     }
 
     pub(crate) fn accepted(&self, accepted: &Accepted) {
         let budget =
             accepted.window.max_usd_micros.map(|v| format!(", window {} USD", show_usd(v))).unwrap_or_default();
         self.screen.progress(&format!("stream {} {}{budget}", accepted.stream_id, accepted.state.as_str()));
+    }
+
+    /// Beside the text: stderr, so that what agents say can be piped on. What was said of `about` last isn't said again.
+    pub(crate) fn note(&mut self, about: &str, text: String) {
+        if self.noted.get(about) != Some(&text) {
+            self.screen.progress(&format!("{}{text}", self.prefix));
+            self.noted.insert(about.into(), text);
+        }
     }
 
     pub(crate) fn partial(&mut self, partial: &Partial) -> io::Result<()> {

@@ -14,28 +14,17 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 /// How often the live table is drawn anew.
 const REFRESH: Duration = Duration::from_secs(1);
 
-pub(crate) async fn ps(global: &Global, screen: Screen) -> Outcome {
-    let api = Api::new(global)?;
-    let mut first = true;
+/// On a terminal a table that is drawn anew until Ctrl-C; else once.
+async fn live(screen: Screen, mut table: impl AsyncFnMut() -> Result<(String, String), Failure>) -> Outcome {
+    let mut home = "\x1b[2J\x1b[H";
     loop {
-        let Streams { mut streams } = api.streams("limit=1000").await?;
-        if screen.json {
-            return Ok(screen.document(&json!({"streams": streams}))?);
-        }
-        // What runs stands on top, the latest first.
-        streams.sort_by(|a, b| {
-            let key = |s: &atp_core::view::StreamView| (s.state.is_closed(), std::cmp::Reverse(s.started_at.clone()));
-            key(a).cmp(&key(b))
-        });
-        let open = streams.iter().filter(|s| !s.state.is_closed()).count();
-        let text = rows::streams(screen, &streams);
+        let (head, text) = table().await?;
         if !screen.terminal {
             return Ok(screen.line(text.trim_end())?);
         }
         let shown: Vec<&str> = text.lines().take(40).collect();
-        let home = if first { "\x1b[2J\x1b[H" } else { "\x1b[H\x1b[J" };
-        screen.line(&format!("{home}{open} open of {} streams. Ctrl-C ends.\n{}", streams.len(), shown.join("\n")))?;
-        first = false;
+        screen.line(&format!("{home}{head}. Ctrl-C ends.\n{}", shown.join("\n")))?;
+        home = "\x1b[H\x1b[J";
         tokio::select! {
             () = tokio::time::sleep(REFRESH) => {}
             _ = tokio::signal::ctrl_c() => return Ok(()),
@@ -43,12 +32,35 @@ pub(crate) async fn ps(global: &Global, screen: Screen) -> Outcome {
     }
 }
 
-pub(crate) async fn agents(global: &Global, screen: Screen) -> Outcome {
-    let agents = fetch_agents(&Api::new(global)?).await?;
+pub(crate) async fn ps(global: &Global, screen: Screen) -> Outcome {
+    let api = Api::new(global)?;
     if screen.json {
-        return Ok(screen.document(&agents)?);
+        return Ok(screen.document(&json!({"streams": api.streams("limit=1000").await?.streams}))?);
     }
-    Ok(screen.line(rows::agents(screen, &agents.agents).trim_end())?)
+    live(screen, async || {
+        let Streams { mut streams } = api.streams("limit=1000").await?;
+        // What runs stands on top, the latest first.
+        streams.sort_by(|a, b| {
+            let key = |s: &atp_core::view::StreamView| (s.state.is_closed(), std::cmp::Reverse(s.started_at.clone()));
+            key(a).cmp(&key(b))
+        });
+        let open = streams.iter().filter(|s| !s.state.is_closed()).count();
+        Ok((format!("{open} open of {} streams", streams.len()), rows::streams(screen, &streams)))
+    })
+    .await
+}
+
+pub(crate) async fn agents(global: &Global, screen: Screen) -> Outcome {
+    let api = Api::new(global)?;
+    if screen.json {
+        return Ok(screen.document(&fetch_agents(&api).await?)?);
+    }
+    live(screen, async || {
+        let Agents { agents } = fetch_agents(&api).await?;
+        let here = agents.iter().filter(|a| a.status != "GONE").count();
+        Ok((format!("{here} connected of {} agents", agents.len()), rows::agents(screen, &agents)))
+    })
+    .await
 }
 
 pub(crate) async fn agent_status(global: &Global, screen: Screen, args: &cli::AgentName) -> Outcome {
@@ -73,8 +85,8 @@ pub(crate) async fn drain_agent(global: &Global, screen: Screen, args: &cli::Dra
     Ok(screen.line(rows::agents(screen, &agents.agents).trim_end())?)
 }
 
-async fn fetch_agents(api: &Api) -> Result<Agents, Failure> {
-    api.fetch("/v1/fleet").await
+pub(crate) async fn fetch_agents(api: &Api) -> Result<Agents, Failure> {
+    api.fetch("/v1/agents").await
 }
 
 pub(crate) async fn accounts(global: &Global, screen: Screen) -> Outcome {

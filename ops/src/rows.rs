@@ -2,7 +2,7 @@
 
 use crate::screen::{Paint, Screen, Table};
 use atp_core::view::{AccountView, AgentView, StreamView};
-use atp_proto::content::{Bill, CallState, Source, TaskState, WindowView};
+use atp_proto::content::{Bill, CallState, Source, TaskState, WindowUpdate, WindowView};
 use atp_proto::money::show_usd;
 use atp_proto::{Amount, Limit, Tokens, UsdMicros};
 
@@ -113,6 +113,23 @@ pub(crate) fn agents(screen: Screen, rows: &[AgentView]) -> String {
         );
     }
     table.render(screen)
+}
+
+/// How an agent stands, in a line; what only counts calls isn't in it.
+pub(crate) fn standing(row: &AgentView) -> String {
+    let parts = [
+        format!("agent {} {}", row.name, row.status),
+        format!("window {}", window(&row.window.effective)),
+        format!("breaker {}", row.breaker),
+        format!("tier {}", row.qos_tier.as_str()),
+        reason(row),
+    ];
+    parts.into_iter().filter(|part| !part.is_empty()).collect::<Vec<_>>().join(", ")
+}
+
+/// What of a window is left, in a line.
+pub(crate) fn left(update: &WindowUpdate) -> String {
+    format!("left of {}: {} (calls / tokens / USD)", update.scope, window(&update.window))
 }
 
 /// Why it is as it is: its own or the operator's reason, and what the router sees of it.

@@ -5,13 +5,15 @@ use crate::cli::{self, Global};
 use crate::connect;
 use crate::failure::{Exit, Failure, Outcome};
 use crate::follow::Follower;
+use crate::look;
+use crate::rows;
 use crate::screen::Screen;
 use crate::submit::{End, interrupt, summary};
 use atp_proto::StreamId;
 use atp_proto::content::TaskState;
 use atp_proto::json::{View, to_json};
 use atp_sdk::{Client, Event, EventKind};
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 use tokio::sync::mpsc;
 
@@ -79,17 +81,19 @@ fn show(
             }
             return Ok(Some(state));
         }
-        EventKind::Partial(_) | EventKind::Accepted(_) | EventKind::Log | EventKind::Window(_) | EventKind::Other => {}
+        EventKind::Window(update) => follower.note(&update.scope, rows::left(&update)),
+        EventKind::Partial(_) | EventKind::Accepted(_) | EventKind::Log | EventKind::Other => {}
     }
     Ok(None)
 }
 
-/// Follows each stream that is open or begins, until Ctrl-C.
+/// Follows each stream that is open or begins, and how agents stand, until Ctrl-C.
 async fn everything(global: &Global, screen: Screen) -> Outcome {
     let api = Api::new(global)?;
     let client = connect::client(global).await?;
     let (ended, mut ends) = mpsc::channel::<String>(FOLLOWED_MAX);
     let (mut followed, mut seen) = (BTreeSet::new(), BTreeSet::new());
+    let mut standing = BTreeMap::new();
     screen.progress("following everything that runs; Ctrl-C ends");
     loop {
         let streams = api.streams("limit=1000").await?.streams;
@@ -100,6 +104,13 @@ async fn everything(global: &Global, screen: Screen) -> Outcome {
             if followed.len() < FOLLOWED_MAX && seen.insert(stream.stream_id.clone()) {
                 followed.insert(stream.stream_id.clone());
                 tokio::spawn(follow(screen, client.clone(), stream.stream_id.clone(), ended.clone()));
+            }
+        }
+        for agent in look::fetch_agents(&api).await?.agents {
+            let now = rows::standing(&agent);
+            if standing.get(&agent.name) != Some(&now) {
+                screen.progress(&now);
+                standing.insert(agent.name, now);
             }
         }
         let look = tokio::time::sleep(LOOK);
