@@ -414,3 +414,16 @@ fn statistics_take_over_and_underestimation_lowers_a_tier() {
     house.run();
     house.dispatched();
 }
+
+#[test]
+fn a_task_that_ended_asks_no_agent_for_a_slot() {
+    let mut house = House::new();
+    house.connect(vec![]);
+    for (n, deadline_ms) in [(1, 60_000), (2, 60_000), (3, 500), (4, 60_000)] {
+        house.submit(&format!("s{n}"), &Submit { deadline_ms: Some(deadline_ms), ..task("hi") });
+    }
+    assert_eq!((house.agent.running(), house.agent.waiting()), (2, 2));
+    house.wait(600);
+    assert!(house.to_client.iter().any(|f| &*f.stream_id == "s3" && &*f.kind == kind::BILL));
+    assert_eq!((house.agent.running(), house.agent.waiting()), (2, 1), "its place is nobody's");
+}

@@ -56,7 +56,7 @@ impl Shard {
     pub(super) fn stop(&mut self, no: u64, why: Stopping) {
         let Some(live) = self.live.get_mut(&no).filter(|l| l.stopping.is_none()) else { return };
         live.stopping = Some(why);
-        self.withdraw(no);
+        self.withdraw_loudly(no, None);
         self.leave_books(no);
         self.timer(self.now_ms + REPEAT_MS, Timer::Stop(no));
         self.ask_all_to_stop(no);
@@ -204,7 +204,7 @@ impl Shard {
             out_seq: stream.out_seq + 1,
         };
         let id = stream.id();
-        self.withdraw(no);
+        self.withdraw_loudly(no, None);
         self.leave_books(no);
         self.record(Record::Close(close.clone()));
         for frame in replay::closing(id.as_str(), &close) {
