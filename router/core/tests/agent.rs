@@ -65,7 +65,7 @@ impl Keeper {
     }
 
     fn want(&mut self, n: u8, qos: Qos, tokens: u64) {
-        let wish = Wish { qos, tenant: "t".into(), weight: 1, amount: Amount::new(tokens, 0) };
+        let wish = Wish { qos, tenant: "t".into(), weight: 1, amount: Amount::new(tokens, 0), lasts_ms: u64::MAX };
         self.take(AgentInput::Shard(ToAgent::Want { shard: 0, epoch: 1, call: call(n), wish }));
     }
 

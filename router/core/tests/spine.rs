@@ -427,3 +427,33 @@ fn a_task_that_ended_asks_no_agent_for_a_slot() {
     assert!(house.to_client.iter().any(|f| &*f.stream_id == "s3" && &*f.kind == kind::BILL));
     assert_eq!((house.agent.running(), house.agent.waiting()), (2, 1), "its place is nobody's");
 }
+
+#[test]
+fn atp_8_13_no_slot_is_asked_for_a_call_that_would_be_cut_off() {
+    let mut house = House::new();
+    house.connect(vec![]);
+    // What is known then: such calls take 1 s.
+    for n in 1..=3 {
+        house.submit(&format!("m{n}"), &task("hi"));
+        let call = house.dispatched();
+        house.wait(1_000);
+        house.says(last(&call, 1, 10));
+        house.to_agent.clear();
+    }
+    let within = |deadline_ms| Submit { deadline_ms: Some(deadline_ms), ..task("hi") };
+    (1..=2).for_each(|n| house.submit(&format!("r{n}"), &within(600_000)));
+    let first = house.dispatched();
+    (1..=3).for_each(|n| house.submit(&format!("s{n}"), &within(10_000)));
+    house.wait(7_900);
+    house.to_agent.clear();
+    house.says(last(&first, 1, 10));
+    house.to_agent.retain(|f| &*f.kind == kind::DISPATCH);
+    let second = house.dispatched();
+    assert_eq!((house.agent.running(), house.agent.waiting()), (2, 2), "twice as long is left for the next");
+    house.wait(200);
+    house.says(last(&second, 1, 10));
+    assert_eq!(house.agent.running(), 1, "and no longer for those behind it");
+    // A short task is tried all the same.
+    house.submit("s4", &within(1_000));
+    assert_eq!(house.agent.running(), 2);
+}

@@ -22,6 +22,8 @@ pub struct Wish {
     pub weight: u32,
     /// What the call is expected to hold.
     pub amount: Amount,
+    /// Milliseconds for which the slot is of use; later ones go to the next in turn.
+    pub lasts_ms: u64,
 }
 
 #[derive(Default)]
@@ -172,7 +174,7 @@ mod tests {
     }
 
     fn wish(qos: Qos, tenant: &str, weight: u32) -> Wish {
-        Wish { qos, tenant: tenant.into(), weight, amount: Amount::ZERO }
+        Wish { qos, tenant: tenant.into(), weight, amount: Amount::ZERO, lasts_ms: u64::MAX }
     }
 
     const ALL: [Qos; 3] = [Qos::Gold, Qos::Silver, Qos::Bronze];

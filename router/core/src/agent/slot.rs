@@ -29,6 +29,8 @@ pub(super) enum Slot {
     Wanted {
         epoch: u64,
         until: u64,
+        /// From then on a slot is of no use to it.
+        late_at: u64,
     },
     Lent {
         epoch: u64,
@@ -93,17 +95,22 @@ impl Agent {
     /// Lends slots while somebody waits and there is room.
     pub(super) fn lend(&mut self) {
         while let Some((call, wish)) = self.next_in_turn() {
-            self.queue.take(&call);
-            let Some((shard, slot)) = self.calls.get_mut(&call) else { continue };
-            let Slot::Wanted { epoch, until } = *slot else { continue };
-            if until <= self.now_ms {
-                self.calls.remove(&call);
+            let live = self.calls.get_mut(&call).and_then(|(shard, slot)| match *slot {
+                Slot::Wanted { epoch, until, late_at } if self.now_ms < until.min(late_at) => {
+                    Some((*shard, epoch, slot))
+                }
+                _ => None,
+            });
+            let Some((shard, epoch, slot)) = live else {
+                // Nobody's turn is spent on it.
+                self.drop_slot(call);
+                self.queue.remove(&call);
                 continue;
-            }
+            };
+            self.queue.take(&call);
             self.due = self.due.min(self.now_ms + SLOT_MS);
             let held = Held { gold: wish.qos == Qos::Gold, amount: wish.amount, began: self.now_ms };
             *slot = Slot::Lent { epoch, until: self.now_ms + SLOT_MS, held };
-            let shard = *shard;
             self.used.add(held);
             self.used.lent += 1;
             self.breaker.lent(call);
@@ -269,18 +276,18 @@ impl Agent {
     }
 
     fn want(&mut self, shard: u32, epoch: u64, call: CallId, wish: Wish) {
-        let until = self.now_ms + WANT_MS;
+        let (until, late_at) = (self.now_ms + WANT_MS, self.now_ms.saturating_add(wish.lasts_ms));
         self.due = self.due.min(until);
         match self.calls.get_mut(&call).map(|(_, slot)| slot) {
-            Some(Slot::Wanted { until: old, .. }) => {
-                *old = until;
+            Some(Slot::Wanted { until: old, late_at: old_late, .. }) => {
+                (*old, *old_late) = (until, late_at);
                 self.queue.push(call, wish);
             }
             Some(Slot::Lent { .. }) => self.lent(shard, call, epoch),
             Some(Slot::Running { .. }) => {}
             Some(Slot::Over { epoch: over, .. }) if *over >= epoch => {}
             Some(Slot::Over { .. } | Slot::Lost) | None => {
-                self.calls.insert(call, (shard, Slot::Wanted { epoch, until }));
+                self.calls.insert(call, (shard, Slot::Wanted { epoch, until, late_at }));
                 self.queue.push(call, wish);
             }
         }

@@ -184,6 +184,17 @@ impl Shard {
         row.map_or(1_000_000, |r| r.overage_ppm(offer.estimate.source as u32, today))
     }
 
+    /// For how long a slot is of use to the stream's call on this agent: until twice what such calls take before the deadline,
+    /// so that no slot is spent on what will be cut off. With half of its time left a task is always tried (ATP-8-13).
+    pub(super) fn lasts_ms(&self, no: u64, offer: &Offer) -> u64 {
+        let (Some(stream), Some(live)) = (self.state.stream(no), self.live.get(&no)) else { return 0 };
+        let task_type = &stream.accept.task_type;
+        let row = self.state.statistics().row(offer.agent.as_str(), &offer.estimate.model, task_type);
+        let takes = row.and_then(Row::figures).map_or(0, |f| f.latency_ms.saturating_mul(2));
+        let left = live.deadline_at.saturating_sub(self.now_ms);
+        left.saturating_sub(takes.min(stream.accept.deadline_ms / 2))
+    }
+
     /// What an estimate counts in comparisons: its guarded micro-USD and the surcharge of an agent that cools off.
     fn effective_cost(&self, agent: &AgentName, estimate: &Estimate) -> u64 {
         let surcharge = self.seats.get(agent).map_or(0, |s| s.flow.surcharge_ppm);

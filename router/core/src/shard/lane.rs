@@ -297,7 +297,7 @@ impl Shard {
         let Some(live) = self.calls.get(&id) else { return };
         let (no, lane, agent) = (live.no, live.lane, live.agent.clone());
         let amount = self.state.stream(no).and_then(|s| s.call(lane)).map(Call::hold).unwrap_or_default();
-        self.want_slot(no, &agent, id, amount);
+        self.want_slot(no, &agent, id, amount, u64::MAX);
         self.call_timer(id, self.now_ms + REPEAT_MS);
     }
 

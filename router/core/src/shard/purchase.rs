@@ -78,16 +78,16 @@ impl Shard {
             reserved.map(|c| (c.agent(), stream.call_id(c.reserve.lane), c.hold())).collect();
         let repeat = !wanted.is_empty() || self.owes(stream);
         for (agent, call, amount) in wanted {
-            self.want(no, &agent, call, amount);
+            self.want(no, &agent, call, amount, u64::MAX);
         }
         if repeat {
             self.ask_later(no);
         }
     }
 
-    pub(super) fn want(&mut self, no: u64, agent: &AgentName, call: CallId, amount: Amount) {
+    pub(super) fn want(&mut self, no: u64, agent: &AgentName, call: CallId, amount: Amount, lasts_ms: u64) {
         if self.seats.get(agent).is_some_and(|s| s.up && s.skip_until <= self.now_ms) {
-            self.want_slot(no, agent, call, amount);
+            self.want_slot(no, agent, call, amount, lasts_ms);
         }
     }
 
@@ -112,6 +112,12 @@ impl Shard {
             return self.close_refused(no, error);
         }
         let either = fanout == 1 && !named;
+        if !self.in_time(no, either, &mut offers) {
+            // Nobody would be done in time: it waits for a faster agent, in no queue.
+            self.withdraw_loudly(no, None);
+            self.leave_books(no);
+            return self.ask_later(no);
+        }
         match self.preflights(no, fanout, either, &mut offers) {
             Estimates::Ready => {}
             Estimates::Awaited => return self.ask_later(no),
@@ -142,12 +148,21 @@ impl Shard {
         for (i, offer) in offers.iter().enumerate() {
             let call = ids[if either { 0 } else { i }];
             self.bids.insert(call, no);
-            self.want(no, &offer.agent, call, offer.estimate.guarded);
+            self.want(no, &offer.agent, call, offer.estimate.guarded, self.lasts_ms(no, offer));
         }
         if let Some(live) = self.live.get_mut(&no) {
             live.bid = Some(Bid { offers, either, lent: None });
         }
         self.ask_later(no);
+    }
+
+    /// Drops offers of a single lane whose calls would begin too late; false where all are too late.
+    fn in_time(&self, no: u64, either: bool, offers: &mut Vec<Offer>) -> bool {
+        let found = offers.is_empty() || offers.iter().any(|offer| self.lasts_ms(no, offer) > 0);
+        if either {
+            offers.retain(|offer| self.lasts_ms(no, offer) > 0);
+        }
+        found
     }
 
     /// Forgets what was asked for a first purchase. Slots that nobody asks for again lapse.

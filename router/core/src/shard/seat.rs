@@ -204,11 +204,11 @@ impl Shard {
     }
 
     /// Asks for a slot, in the place of its stream's tier and tenant.
-    pub(super) fn want_slot(&mut self, no: u64, agent: &AgentName, call: CallId, amount: Amount) {
+    pub(super) fn want_slot(&mut self, no: u64, agent: &AgentName, call: CallId, amount: Amount, lasts_ms: u64) {
         let Some(stream) = self.state.stream(no) else { return };
         let tenant = stream.tenant();
         let weight = self.settings.flow.weights.get(&tenant).copied().unwrap_or(1);
-        let wish = Wish { qos: stream_qos(stream), tenant: tenant.as_str().into(), weight, amount };
+        let wish = Wish { qos: stream_qos(stream), tenant: tenant.as_str().into(), weight, amount, lasts_ms };
         let message = ToAgent::Want { shard: self.settings.shard, epoch: self.epoch, call, wish };
         self.tell_agent(agent, message);
     }
