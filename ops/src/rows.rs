@@ -1,7 +1,7 @@
 //! The objects of the JSON contract as tables for people. Fetches nothing.
 
 use crate::screen::{Paint, Screen, Table};
-use atp_core::view::{AccountView, AgentView, StreamView};
+use atp_core::view::{AccountView, AgentView, PaceView, StreamView};
 use atp_proto::content::{Bill, CallState, Source, TaskState, WindowUpdate, WindowView};
 use atp_proto::money::show_usd;
 use atp_proto::{Amount, Limit, Tokens, UsdMicros};
@@ -143,7 +143,7 @@ fn reason(row: &AgentView) -> String {
 
 pub(crate) fn accounts(screen: Screen, rows: &[AccountView]) -> String {
     let mut table =
-        Table::new(&["ACCOUNT", "PER", "WINDOW", ">LIMIT USD / tokens", ">SETTLED", ">HELD", ">REMAINING", "RESETS"]);
+        Table::new(&["ACCOUNT", "PER", "WINDOW", ">LIMIT USD / tokens", ">USED", ">HELD", ">LEFT", "PACE", "RESETS"]);
     for row in rows {
         table.row([
             row.account.clone(),
@@ -153,10 +153,21 @@ pub(crate) fn accounts(screen: Screen, rows: &[AccountView]) -> String {
             both(row.settled),
             both(row.held),
             both_of(row.remaining),
+            row.pace.as_ref().map_or_else(|| "-".into(), pace),
             row.reset_at.clone().unwrap_or_else(|| "never".into()),
         ]);
     }
     table.render(screen)
+}
+
+/// `enforce: ahead until 12:30:00; 1.00 / - per hour`.
+fn pace(pace: &PaceView) -> String {
+    let ahead = match &pace.resumes_at {
+        Some(at) if pace.mode == "enforce" => format!("held back until {at}"),
+        Some(at) => format!("AHEAD until {at}"),
+        None => "on line".into(),
+    };
+    format!("{}: {ahead}; {} per hour", pace.mode, both_of(pace.per_hour))
 }
 
 const fn call_state(state: CallState) -> &'static str {

@@ -2,11 +2,15 @@
 //! tiny limits, so that rare meetings are frequent.
 
 use crate::simulation::rng::Rng;
+use atp_core::ladder::OnLimit;
+use atp_core::pacing::Mode;
+use atp_core::policy::{Escalation, Policy, Rule, Trigger};
 use atp_core::settings::{AccountSettings, FlowSettings, Limits, Per, Settings, WindowSettings};
 use atp_proto::content::{
     Capabilities, Effects, EstimateDeclaration, EstimateFigures, EstimateMode, ModelInfo, Stop, Submit, Variance,
 };
 use atp_proto::{AgentName, Amount, Cost, Limit, Qos, TenantId, Tokens, UsdMicros};
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 /// How much goes wrong, and how.
@@ -110,6 +114,7 @@ pub struct Plan {
     pub query_at: Vec<u64>,
     pub room_at: Vec<u64>,
     pub wall_jump_at: Vec<u64>,
+    pub reload_at: Vec<u64>,
     pub drain_at: Option<u64>,
 }
 
@@ -173,6 +178,10 @@ impl Plan {
                 let n = most(rng.pick(&[0, 0, 0, 2]));
                 times(rng, heal_at, n)
             },
+            reload_at: {
+                let n = most(rng.pick(&[0, 0, 2]));
+                times(rng, heal_at, n)
+            },
             wall_jump_at: {
                 let n = most(rng.pick(&[0, 0, 1]));
                 times(rng, heal_at, n)
@@ -209,25 +218,51 @@ fn faults(rng: &mut Rng) -> Faults {
     }
 }
 
-fn settings(rng: &mut Rng) -> Settings {
-    let defaults = Settings::default();
-    let mut accounts = std::collections::BTreeMap::new();
+/// Accounts of an operator: `default`, sometimes `t2`, and what every other tenant gets.
+pub fn accounts(rng: &mut Rng) -> (BTreeMap<TenantId, AccountSettings>, AccountSettings) {
+    let mut accounts = BTreeMap::new();
     let per = rng.pick(&[Per::Minute, Per::Minute, Per::Total, Per::Day]);
     let tight = rng.percent(60);
     let most = if tight { 1_500 } else { 20_000 };
-    accounts.insert(
-        TenantId::new("default"),
-        AccountSettings {
-            limit: limit(rng, 15, (100, most), (200, most * 8)),
-            per,
-            max_parallel: rng.pick(&[None, None, Some(1), Some(3)]),
-        },
-    );
-    let default_account = AccountSettings {
-        limit: limit(rng, 30, (200, 4_000), (400, 20_000)),
-        per: rng.pick(&[Per::Minute, Per::Total]),
-        max_parallel: None,
-    };
+    let first = limit(rng, 15, (100, most), (200, most * 8));
+    accounts.insert(TenantId::new("default"), account(rng, first, per));
+    if rng.percent(20) {
+        let second = limit(rng, 20, (200, 4_000), (400, 20_000));
+        accounts.insert(TenantId::new("t2"), account(rng, second, Per::Minute));
+    }
+    let others = limit(rng, 30, (200, 4_000), (400, 20_000));
+    let per = rng.pick(&[Per::Minute, Per::Total]);
+    (accounts, account(rng, others, per))
+}
+
+fn account(rng: &mut Rng, limit: Limit, per: Per) -> AccountSettings {
+    let steps = OnLimit { downgrade: rng.percent(70), queue: rng.percent(70) };
+    let mode = rng.pick(&[Mode::Observe, Mode::Warn, Mode::Enforce]);
+    AccountSettings {
+        limit,
+        per,
+        max_parallel: rng.pick(&[None, None, Some(1), Some(3)]),
+        on_limit: rng.percent(40).then_some(steps),
+        ladder: ["dear", "middle", "cheap"].map(String::from).into(),
+        floor: rng.percent(30).then(|| "middle".into()),
+        pacing: rng.percent(25).then_some(mode),
+    }
+}
+
+/// Now and then a rule that escalates, on anything or on one trigger.
+fn policy(rng: &mut Rng) -> Arc<Policy> {
+    let one = rng.pick(&Trigger::ALL);
+    let on = if rng.percent(50) { Trigger::ALL.into() } else { [one].into() };
+    let to = ["a1", "a0", "a2"].into_iter().take(rng.range(1, 3) as usize).map(AgentName::new).collect();
+    let floor = rng.percent(40).then(|| "middle".into());
+    let rule = Rule { escalation: Some(Escalation { on, to }), floor, ..Rule::default() };
+    let rules = if rng.percent(35) { vec![rule] } else { Vec::new() };
+    Arc::new(Policy { rules, ..Policy::default() })
+}
+
+fn settings(rng: &mut Rng) -> Settings {
+    let defaults = Settings::default();
+    let (accounts, default_account) = accounts(rng);
     Settings {
         shard: 0,
         stream_window: WindowSettings {
@@ -237,6 +272,7 @@ fn settings(rng: &mut Rng) -> Settings {
         agent_window: WindowSettings { max_parallel: rng.pick(&[None, Some(1), Some(2), Some(4)]), limit: Limit::NONE },
         accounts,
         default_account,
+        policy: policy(rng),
         deadline_ms: rng.range(2_000, 15_000),
         agent_timeout_ms: rng.range(1_000, 8_000),
         retries: rng.pick(&[0, 1, 2]) as u32,
@@ -287,18 +323,22 @@ fn agent(rng: &mut Rng, index: usize, calm: bool) -> AgentPlan {
     // The worst of a call: its longest answer and any input of these tasks.
     let worst_tokens = 200 + chunk_max * chunks_max;
     let worst_micros = (200 * in_price + chunk_max * chunks_max * out_price).div_ceil(1_000_000);
+    // Cheaper by what the router thinks of them; the provider bills the first one's price, as a wrong price book would have it.
+    let models = [("dear", 1), ("middle", 2), ("cheap", 4)].map(|(name, part)| ModelInfo {
+        id: format!("sim-{name}-{index}"),
+        in_usd_micros_per_mtok: Some(in_price / part),
+        out_usd_micros_per_mtok: Some(out_price / part),
+        context_tokens: None,
+    });
+    // Where only `max_tokens` stops a call its bound rests on the right price.
+    let n_models = if matches!(stop, Stop::Close | Stop::Kill) { rng.pick(&[1, 1, 2, 3]) } else { 1 };
     let p = |rng: &mut Rng, most: u64| if calm { 0 } else { rng.pick(&[0, 0, most]) };
     AgentPlan {
         capabilities: Capabilities {
             agent: name.clone(),
             host: format!("h{index}"),
             adapter: "scripted".into(),
-            models: vec![ModelInfo {
-                id: format!("sim-model-{index}"),
-                in_usd_micros_per_mtok: Some(in_price),
-                out_usd_micros_per_mtok: Some(out_price),
-                context_tokens: None,
-            }],
+            models: models.into_iter().take(n_models).collect(),
             max_parallel: rng.pick(&[1, 2, 4]),
             estimate: rng.percent(90).then_some(EstimateDeclaration { mode, figures }),
             stop,

@@ -4,7 +4,7 @@
 use crate::simulation::check::{Check, fold};
 use crate::simulation::log::FakeLog;
 use crate::simulation::net::Peer;
-use crate::simulation::plan::Plan;
+use crate::simulation::plan::{self, Plan};
 use crate::simulation::process::Process;
 use crate::simulation::sched::{Event, Replay, Sched};
 use crate::simulation::show::{frame_hash, show_entry, show_frame, show_from_agent, show_input, show_to_agent};
@@ -565,6 +565,22 @@ impl Router {
             5 => Query::Agents,
             _ => Query::Streams { tenant },
         }
+    }
+
+    /// Other limits, other steps at them, and accounts that weren't there. What runs goes on under its own windows.
+    pub fn reload(&mut self, s: &mut Sched, check: &mut Check, processes: &mut [Process]) {
+        let mut settings = (*self.settings).clone();
+        (settings.accounts, settings.default_account) = plan::accounts(&mut s.rng);
+        settings.retries = s.rng.pick(&[0, 1, 2]) as u32;
+        s.say(|| format!("  reload {:?} {:?}", settings.accounts, settings.default_account));
+        self.settings = Arc::new(settings);
+        if self.paused {
+            return;
+        }
+        if let Some(shard) = &mut self.shard {
+            shard.set_settings(self.settings.clone());
+        }
+        self.drain(s, check, processes);
     }
 
     pub fn room(&mut self, s: &mut Sched, check: &mut Check, processes: &mut [Process]) {

@@ -107,6 +107,8 @@ pub enum Event {
     Checkpoint,
     Query,
     LogRoom,
+    /// The operator changes the accounts.
+    Reload,
     WallJump {
         by_ms: i64,
     },

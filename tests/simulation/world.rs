@@ -134,6 +134,7 @@ fn schedule(s: &mut Sched, plan: &Plan) {
     plan.checkpoint_at.iter().for_each(|at| s.at(*at, Event::Checkpoint));
     plan.query_at.iter().for_each(|at| s.at(*at, Event::Query));
     plan.room_at.iter().for_each(|at| s.at(*at, Event::LogRoom));
+    plan.reload_at.iter().for_each(|at| s.at(*at, Event::Reload));
     for at in &plan.wall_jump_at {
         let by_ms = s.rng.pick(&[-60_000, -500, 700, 60_000]);
         s.at(*at, Event::WallJump { by_ms });
@@ -283,6 +284,7 @@ impl World {
                 router.ask(s, check, processes, query);
             }
             Event::LogRoom => router.room(s, check, processes),
+            Event::Reload => router.reload(s, check, processes),
             Event::WallJump { by_ms } => s.wall_skew_ms += by_ms,
             Event::Drain => {
                 router.input(s, check, processes, Input::Drain);

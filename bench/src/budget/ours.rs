@@ -63,7 +63,7 @@ impl<'a> Ours<'a> {
         let settings = Arc::new(Settings {
             stream_window: free,
             agent_window: free,
-            default_account: AccountSettings { limit: budget, per: Per::Total, max_parallel: None },
+            default_account: AccountSettings { limit: budget, per: Per::Total, ..AccountSettings::default() },
             deadline_ms: DEADLINE_MS,
             agent_timeout_ms: DEADLINE_MS,
             retries: 0,

@@ -18,6 +18,9 @@ pub struct Account {
     pub current: String,
     #[prost(btree_map = "string, message", tag = "3")]
     pub windows: BTreeMap<String, AccountWindow>,
+    /// The newest authorisation to go faster than the account's pace.
+    #[prost(message, optional, tag = "4")]
+    pub faster: Option<crate::record::Faster>,
 }
 
 #[derive(Clone, PartialEq, Message)]
@@ -96,6 +99,22 @@ pub fn window_at(per: Per, at_ms: u64) -> (String, Option<u64>) {
     }
 }
 
+/// When the calendar window that ends at `ends_ms` begins; `None` for one that never ends.
+#[must_use]
+pub fn window_begin(per: Per, ends_ms: u64) -> Option<u64> {
+    let length = match per {
+        Per::Minute => 60_000,
+        Per::Hour => 3_600_000,
+        Per::Day => 86_400_000,
+        Per::Month => {
+            let (year, month, _) = civil(ends_ms.checked_sub(1)? / 86_400_000);
+            return Some(days_to_month(year, month) * 86_400_000);
+        }
+        Per::Total => return None,
+    };
+    ends_ms.checked_sub(length)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -109,6 +128,17 @@ mod tests {
         assert_eq!(window_at(Per::Month, at), ("2024-02".into(), Some(1_709_251_200_000)));
         assert_eq!(window_at(Per::Total, at), ("total".into(), None));
         assert_eq!(window_at(Per::Month, 1_735_603_200_000), ("2024-12".into(), Some(1_735_689_600_000)));
+    }
+
+    #[test]
+    fn a_window_begins_where_the_one_before_ends() {
+        let at = 1_709_210_096_789;
+        for per in [Per::Minute, Per::Hour, Per::Day, Per::Month] {
+            let (id, ends) = window_at(per, at);
+            let begins = window_begin(per, ends.expect("it ends")).expect("it begins");
+            assert!(begins <= at && window_at(per, begins).0 == id && window_at(per, begins - 1).1 == Some(begins));
+        }
+        assert_eq!(window_begin(Per::Total, 0), None);
     }
 
     #[test]

@@ -81,6 +81,7 @@ impl StreamReplay {
             Record::Void(r) => self.ended(entry, r.lane, &r.ended, None, frames),
             Record::Close(r) => frames.extend(closing(stream, r)),
             Record::Frame(_)
+            | Record::Faster(_)
             | Record::Genesis(_)
             | Record::Epoch(_)
             | Record::Window(_)

@@ -1,5 +1,7 @@
 //! What an operator may set, as typed values. The shell parses the file; this crate only reads the result.
 
+use crate::ladder::OnLimit;
+use crate::pacing::Mode;
 use crate::policy::Policy;
 use crate::price::PriceBook;
 use crate::tool::ToolSettings;
@@ -32,12 +34,20 @@ impl Per {
     }
 }
 
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct AccountSettings {
     pub limit: Limit,
     pub per: Per,
     /// Calls in flight at once; absent: no limit.
     pub max_parallel: Option<u32>,
+    /// `None`: as `OnLimit::default`, and who can't be paid in this window is refused at once.
+    pub on_limit: Option<OnLimit>,
+    /// Models, the dearest first.
+    pub ladder: Vec<String>,
+    /// No step goes below this model of the ladder.
+    pub floor: Option<String>,
+    /// `None`: not paced. A window that never resets has no pace either.
+    pub pacing: Option<Mode>,
 }
 
 /// {calls, tokens, micro-USD} of one stream or agent; absent: no limit.
@@ -147,7 +157,7 @@ impl Default for Settings {
             default_account: AccountSettings {
                 limit: limit(50_000_000, 100_000_000),
                 per: Per::Day,
-                max_parallel: None,
+                ..AccountSettings::default()
             },
             deadline_ms: 120_000,
             agent_timeout_ms: 60_000,

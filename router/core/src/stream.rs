@@ -119,6 +119,9 @@ pub struct Call {
     pub findings_bytes: u64,
     #[prost(message, optional, boxed, tag = "40")]
     pub tools: Option<Box<CallTools>>,
+    /// Of its final, in ppm plus one; 0: none.
+    #[prost(uint32, tag = "41")]
+    pub confidence_ppm_plus_1: u32,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, prost::Enumeration)]

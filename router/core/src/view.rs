@@ -31,6 +31,25 @@ pub struct AccountView {
     pub settled: Amount,
     pub held: Amount,
     pub remaining: Limit,
+    /// Of the current window of a paced account.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub pace: Option<PaceView>,
+}
+
+/// How an account's use compares with an even one.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PaceView {
+    /// observe, warn, enforce.
+    pub mode: String,
+    /// True: more is used (settled + held) than the line and what was authorised allow.
+    pub ahead: bool,
+    /// What an even use had reached by now.
+    pub line: Limit,
+    /// Remaining usage / remaining time.
+    pub per_hour: Limit,
+    /// When new calls may begin again under `enforce`.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub resumes_at: Option<String>,
 }
 
 /// A row of `agents`.

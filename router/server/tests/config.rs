@@ -92,7 +92,6 @@ fn what_a_later_version_can_do_is_refused_not_ignored() {
     assert_eq!(only("auth: {oidc: {issuer: x}}"), "1:23 auth.oidc.issuer");
     assert_eq!(only("auth: {tokens_file: t}"), "1:21 auth.tokens_file");
     assert_eq!(only("auth: {anonymous: never}"), "1:19 auth.anonymous");
-    assert_eq!(only("accounts: {a: {ladder: [x]}}"), "1:24 accounts.a.ladder");
     assert_eq!(
         problems("tools: {fs_read: {root: }, http_get: {allow: []}}\nshards: {count: 1, lease: 5s}\nauth: {hmac: }"),
         []
@@ -144,6 +143,25 @@ fn the_environment_is_replaced_in_values() {
         parse("data_dir: ${DIR}/x${NOPE:-y}${EMPTY:-z}\ntasks: {retries: '${NOPE:-2}'}", env).expect("all are set");
     assert_eq!((config.data_dir.to_str(), config.settings.retries), (Some("there/xyz"), 2));
     assert_eq!(check("data_dir: ${ATP_THIS_IS_NOT_SET}")[0].field, "data_dir");
+}
+
+#[test]
+fn accounts_say_what_happens_at_their_limit() {
+    let config = read(
+        "accounts:\n  acme: {usd: 20, on_limit: [downgrade, queue, refuse], ladder: [opus, sonnet, haiku], floor: sonnet,\n\
+         \x20   pacing: {mode: enforce}}\n  b: {pacing: {mode: warn, reset_confidence: unknown}}\n",
+    );
+    let acme = &config.settings.accounts[&TenantId::new("acme")];
+    let steps = acme.on_limit.expect("it says so");
+    assert_eq!((steps.downgrade, steps.queue, acme.ladder.len()), (true, true, 3));
+    assert_eq!((acme.floor.as_deref(), acme.pacing), (Some("sonnet"), Some(atp_core::pacing::Mode::Enforce)));
+    assert_eq!(config.settings.accounts[&TenantId::new("b")].pacing, None, "an unknown reset is not paced");
+    assert_eq!(only("accounts: {a: {on_limit: [refuse, queue]}}"), "1:26 accounts.a.on_limit");
+    assert_eq!(only("accounts: {a: {on_limit: [downgrade]}}"), "1:26 accounts.a.on_limit");
+    assert_eq!(only("accounts: {a: {on_limit: [wait]}}"), "1:26 accounts.a.on_limit");
+    assert_eq!(only("accounts: {a: {ladder: [x], floor: y}}"), "1:36 accounts.a.floor");
+    assert_eq!(only("accounts: {a: {per: total, pacing: {mode: warn}}}"), "1:36 accounts.a.pacing");
+    assert_eq!(only("accounts: {a: {pacing: {mode: fast}}}"), "1:31 accounts.a.pacing.mode");
 }
 
 const POLICY: &str = r#"

@@ -45,9 +45,9 @@ async fn a_reload_changes_an_account_and_a_bad_one_changes_nothing() {
     let account = atp_core::settings::AccountSettings {
         limit: limit(1),
         per: atp_core::settings::Per::Total,
-        max_parallel: None,
+        ..Default::default()
     };
-    config.settings.accounts.insert(TenantId::new("default"), account);
+    config.settings.accounts.insert(TenantId::new("default"), account.clone());
     let router = Router::start(config.clone()).await.expect("starts");
     let mut greeter = agent(&router, "greeter").await;
     let (mut client, _) = Peer::hello(&router, Role::Client).await;

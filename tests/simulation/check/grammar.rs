@@ -47,7 +47,16 @@ fn reserve(stream: &Stream, r: &atp_core::record::Reserve, ledger: &Ledger) -> R
             return Err(format!("lane {} was used", new.lane));
         }
         if new.retry_of == 0 {
-            // One purchase for all lanes of a fan-out.
+            // One purchase for all lanes of a fan-out; a step of an escalation begins when they have ended.
+            let open = stream.calls.iter().any(|c| matches!(c.phase, Phase::Reserved | Phase::Running));
+            let step = new.rule.starts_with("escalation after lane ") && r.calls.len() == 1;
+            if step && !open {
+                let again = stream.calls.iter().any(|c| c.step && c.agent == new.agent);
+                match again {
+                    true => return Err(format!("lane {} escalates to {} again", new.lane, new.agent)),
+                    false => continue,
+                }
+            }
             if stream.calls.iter().any(|c| c.phase != Phase::Void || c.intent.is_some()) {
                 return Err(format!("lane {} replaces none, but lanes were bought before", new.lane));
             }

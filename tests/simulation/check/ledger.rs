@@ -55,6 +55,8 @@ pub struct Call {
     pub id: CallId,
     pub lane: u32,
     pub retry_of: u32,
+    /// It was bought by an escalation.
+    pub step: bool,
     pub agent: String,
     pub windows: Vec<(String, String)>,
     pub hold: Pair,
@@ -93,6 +95,8 @@ pub struct Stream {
     pub client_seq: u64,
     pub cancelled: bool,
     pub purchases: u32,
+    /// No model below this one.
+    pub floor: String,
     pub max_parallel: Option<u32>,
     pub qos: u32,
 }
@@ -134,6 +138,9 @@ pub struct Seen {
     pub preflights: u64,
     /// Calls whose estimate is of earlier runs.
     pub learned: u64,
+    /// Steps down a ladder, and steps of an escalation.
+    pub downgrades: u64,
+    pub escalations: u64,
 }
 
 impl Seen {
@@ -150,6 +157,8 @@ impl Seen {
         self.tools += o.tools;
         self.preflights += o.preflights;
         self.learned += o.learned;
+        self.downgrades += o.downgrades;
+        self.escalations += o.escalations;
     }
 }
 
@@ -220,6 +229,7 @@ impl Ledger {
                 let stream = self.streams.entry(r.key.clone()).or_default();
                 (stream.accepted, stream.limit, stream.out_seq) = (true, limit(&r.limit), 1);
                 (stream.max_parallel, stream.qos) = (r.max_parallel, r.qos);
+                stream.floor = r.floor.clone();
             }
             Record::Deny(r) => {
                 self.seen.denials += 1;
@@ -230,6 +240,13 @@ impl Ledger {
                     self.seen.retries += u64::from(call.retry_of > 0);
                     self.seen.preflights += u64::from(call.source == "preflight");
                     self.seen.learned += u64::from(call.source == "statistics");
+                    self.seen.escalations += u64::from(call.rule.starts_with("escalation"));
+                    let down = call.rule.contains("downgrade: ");
+                    self.seen.downgrades += u64::from(down);
+                    let floor = self.streams.get(&r.key).is_some_and(|s| s.floor == "middle");
+                    let below = down && floor && call.model.contains("cheap");
+                    verdict
+                        .expect(!below, "no step goes below a floor", || format!("{} ran {}", call.agent, call.model));
                     self.reserve(&r.key, call, verdict);
                 }
                 if let Some(stream) = self.streams.get_mut(&r.key) {
@@ -318,6 +335,7 @@ impl Ledger {
                 self.grow(&r.key, r.lane, to, verdict);
             }
             Record::Tool(_) => {}
+            Record::Faster(_) => {}
             Record::Checkpoint(_) => self.seen.checkpoints += 1,
             // No money moves with it.
             Record::Tier(_) => {}
@@ -362,6 +380,7 @@ impl Ledger {
             id,
             lane: r.lane,
             retry_of: r.retry_of,
+            step: r.rule.starts_with("escalation"),
             agent: r.agent.clone(),
             windows,
             hold,

@@ -26,8 +26,11 @@ impl Record {
             Self::Accept(r) => {
                 json!({"payload_hash": hex(&r.payload_hash), "idempotency_key": r.idempotency_key, "account": r.account,
                 "limit": limit(&r.limit), "max_parallel": r.max_parallel, "deadline_ms": r.deadline_ms, "qos": r.qos, "task_type": r.task_type, "host": r.host,
-                "security_groups_any": r.security_groups_any, "languages": r.languages, "category": r.category})
+                "security_groups_any": r.security_groups_any, "languages": r.languages, "category": r.category,
+                "rule": r.rule, "floor": r.floor, "escalate_on": r.escalate_on, "escalate_to": r.escalate_to})
             }
+            Self::Faster(r) => json!({"account": r.account, "more": amount(&r.more), "by": r.by,
+                "until": crate::clock::rfc3339(r.until_ms)}),
             Self::Deny(r) => {
                 json!({"payload_hash": hex(&r.payload_hash), "idempotency_key": r.idempotency_key, "error": document(&r.error)})
             }
@@ -47,7 +50,8 @@ impl Record {
             Self::Extend(r) => json!({"call_id": r.key.call(r.lane), "lane": r.lane, "hold": amount(&r.hold)}),
             Self::Settle(r) => {
                 json!({"call_id": r.key.call(r.lane), "lane": r.lane, "actual": cost(&r.actual), "stated_usd_micros": r.stated_usd_micros,
-                "source": r.source().name(), "ended": r.ended.how, "out_seq": r.ended.out_seq})
+                "source": r.source().name(), "ended": r.ended.how, "out_seq": r.ended.out_seq,
+                "confidence_ppm": r.confidence_ppm_plus_1.checked_sub(1)})
             }
             Self::Void(r) => {
                 json!({"call_id": r.key.call(r.lane), "lane": r.lane, "proof": r.proof().name(), "ended": r.ended.how, "out_seq": r.ended.out_seq})

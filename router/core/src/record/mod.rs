@@ -26,7 +26,7 @@ pub struct Entry {
 /// One record; `None` was written by a newer version.
 #[derive(Clone, PartialEq, Message)]
 pub struct AnyRecord {
-    #[prost(oneof = "Record", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 20, 21")]
+    #[prost(oneof = "Record", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 20, 21, 30")]
     pub record: Option<Record>,
 }
 
@@ -66,6 +66,8 @@ pub enum Record {
     Tool(Tool),
     #[prost(message, tag = "21")]
     Tier(Tier),
+    #[prost(message, tag = "30")]
+    Faster(Faster),
 }
 
 /// First record of a shard.
@@ -109,6 +111,22 @@ pub struct Window {
     pub ends_ms: Option<u64>,
     #[prost(string, tag = "5")]
     pub per: String,
+}
+
+/// Somebody lets an account go faster than its pace. The newest one counts.
+#[derive(Clone, PartialEq, Message)]
+pub struct Faster {
+    #[prost(string, tag = "1")]
+    pub account: String,
+    /// So much above the line.
+    #[prost(message, required, tag = "2")]
+    pub more: AmountPb,
+    /// Unix ms of logged time.
+    #[prost(uint64, tag = "3")]
+    pub until_ms: u64,
+    /// Who takes the responsibility.
+    #[prost(string, tag = "4")]
+    pub by: String,
 }
 
 /// The stream that a record belongs to: one task per stream.
@@ -165,6 +183,17 @@ pub struct Accept {
     pub languages: Vec<String>,
     #[prost(string, tag = "25")]
     pub category: String,
+    /// The policy rule that the task fell under, from 1; 0: none.
+    #[prost(uint32, tag = "31")]
+    pub rule: u32,
+    /// Of that rule: no ladder step below this model.
+    #[prost(string, tag = "32")]
+    pub floor: String,
+    /// Of that rule: triggers, and agents in the order in which they are asked.
+    #[prost(string, repeated, tag = "33")]
+    pub escalate_on: Vec<String>,
+    #[prost(string, repeated, tag = "34")]
+    pub escalate_to: Vec<String>,
 }
 
 /// Judged and refused: at once, or after waiting.
@@ -493,6 +522,7 @@ impl Record {
             Self::Tool(_) => "tool",
             Self::Tier(_) => "tier",
             Self::Agent(_) => "agent",
+            Self::Faster(_) => "faster",
         }
     }
 
@@ -516,7 +546,8 @@ impl Record {
             | Self::Window(_)
             | Self::Checkpoint(_)
             | Self::Agent(_)
-            | Self::Tier(_) => None,
+            | Self::Tier(_)
+            | Self::Faster(_) => None,
         }
     }
 }

@@ -6,7 +6,7 @@ use crate::clock::rfc3339;
 use crate::message::{Answer, Effect, Query, StreamAnswer};
 use crate::statistics::{RUNS_MIN, day_of};
 use crate::stream::Stream;
-use crate::view::{AgentView, AgentWindows, StreamView};
+use crate::view::{AccountView, AgentView, AgentWindows, StreamView};
 use crate::window::effective;
 use atp_proto::content::{Status, WindowView};
 use atp_proto::{AgentName, StreamId, TenantId, UsdMicros};
@@ -26,9 +26,7 @@ impl Shard {
                 Box::new(StreamAnswer { view: view(s), bill: self.bill(s, false), result: None, from: s.from })
             })),
             Query::Bill { tenant, stream } => Answer::Bill(self.find(&tenant, &stream).map(|s| self.bill(s, false))),
-            Query::Accounts => {
-                Answer::Accounts { position: self.state.position(), accounts: self.state.account_views() }
-            }
+            Query::Accounts => Answer::Accounts { position: self.state.position(), accounts: self.accounts() },
             Query::Agents => Answer::Agents(self.agents()),
             Query::Verify => Answer::Verify(Box::new(self.state.verify_view())),
         };
@@ -44,6 +42,16 @@ impl Shard {
 
     fn find(&self, tenant: &TenantId, stream: &StreamId) -> Option<&Stream> {
         self.state.stream(self.state.stream_no(tenant.as_str(), stream.as_str())?)
+    }
+
+    /// Windows that are current or hold money; the current one with its pace.
+    fn accounts(&self) -> Vec<AccountView> {
+        let mut rows = self.state.account_views();
+        for row in &mut rows {
+            let current = self.state.accounts.get(&row.account).is_some_and(|a| a.current == row.window_id);
+            row.pace = self.pace_view(&row.account).filter(|_| current);
+        }
+        rows
     }
 
     /// Agents that are or were connected, and those that the log knows.

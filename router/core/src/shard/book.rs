@@ -51,8 +51,8 @@ impl Shard {
         book.waiting.range(..self.place(no)).map(|(_, need)| need).chain(book.short.values())
     }
 
-    pub(super) fn account_settings(&self, tenant: &str) -> AccountSettings {
-        self.settings.accounts.get(tenant).copied().unwrap_or(self.settings.default_account)
+    pub(super) fn account_settings(&self, tenant: &str) -> &AccountSettings {
+        self.settings.accounts.get(tenant).unwrap_or(&self.settings.default_account)
     }
 
     /// The account's window at this time, and the record that begins it where the log doesn't have it.

@@ -6,6 +6,7 @@ use super::tool::Needs;
 use super::{Shard, Timer};
 use crate::estimate::{CALL_AMOUNT_MAX, prompt_tokens};
 use crate::message::{Effect, LogRoom, Metric};
+use crate::policy::Facts;
 use crate::record::{Accept, Deny, FrameRecord, Key, Record};
 use crate::replay;
 use crate::score::Task;
@@ -248,7 +249,10 @@ impl Shard {
         let wants = Wants { needs, ..Wants::read(&submit) };
         let task = Task { task_type, languages: &languages, category: &category };
         let request = Request { task, prompt_tokens: wants.prompt_tokens, qos, needs: &wants.needs };
-        if let Err(error) = secure.and_then(|()| self.judge(tenant, &submit, &wants, &request)) {
+        let settings = self.settings.clone();
+        let facts = Facts { tenant: tenant.as_str(), qos, meta: frame.meta.as_deref() };
+        let (number, rule) = settings.policy.rule(&facts).map_or((0, None), |(n, rule)| (n, Some(rule)));
+        if let Err(error) = secure.and_then(|()| self.judge(tenant, &submit, &wants, &request, rule)) {
             self.metric(Metric::Admission { outcome: "denied", code: error.code.as_str() });
             if !self.may_deny(tenant) {
                 let error = WireError::new(Code::Limit, "too many refusals a second; slow down").retry_after_ms(1_000);
@@ -265,12 +269,13 @@ impl Shard {
         }
         self.metric(Metric::Admission { outcome: "accepted", code: "" });
         let window = self.settings.stream_window;
+        let escalation = rule.and_then(|r| r.escalation.as_ref());
         let accept = Accept {
             key: record_key.clone(),
             payload_hash: hash,
             idempotency_key: key.into(),
             account: tenant.as_str().into(),
-            limit: submit.budget.min(window.limit).into(),
+            limit: submit.budget.min(rule.map_or(Limit::NONE, |r| r.budget)).min(window.limit).into(),
             max_parallel: window.max_parallel,
             deadline_ms: submit.deadline_ms.unwrap_or(self.settings.deadline_ms),
             qos: qos as u32,
@@ -279,6 +284,10 @@ impl Shard {
             security_groups_any: wants.needs.groups_any,
             languages,
             category,
+            rule: number,
+            floor: rule.and_then(|r| r.floor.clone()).unwrap_or_default(),
+            escalate_on: escalation.iter().flat_map(|e| e.on.iter().map(|t| t.as_str().to_owned())).collect(),
+            escalate_to: escalation.iter().flat_map(|e| e.to.iter().map(|a| a.as_str().to_owned())).collect(),
         };
         self.record(Record::Accept(accept));
         let msg_seq = frame.msg_seq;

@@ -139,7 +139,10 @@ impl Shard {
         } else if waiting {
             self.ask_later(no);
         } else if !open {
-            self.close(no, None);
+            match self.escalate(no) {
+                true => self.ask(no),
+                false => self.close(no, None),
+            }
         }
     }
 

@@ -7,6 +7,7 @@ mod book;
 mod choice;
 mod client;
 mod closing;
+mod escalate;
 mod lane;
 mod offer;
 mod outflow;
@@ -16,6 +17,7 @@ mod pressure;
 mod purchase;
 mod seat;
 mod settle;
+mod step;
 mod tool;
 mod windows;
 

@@ -4,10 +4,11 @@ use super::Shard;
 use super::choice::Request;
 use crate::account::{AccountWindow, Level};
 use crate::estimate::Estimate;
+use crate::policy::Rule;
 use crate::record::WindowRef;
 use crate::stream::Stream;
 use atp_proto::content::{Capabilities, Stop, Submit};
-use atp_proto::{AgentName, Amount, Code, Qos, TenantId, Tokens, WireError};
+use atp_proto::{AgentName, Amount, Code, Limit, Qos, TenantId, Tokens, WireError};
 use std::sync::Arc;
 
 /// One agent that could run a lane.
@@ -51,8 +52,11 @@ impl Shard {
         submit: &Submit,
         wants: &super::client::Wants,
         request: &Request<'_>,
+        rule: Option<&Rule>,
     ) -> Result<(), WireError> {
-        let limit = submit.budget.min(self.settings.stream_window.limit);
+        let budget = submit.budget.min(rule.map_or(Limit::NONE, |r| r.budget));
+        let limit = budget.min(self.settings.stream_window.limit);
+        let waits = submit.wait && self.on_limit(tenant.as_str()).queue;
         let mut offers = match self.offers(wants, request) {
             Ok(offers) if !offers.is_empty() => offers,
             Ok(_) if submit.wait => return Ok(()),
@@ -69,12 +73,14 @@ impl Shard {
             }
         };
         let stream = Level { limit, ..Level::default() };
+        let floor = rule.and_then(|r| r.floor.as_deref()).unwrap_or_default();
+        offers = self.stepped(tenant.as_str(), u64::MAX, &stream, !wants.agents.is_empty(), floor, offers);
         if wants.agents.is_empty() {
             self.drop_unaffordable(tenant.as_str(), u64::MAX, &stream, &mut offers)?;
         }
         match self.fit(tenant.as_str(), u64::MAX, &stream, 0, &offers[..1]) {
             Fit::Never(error) => Err(error),
-            Fit::Wait(need) if !submit.wait => Err(self.window_error(tenant.as_str(), need)),
+            Fit::Wait(need) if !waits => Err(self.window_error(tenant.as_str(), need)),
             Fit::Wait(_) | Fit::Lanes(_) => {
                 let busy = |o: &Offer| self.in_flight(&o.agent) >= self.seat_window(&o.agent);
                 match !submit.wait && offers.iter().all(busy) {
@@ -125,14 +131,10 @@ impl Shard {
     pub(super) fn fit(&self, tenant: &str, no: u64, stream: &Level, open_lanes: u32, offers: &[Offer]) -> Fit {
         let (window, reference, _) = self.window_now(tenant);
         let account = window.level();
-        let left = account.left().min(stream.left());
-        let mut free = account.free();
+        let (left, free) = self.money(tenant, no, stream);
         let book = self.books.get(tenant);
-        for claim in book.into_iter().flat_map(|b| self.claims(b, no)) {
-            free = free.less(*claim);
-        }
-        let free = free.min(stream.free());
-        let starved = book.is_some_and(|b| !b.starved.is_empty());
+        // Running calls go first; an account ahead of its pace begins nothing.
+        let starved = book.is_some_and(|b| !b.starved.is_empty()) || self.is_held_back(tenant);
         let room = |most: Option<u32>, open: usize| most.map_or(usize::MAX, |m| (m as usize).saturating_sub(open));
         let in_account = room(self.account_settings(tenant).max_parallel, book.map_or(0, |b| b.open.len()));
         let room = room(self.settings.stream_window.max_parallel, open_lanes as usize).min(in_account);
@@ -149,6 +151,8 @@ impl Shard {
             if never || !fits {
                 return match holds.is_empty() {
                     false => Fit::Lanes(holds),
+                    // What only the next window can pay waits for it, and claims nothing of this one.
+                    true if never && self.next_window_pays(tenant, &window, stream, offer) => Fit::Wait(Amount::ZERO),
                     true if never => Fit::Never(self.budget_error(&account, &window, &reference, stream, e)),
                     true => Fit::Wait(need),
                 };
@@ -188,6 +192,19 @@ impl Shard {
         error.scope(format!("tenant:{}", reference.account))
     }
 
+    /// True where `queue` is among the account's steps and a fresh window of it would pay the call.
+    fn next_window_pays(&self, tenant: &str, window: &AccountWindow, stream: &Level, offer: &Offer) -> bool {
+        let queues = self.account_settings(tenant).on_limit.is_some_and(|o| o.queue);
+        let fresh = Level { limit: window.limit.into(), ..Level::default() }.left().min(stream.left());
+        let need = offer.estimate.guarded.min(fresh);
+        queues
+            && window.ends_ms.is_some()
+            && offer.estimate.mean.fits(fresh)
+            && first_grant_suffices(offer, need)
+            && (offer.capabilities.stop != Stop::None || need == offer.estimate.guarded)
+    }
+
+    /// EWINDOW for money that isn't free now: the level and dimension that bind, and when to come back.
     pub(super) fn window_error(&self, tenant: &str, need: Amount) -> WireError {
         let (window, reference, _) = self.window_now(tenant);
         let level = window.level();
@@ -208,8 +225,12 @@ impl Shard {
             true => (used.tokens.0, level.limit.amount().tokens.0),
             false => (used.usd_micros.0, level.limit.amount().usd_micros.0),
         };
-        let error = WireError::new(Code::Window, message).used(used, limit);
-        error.scope(format!("tenant:{}", reference.account)).retry_after_ms(1_000)
+        let now = self.clock.logged_ms();
+        let held_back = self.pace(tenant).filter(|_| self.is_held_back(tenant)).map(|(_, p)| p.resumes_ms(now));
+        let retry = held_back.map_or(1_000, |at| at.saturating_sub(now).max(1_000));
+        let mut error = WireError::new(Code::Window, message).used(used, limit);
+        error.reset_at = window.ends_ms.map(|at| crate::clock::rfc3339(at).into());
+        error.scope(format!("tenant:{}", reference.account)).retry_after_ms(retry)
     }
 
     /// EWINDOW for who found no slot: the agent that comes first, and how much of its window is used.
@@ -235,16 +256,20 @@ impl Shard {
 
 /// The first grant covers the prompt plus one slice.
 fn first_grant_suffices(offer: &Offer, need: Amount) -> bool {
+    first_grant(offer).fits(need)
+}
+
+/// The least hold that a call can begin with.
+pub(super) fn first_grant(offer: &Offer) -> Amount {
     let e = &offer.estimate;
     let slice = |guarded: u64, input: u64| guarded.div_ceil(4).min(guarded.saturating_sub(input));
     // An agent that counts is told less than its hold; the prompt has to fit in that too.
-    let margin = offer.capabilities.counted_up_ppm.map_or(0, u64::from).min(1_000_000);
-    let covers = |need: u64, guarded: u64, input: u64| {
-        let least = input.saturating_add(slice(guarded, input));
-        least <= need && (input == 0 || input <= Tokens(need).within_margin(margin).0)
+    let up = 1_000_000 + offer.capabilities.counted_up_ppm.map_or(0, u64::from).min(1_000_000);
+    let least = |guarded: u64, input: u64| {
+        let told = Tokens(input).scale_ppm_up(up).map_or(u64::MAX, |t| t.0);
+        input.saturating_add(slice(guarded, input)).max(told)
     };
-    covers(need.tokens.0, e.guarded.tokens.0, e.input.tokens.0)
-        && covers(need.usd_micros.0, e.guarded.usd_micros.0, e.input.usd_micros.0)
+    Amount::new(least(e.guarded.tokens.0, e.input.tokens.0), least(e.guarded.usd_micros.0, e.input.usd_micros.0))
 }
 
 pub(super) fn stream_qos(stream: &Stream) -> Qos {

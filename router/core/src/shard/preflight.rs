@@ -90,16 +90,17 @@ impl Shard {
         }
         for (i, agent) in missing {
             if !matches!(self.preflight(no, &agent), Some(Preflight::Asked)) {
-                let model = offers.get(i).map(|o| o.estimate.model.clone());
-                self.ask_preflight(no, i as u32 + 1, &agent, model.filter(|m| !m.is_empty()));
+                self.ask_preflight(no, i as u32 + 1, &agent);
             }
         }
         Estimates::Awaited
     }
 
-    fn ask_preflight(&mut self, no: u64, lane: u32, agent: &AgentName, model: Option<String>) {
+    fn ask_preflight(&mut self, no: u64, lane: u32, agent: &AgentName) {
         let Some((stream, seat)) = self.state.stream(no).zip(self.seats.get(agent)) else { return };
         let (call_id, incarnation) = (stream.call_id(lane), seat.incarnation.clone());
+        // Always of its first model: a step of a ladder is priced from that.
+        let model = seat.capabilities.models.first().map(|m| m.id.clone());
         let submit = super::client::read_content(&stream.submit);
         let task_type = stream.accept.task_type.clone();
         let request = EstimateRequest { call_id, task: submit.task, inputs: submit.inputs, model, task_type };

@@ -103,8 +103,9 @@ impl Shard {
         let (fanout, named) = (live.wants.fanout, !live.wants.agents.is_empty());
         let (tenant, level) = (stream.accept.account.clone(), stream.level());
         let ids: Vec<CallId> = (1..=fanout as u32).map(|lane| stream.call_id(lane)).collect();
-        let wait = live.wants.wait;
+        let wait = live.wants.wait && self.on_limit(&tenant).queue;
         self.take_preflights(no, named, &mut offers);
+        offers = self.stepped(&tenant, no, &level, named, &stream.accept.floor, offers);
         if !named
             && !offers.is_empty()
             && let Err(error) = self.drop_unaffordable(&tenant, no, &level, &mut offers)
@@ -271,7 +272,7 @@ impl Shard {
         let holds = match self.fit(&tenant, no, &level, 0, &offers) {
             Fit::Lanes(holds) => holds,
             Fit::Wait(need) => {
-                let wait = self.live.get(&no).is_some_and(|l| l.wants.wait);
+                let wait = self.live.get(&no).is_some_and(|l| l.wants.wait) && self.on_limit(&tenant).queue;
                 self.withdraw_loudly(no, None);
                 if !wait {
                     let error = self.window_error(&tenant, need);
@@ -382,6 +383,9 @@ impl Shard {
         // Nobody is asked again: the money goes on to the next lane in this very entry.
         self.take_preflight(no, &mut offer);
         offer.why = format!("retry of lane {failed} after {}; {}", old.ended, offer.why);
+        let floor = stream.accept.floor.as_str();
+        let stepped = self.stepped(&tenant, no, &level, true, floor, vec![offer]);
+        let Some(offer) = stepped.into_iter().next() else { return Ok(false) };
         match self.fit(&tenant, no, &level, open, std::slice::from_ref(&offer)) {
             Fit::Lanes(holds) => {
                 self.reserve(no, &[offer], &holds, failed);

@@ -192,6 +192,7 @@ impl State {
         (call.actual, call.stated_usd_micros, call.source, call.settled_at) =
             (r.actual, r.stated_usd_micros, r.source, at);
         call.ended = r.ended.how.clone();
+        call.confidence_ppm_plus_1 = r.confidence_ppm_plus_1;
         let (windows, agent) = (call.reserve.windows.clone(), call.reserve.agent.clone());
         replace(&mut stream.held, hold, Amount::ZERO).map_err(range)?;
         replace(&mut stream.settled, Amount::ZERO, actual).map_err(range)?;

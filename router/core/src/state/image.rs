@@ -115,6 +115,7 @@ impl State {
                         settled: level.settled,
                         held: level.held,
                         remaining: remaining(&level),
+                        pace: None,
                     });
                 }
             }

@@ -217,6 +217,10 @@ impl State {
             Record::Frame(r) => self.frame(r, said),
             Record::Tool(r) => self.tool(r),
             Record::Tier(r) => self.tier(r),
+            Record::Faster(r) => {
+                self.accounts.entry(r.account.clone()).or_default().faster = Some(r.clone());
+                Ok(())
+            }
             Record::Checkpoint(_) => Ok(()),
             Record::Agent(r) => {
                 self.standings.insert(r.agent.clone(), r.clone());

@@ -1,5 +1,6 @@
 //! The configuration: one YAML file as typed values. `table` knows every key, `tree` reads the text.
 
+mod accounts;
 mod policy;
 mod read;
 mod reference;

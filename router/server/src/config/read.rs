@@ -6,7 +6,7 @@ use super::{AgentEntry, Config, Durability, LogFormat, Problem};
 use crate::identity::Anonymous;
 use atp_core::policy::Policy;
 use atp_core::price::PriceBook;
-use atp_core::settings::{AccountSettings, Per, WindowSettings};
+use atp_core::settings::WindowSettings;
 use atp_proto::id::is_id;
 use atp_proto::money::parse_usd;
 use atp_proto::{Limit, TenantId, Tokens, UsdMicros};
@@ -17,7 +17,7 @@ use std::sync::Arc;
 
 /// What stood behind a key, read as the table says.
 #[derive(Clone, Debug, PartialEq)]
-enum Read {
+pub(super) enum Read {
     Bool(bool),
     Text(String),
     Ms(u64),
@@ -79,7 +79,7 @@ pub(super) struct Walk<'a> {
     /// By concrete path: `accounts.acme.usd`, `agents[0].kind`.
     values: BTreeMap<String, Read>,
     marks: BTreeMap<String, Mark>,
-    accounts: Vec<String>,
+    pub(super) accounts: Vec<String>,
     policy: Option<Policy>,
 }
 
@@ -238,7 +238,7 @@ impl Walk<'_> {
         Some(out)
     }
 
-    fn value(&self, path: &str) -> Option<Read> {
+    pub(super) fn value(&self, path: &str) -> Option<Read> {
         if let Some(read) = self.values.get(path) {
             return Some(read.clone());
         }
@@ -250,7 +250,7 @@ impl Walk<'_> {
             _ => None,
         }
     }
-    fn whole(&self, path: &str) -> Option<u64> {
+    pub(super) fn whole(&self, path: &str) -> Option<u64> {
         match self.value(path) {
             Some(Read::Whole(n) | Read::Ms(n)) => Some(n),
             _ => None,
@@ -325,7 +325,7 @@ impl Walk<'_> {
                 },
             };
         }
-        self.accounts(&mut config);
+        self.read_accounts(&mut config);
         config.settings.deadline_ms = self.whole("tasks.deadline").unwrap_or(config.settings.deadline_ms);
         config.settings.agent_timeout_ms =
             self.whole("tasks.agent_timeout").unwrap_or(config.settings.agent_timeout_ms);
@@ -364,28 +364,6 @@ impl Walk<'_> {
             let message = format!("{} is above limits.aimd_cap, {}", flow.aimd_base, flow.aimd_cap);
             let mark = self.mark("limits.aimd_base");
             self.problem(mark, "limits.aimd_base", message, "raise limits.aimd_cap too, or lower this one");
-        }
-    }
-
-    fn accounts(&mut self, config: &mut Config) {
-        for name in std::mem::take(&mut self.accounts) {
-            let path = |key: &str| format!("accounts.{name}.{key}");
-            let per = match self.opt_text(&path("per")).as_deref() {
-                Some("minute") => Per::Minute,
-                Some("hour") => Per::Hour,
-                Some("month") => Per::Month,
-                Some("total") => Per::Total,
-                _ => Per::Day,
-            };
-            let limit = Limit { tokens: self.whole(&path("tokens")).map(Tokens), usd_micros: self.usd(&path("usd")) };
-            let max_parallel = self.whole(&path("max_parallel")).map(|n| u32::try_from(n).unwrap_or(u32::MAX));
-            self.account_tools(&name, config);
-            let account = AccountSettings { limit, per, max_parallel };
-            if name == crate::identity::DEFAULT_TENANT {
-                config.settings.default_account = account;
-            } else {
-                config.settings.accounts.insert(TenantId::new(&name), account);
-            }
         }
     }
 

@@ -46,7 +46,6 @@ const TLS: &str = "leave it out; this version has no TLS, put a TLS proxy in fro
 const KAFKA: &str = "use log.kind: local and leave log.kafka out";
 const REDIS: &str = "use store.kind: memory and leave store.redis out";
 const TOKENS: &str = "leave it out; this version knows loopback peers only";
-const LADDER: &str = "leave it out; this version refuses or queues at the limit";
 
 const MAX: u64 = u64::MAX;
 /// Durations are kept in milliseconds; longer than ten years is a mistake.
@@ -94,8 +93,11 @@ pub(super) const KEYS: &[Key] = &[
     key("accounts.*.per", Takes::Choice(&["minute", "hour", "day", "month", "total"]), "day", "calendar windows in UTC"),
     key("accounts.*.max_parallel", Takes::Whole(0, 1_000_000), "", "calls in flight at once; absent: no limit"),
     key("accounts.*.tools", Takes::Texts, "", "tools that tasks may name; absent: as account `default`, and there agents' own tools and none of the router's"),
-    later("accounts.*.on_limit", Takes::Texts, "", "steps at the limit", LADDER),
-    later("accounts.*.ladder", Takes::Texts, "", "cheaper models in order", LADDER),
+    key("accounts.*.on_limit", Takes::Texts, "", "steps at the limit, some of [downgrade, queue, refuse] in this order; absent: no downgrade, wait for money that is held"),
+    key("accounts.*.ladder", Takes::Texts, "", "models for `downgrade`, dearest first; a name is a whole id or a part of one (`sonnet`)"),
+    key("accounts.*.floor", Takes::Text, "", "no step goes below this model of the ladder"),
+    key("accounts.*.pacing.mode", Takes::Choice(&["observe", "warn", "enforce"]), "", "even use of the window: show it, warn above the line, or hold new calls back; absent: none"),
+    key("accounts.*.pacing.reset_confidence", Takes::Choice(&["user", "provider", "estimated", "unknown"]), "user", "who says when it resets; unknown: no pacing"),
     key("tasks.deadline", Takes::Duration, "120s", "of a task that names none"),
     key("tasks.agent_timeout", Takes::Duration, "60s", "of one call"),
     key("tasks.retries", Takes::Whole(0, 16), "1", "new lanes for a failed call"),
