@@ -7,6 +7,7 @@ mod estimates;
 mod flow;
 mod fragments;
 mod frames;
+mod money;
 mod refusals;
 mod sessions;
 mod streams;
