@@ -3,6 +3,7 @@
 
 pub mod check;
 pub mod client;
+pub mod crowd;
 pub mod estimates;
 pub mod log;
 pub mod net;

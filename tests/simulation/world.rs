@@ -4,6 +4,7 @@
 use crate::simulation::check::ledger::Seen;
 use crate::simulation::check::{Check, Violation, ending};
 use crate::simulation::client::{Client, Clients, Task};
+use crate::simulation::crowd;
 use crate::simulation::net::Peer;
 use crate::simulation::plan::Plan;
 use crate::simulation::process::Process;
@@ -79,6 +80,9 @@ pub fn run(seed: u64, trace: bool) -> Outcome {
     let mut rng = Rng::new(seed);
     let mut plan = Plan::of(&mut rng);
     tools::plan(&mut rng, &mut plan);
+    if rng.percent(10) {
+        crowd::gather(&mut rng, &mut plan);
+    }
     let mut s = Sched::new(rng, plan.wall0_ms, plan.faults.clone(), trace);
     s.say(|| format!("{plan:#?}"));
     schedule(&mut s, &plan);

@@ -3,6 +3,7 @@
 
 use super::Verdict;
 use super::grammar;
+use super::turn::Turns;
 use atp_core::record::{
     AgentRecord, AmountPb, CostPb, Entry, Key, LimitPb, Record, ReserveCall, SourcePb, ToolVerdict,
 };
@@ -59,11 +60,14 @@ pub struct Call {
     pub step: bool,
     pub agent: String,
     pub windows: Vec<(String, String)>,
+    pub guarded: Pair,
     pub hold: Pair,
     pub reach: Pair,
     pub phase: Phase,
     pub actual: Pair,
     pub booked: Pair,
+    /// The largest step of `booked`.
+    pub chunk: Pair,
     pub source: Option<SourcePb>,
     /// Incarnation and upstream key of the newest Intent.
     pub intent: Option<(String, String)>,
@@ -82,6 +86,8 @@ pub struct Call {
 /// A stream as the durable log tells it.
 #[derive(Clone, Debug, Default)]
 pub struct Stream {
+    /// Its place in the order of acceptance, from 1.
+    pub no: u64,
     pub limit: Pair,
     pub settled: Pair,
     pub held: Pair,
@@ -173,6 +179,8 @@ pub struct Ledger {
     pub by_call: BTreeMap<CallId, (Key, u32)>,
     pub windows: BTreeMap<(String, String), Window>,
     current: BTreeMap<String, String>,
+    pub turns: Turns,
+    accepted: u64,
     /// How each agent stood, by handle, in order.
     pub standings: BTreeMap<String, Vec<AgentRecord>>,
 }
@@ -219,14 +227,19 @@ impl Ledger {
     fn fold(&mut self, record: &Record, verdict: &mut Verdict) {
         match record {
             Record::Genesis(r) => self.log_id = r.log_id.clone(),
-            Record::Epoch(_) => self.epoch = self.position,
+            Record::Epoch(_) => {
+                self.epoch = self.position;
+                self.turns.forget();
+            }
             Record::Window(r) => {
                 let window = self.windows.entry((r.account.clone(), r.window.clone())).or_default();
                 (window.limit, window.ends_ms) = (limit(&r.limit), r.ends_ms);
                 self.current.insert(r.account.clone(), r.window.clone());
             }
             Record::Accept(r) => {
+                self.accepted += 1;
                 let stream = self.streams.entry(r.key.clone()).or_default();
+                stream.no = self.accepted;
                 (stream.accepted, stream.limit, stream.out_seq) = (true, limit(&r.limit), 1);
                 (stream.max_parallel, stream.qos) = (r.max_parallel, r.qos);
                 stream.floor = r.floor.clone();
@@ -263,6 +276,7 @@ impl Ledger {
                     call.in_seq = 0;
                     call.intents += 1;
                 }
+                self.begins_anew(&r.key, r.lane);
             }
             Record::Extend(r) => self.extend(&r.key, r.lane, amount(&r.hold), verdict),
             Record::Settle(r) => {
@@ -322,7 +336,10 @@ impl Ledger {
                 } else if let Some(call) = stream.call_mut(r.lane) {
                     call.in_seq = call.in_seq.max(r.msg_seq);
                     if let Some(booked) = &r.booked {
-                        call.booked = cost(booked);
+                        let now = cost(booked);
+                        call.chunk = larger(call.chunk, minus(now, call.booked));
+                        call.booked = now;
+                        self.look_for_shortage(&r.key, r.lane);
                     }
                 }
             }
@@ -383,11 +400,13 @@ impl Ledger {
             step: r.rule.starts_with("escalation"),
             agent: r.agent.clone(),
             windows,
+            guarded: amount(&r.guarded),
             hold,
             reach: [0, 0],
             phase: Phase::Reserved,
             actual: [0, 0],
             booked: [0, 0],
+            chunk: [0, 0],
             source: None,
             intent: None,
             dedupes: false,
@@ -404,6 +423,7 @@ impl Ledger {
     fn extend(&mut self, key: &Key, lane: u32, to: Pair, verdict: &mut Verdict) {
         self.seen.extends += 1;
         self.grow(key, lane, to, verdict);
+        self.takes_its_turn(key, lane, verdict);
     }
 
     fn grow(&mut self, key: &Key, lane: u32, to: Pair, verdict: &mut Verdict) {
@@ -436,6 +456,7 @@ impl Ledger {
         let Some(stream) = self.streams.get_mut(key) else { return };
         stream.held = minus(stream.held, hold);
         stream.settled = plus(stream.settled, actual);
+        self.look_for_shortage(key, lane);
     }
 }
 

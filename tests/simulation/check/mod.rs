@@ -11,6 +11,7 @@ pub mod slots;
 pub mod status;
 pub mod tool;
 pub mod truth;
+pub mod turn;
 pub mod wire;
 
 use crate::simulation::process::Process;
