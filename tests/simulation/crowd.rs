@@ -13,7 +13,7 @@ pub fn gather(rng: &mut Rng, plan: &mut Plan) {
     plan.agents.iter_mut().for_each(|agent| talk(rng, agent));
     let tasks = plan.tasks.len() as u64;
     for task in &mut plan.tasks {
-        task.start_at = rng.range(1_000, 2_500);
+        task.start_at = rng.range(1_000, 1_500);
         (task.client, task.cancel_at) = (0, None);
         (task.submit.budget, task.submit.fanout, task.submit.wait) = (Limit::NONE, None, true);
         (task.submit.agents, task.submit.deadline_ms) = (Vec::new(), None);

@@ -80,7 +80,7 @@ pub fn run(seed: u64, trace: bool) -> Outcome {
     let mut rng = Rng::new(seed);
     let mut plan = Plan::of(&mut rng);
     tools::plan(&mut rng, &mut plan);
-    if rng.percent(10) {
+    if plan.tasks.len() > 3 && rng.percent(30) {
         crowd::gather(&mut rng, &mut plan);
     }
     let mut s = Sched::new(rng, plan.wall0_ms, plan.faults.clone(), trace);

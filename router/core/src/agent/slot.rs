@@ -31,11 +31,14 @@ pub(super) enum Slot {
         until: u64,
         /// From then on a slot is of no use to it.
         late_at: u64,
+        /// It was `Lost` before, and is again if nothing comes of this.
+        lost: bool,
     },
     Lent {
         epoch: u64,
         until: u64,
         held: Held,
+        lost: bool,
     },
     Running {
         epoch: u64,
@@ -96,12 +99,12 @@ impl Agent {
     pub(super) fn lend(&mut self) {
         while let Some((call, wish)) = self.next_in_turn() {
             let live = self.calls.get_mut(&call).and_then(|(shard, slot)| match *slot {
-                Slot::Wanted { epoch, until, late_at } if self.now_ms < until.min(late_at) => {
-                    Some((*shard, epoch, slot))
+                Slot::Wanted { epoch, until, late_at, lost } if self.now_ms < until.min(late_at) => {
+                    Some((*shard, epoch, lost, slot))
                 }
                 _ => None,
             });
-            let Some((shard, epoch, slot)) = live else {
+            let Some((shard, epoch, lost, slot)) = live else {
                 // Nobody's turn is spent on it.
                 self.drop_slot(call);
                 self.queue.remove(&call);
@@ -110,7 +113,7 @@ impl Agent {
             self.queue.take(&call);
             self.due = self.due.min(self.now_ms + SLOT_MS);
             let held = Held { gold: wish.qos == Qos::Gold, amount: wish.amount, began: self.now_ms };
-            *slot = Slot::Lent { epoch, until: self.now_ms + SLOT_MS, held };
+            *slot = Slot::Lent { epoch, until: self.now_ms + SLOT_MS, held, lost };
             self.used.add(held);
             self.used.lent += 1;
             self.breaker.lent(call);
@@ -132,27 +135,23 @@ impl Agent {
 
     /// The process behind the handle is another: its slots fall with the calls that it ran.
     pub(super) fn incarnation_lost(&mut self) {
-        let until = self.now_ms + MEMORY_MS;
-        let mut lost = 0;
+        let mut died = 0;
         let slots: Vec<(CallId, Slot)> = self.calls.iter().map(|(id, (_, slot))| (*id, *slot)).collect();
         for (call, slot) in slots {
             match slot {
-                Slot::Lent { held, .. } => {
+                Slot::Lent { held, lost, .. } => {
                     self.free(call, held, true);
-                    self.calls.remove(&call);
+                    self.leave(call, lost);
                 }
                 Slot::Running { held, .. } => {
                     self.free(call, held, false);
-                    if let Some((_, slot)) = self.calls.get_mut(&call) {
-                        *slot = Slot::Lost;
-                    }
-                    self.over.push_back((until, call));
-                    lost += 1;
+                    self.leave(call, true);
+                    died += 1;
                 }
                 Slot::Wanted { .. } | Slot::Lost | Slot::Over { .. } => {}
             }
         }
-        if lost > 0 {
+        if died > 0 {
             // However many calls it ran: one process that died is one failure.
             self.failed(self.now_ms);
         }
@@ -180,16 +179,26 @@ impl Agent {
     /// A slot that is lent or wanted is no more.
     fn drop_slot(&mut self, call: CallId) {
         match self.calls.get(&call) {
-            Some((_, Slot::Wanted { .. })) => {
-                self.calls.remove(&call);
+            Some((_, Slot::Wanted { lost, .. })) => {
+                self.leave(call, *lost);
                 self.queue.remove(&call);
             }
-            Some((_, Slot::Lent { held, .. })) => {
-                let held = *held;
-                self.calls.remove(&call);
+            Some((_, Slot::Lent { held, lost, .. })) => {
+                let (held, lost) = (*held, *lost);
+                self.leave(call, lost);
                 self.free(call, held, true);
             }
             Some((_, Slot::Running { .. } | Slot::Lost | Slot::Over { .. })) | None => {}
+        }
+    }
+
+    /// A call has no slot here any more. That it was sent to a process that is gone isn't forgotten with it.
+    fn leave(&mut self, call: CallId, lost: bool) {
+        if lost && let Some((_, slot)) = self.calls.get_mut(&call) {
+            *slot = Slot::Lost;
+            self.over.push_back((self.now_ms + MEMORY_MS, call));
+        } else {
+            self.calls.remove(&call);
         }
     }
 
@@ -286,8 +295,9 @@ impl Agent {
             Some(Slot::Lent { .. }) => self.lent(shard, call, epoch),
             Some(Slot::Running { .. }) => {}
             Some(Slot::Over { epoch: over, .. }) if *over >= epoch => {}
-            Some(Slot::Over { .. } | Slot::Lost) | None => {
-                self.calls.insert(call, (shard, Slot::Wanted { epoch, until, late_at }));
+            slot @ (Some(Slot::Over { .. } | Slot::Lost) | None) => {
+                let lost = slot.is_some_and(|slot| *slot == Slot::Lost);
+                self.calls.insert(call, (shard, Slot::Wanted { epoch, until, late_at, lost }));
                 self.queue.push(call, wish);
             }
         }
@@ -303,7 +313,7 @@ impl Agent {
         let unsent = match slot {
             Some(Slot::Running { .. } | Slot::Lost) => false,
             Some(Slot::Over { unsent, .. }) => unsent,
-            Some(Slot::Lent { epoch: lent, until, held })
+            Some(Slot::Lent { epoch: lent, until, held, .. })
                 if live && lent == epoch && self.now_ms < until && self.may_leave(held.gold) =>
             {
                 if let Some(conn) = self.conn() {
