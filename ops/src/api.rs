@@ -70,6 +70,10 @@ impl Api {
         self.ask(self.client.post(format!("{}{path}", self.base))).await
     }
 
+    pub(crate) async fn post_json<T: DeserializeOwned>(&self, path: &str, body: &Value) -> Result<T, Failure> {
+        self.ask(self.client.post(format!("{}{path}", self.base)).json(body)).await
+    }
+
     pub(crate) async fn delete<T: DeserializeOwned>(&self, path: &str) -> Result<T, Failure> {
         self.ask(self.client.delete(format!("{}{path}", self.base))).await
     }

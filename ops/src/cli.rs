@@ -77,8 +77,8 @@ pub(crate) enum Command {
     /// Send nothing new to an agent, also after a restart; what it runs goes on
     #[command(subcommand)]
     Drain(Drain),
-    /// Budgets: limit, settled, held, what is left
-    Accounts,
+    /// Budgets: limit, settled, held, what is left, pace
+    Accounts(Accounts),
     /// Each call of a stream: estimate, guard, grant, actual, source, price, rule
     Bill(Bill),
     /// Fold the log and compare it with the live state, or (with --log) with what the log itself recorded
@@ -272,6 +272,38 @@ pub(crate) struct AgentName {
     /// The agent's handle
     #[arg(value_name = "NAME", value_parser = id)]
     pub(crate) name: String,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Accounts {
+    #[command(subcommand)]
+    pub(crate) word: Option<AccountsWord>,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum AccountsWord {
+    /// Let a paced account go faster for a while; who answers for it is logged
+    #[command(after_help = "Examples:\n  atp accounts faster acme --usd 5 --for 2h --by ada@example.org")]
+    Faster(Faster),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Faster {
+    /// The account
+    #[arg(value_name = "ACCOUNT", value_parser = id)]
+    pub(crate) account: String,
+    /// So much above the pace, in USD
+    #[arg(long, value_name = "USD", value_parser = usd, required_unless_present = "tokens")]
+    pub(crate) usd: Option<UsdMicros>,
+    /// So many tokens above the pace
+    #[arg(long, value_name = "N")]
+    pub(crate) tokens: Option<u64>,
+    /// For how long, e.g. 2h
+    #[arg(long = "for", value_name = "D", value_parser = duration)]
+    pub(crate) for_ms: u64,
+    /// Who answers for it
+    #[arg(long, value_name = "NAME")]
+    pub(crate) by: String,
 }
 
 #[derive(Debug, Subcommand)]

@@ -89,8 +89,16 @@ pub(crate) async fn fetch_agents(api: &Api) -> Result<Agents, Failure> {
     api.fetch("/v1/agents").await
 }
 
-pub(crate) async fn accounts(global: &Global, screen: Screen) -> Outcome {
-    let accounts: Accounts = Api::new(global)?.fetch("/v1/accounts").await?;
+pub(crate) async fn accounts(global: &Global, screen: Screen, args: &cli::Accounts) -> Outcome {
+    let api = Api::new(global)?;
+    let accounts: Accounts = match &args.word {
+        None => api.fetch("/v1/accounts").await?,
+        Some(cli::AccountsWord::Faster(word)) => {
+            let (tokens, usd_micros) = (word.tokens.unwrap_or(0), word.usd.unwrap_or_default());
+            let body = json!({"tokens": tokens, "usd_micros": usd_micros, "for_ms": word.for_ms, "by": word.by});
+            api.post_json(&format!("/v1/accounts/{}/faster", word.account), &body).await?
+        }
+    };
     if screen.json {
         return Ok(screen.document(&accounts)?);
     }

@@ -73,7 +73,7 @@ async fn run(cli: Cli, screen: Screen) -> Outcome {
         Command::Agents => look::agents(global, screen).await,
         Command::AgentStatus(args) => look::agent_status(global, screen, &args).await,
         Command::Drain(cli::Drain::Agent(args)) => look::drain_agent(global, screen, &args).await,
-        Command::Accounts => look::accounts(global, screen).await,
+        Command::Accounts(args) => look::accounts(global, screen, &args).await,
         Command::Bill(args) => look::bill(global, screen, &args).await,
         Command::Completion { shell } => completion(shell),
         Command::Version => version(screen),

@@ -167,7 +167,11 @@ fn pace(pace: &PaceView) -> String {
         Some(at) => format!("AHEAD until {at}"),
         None => "on line".into(),
     };
-    format!("{}: {ahead}; {} per hour", pace.mode, both_of(pace.per_hour))
+    let faster = pace
+        .faster
+        .as_ref()
+        .map_or_else(String::new, |f| format!("; {} more until {} by {}", both(f.more), clock(&f.until), f.by));
+    format!("{}: {ahead}; {} per hour{faster}", pace.mode, both_of(pace.per_hour))
 }
 
 const fn call_state(state: CallState) -> &'static str {

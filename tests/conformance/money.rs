@@ -4,6 +4,7 @@ use crate::{agent, bill, capabilities, cost, last};
 use atp_proto::content::{AgentFinal, Capabilities, ModelInfo};
 use atp_proto::frame::kind;
 use atp_proto::{Flags, Frame};
+use atp_tests::blackbox::atp;
 use atp_tests::blackbox::peer::{Peer, submit, task};
 use atp_tests::blackbox::process::Router;
 
@@ -52,6 +53,25 @@ fn a_budget_that_binds_walks_down_the_ladder() {
     assert_eq!(row["remaining"]["usd_micros"], 1_000 - used, "{row}");
     assert!(row["reset_at"].is_string(), "{row}");
     router.settled();
+}
+
+#[test]
+fn an_operator_lets_an_account_go_faster_and_the_log_says_who() {
+    let mut router = Router::start(
+        "log: {durability: async}\n\
+         accounts: {default: {usd: 10, per: month, pacing: {mode: enforce}}}",
+    );
+    let (_, fleet) = router.http("GET", "/v1/fleet");
+    let url = format!("http://{}", fleet["router"]["http"].as_str().expect("an address"));
+    let word = ["accounts", "faster", "default", "--usd", "2.5", "--for", "2h", "--by", "ada"];
+    let rows = atp::run_json(&[&["--url", &url], &word[..]].concat());
+    let faster = &rows["accounts"][0]["pace"]["faster"];
+    assert_eq!((&faster["more"]["usd_micros"], &faster["by"]), (&2_500_000.into(), &"ada".into()), "{rows}");
+    // It outlives the router.
+    router.kill();
+    router.restart();
+    let (_, accounts) = router.http("GET", "/v1/accounts");
+    assert_eq!(&accounts["accounts"][0]["pace"]["faster"], faster, "{accounts}");
 }
 
 #[test]

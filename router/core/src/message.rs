@@ -7,7 +7,7 @@ use crate::clock::Now;
 use crate::view::{AccountView, AgentView, StreamView, VerifyView};
 use atp_proto::codec::Received;
 use atp_proto::content::{AgentStatus, Bill, Capabilities, Final};
-use atp_proto::{AgentName, CallId, ConnId, Frame, StreamId, TenantId, WireError};
+use atp_proto::{AgentName, Amount, CallId, ConnId, Frame, StreamId, TenantId, WireError};
 use bytes::Bytes;
 use std::sync::Arc;
 
@@ -40,6 +40,9 @@ pub enum Input {
     /// An operator's word on an agent: nothing new for it, or (`drained: false`) as it says itself. Answered like a query, by
     /// the agent's row; without one where nobody knows the agent.
     DrainAgent { id: u64, agent: AgentName, drained: bool },
+    /// An operator lets an account go so much above its pace, for so long from now. Answered by the account's rows; without one
+    /// where the account isn't paced. The newest counts.
+    Faster { id: u64, account: TenantId, more: Amount, for_ms: u64, by: String },
 }
 
 /// What a mediated tool did. Content is bounded by who ran it.

@@ -50,6 +50,17 @@ pub struct PaceView {
     /// When new calls may begin again under `enforce`.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub resumes_at: Option<String>,
+    /// What was authorised above the line, while it counts.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub faster: Option<FasterView>,
+}
+
+/// An authorisation to go faster than the pace.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FasterView {
+    pub more: Amount,
+    pub until: String,
+    pub by: String,
 }
 
 /// A row of `agents`.

@@ -16,7 +16,7 @@ use atp_proto::content::TaskCancel;
 use atp_proto::frame::kind;
 use atp_proto::id::is_id;
 use atp_proto::limits::MESSAGE_BYTES_MAX;
-use atp_proto::{AgentName, Code, ConnId, Flags, Frame, StreamId, TenantId, WireError};
+use atp_proto::{AgentName, Amount, Code, ConnId, Flags, Frame, StreamId, TenantId, Tokens, UsdMicros, WireError};
 use axum::extract::{DefaultBodyLimit, Path, Query as Params, Request, State};
 use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
 use axum::middleware::{self, Next};
@@ -94,6 +94,7 @@ pub(crate) fn routes(site: Site) -> Router {
         .route("/v1/agents", get(agents))
         .route("/v1/agents/{name}", get(agent))
         .route("/v1/agents/{name}/drain", post(drain_agent).delete(undrain_agent))
+        .route("/v1/accounts/{name}/faster", post(go_faster))
         .route("/v1/verify", post(verify_now))
         .layer(middleware::from_fn_with_state(site.clone(), authorise))
         .route("/metrics", get(metrics))
@@ -291,6 +292,42 @@ async fn agents(State(site): State<Site>) -> Result<Json<Value>, Problem> {
 async fn agent(State(site): State<Site>, Path(name): Path<String>) -> Result<Json<Value>, Problem> {
     let row = agent_rows(&site).await?.into_iter().find(|row| row.name.as_str() == name);
     row.map(|row| Json(json!({ "agents": [row] }))).ok_or_else(|| not_found(&name))
+}
+
+/// Leave for a paced account to go faster: how much, for how long, and who answers for it.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct GoFaster {
+    #[serde(default)]
+    tokens: Tokens,
+    #[serde(default)]
+    usd_micros: UsdMicros,
+    for_ms: u64,
+    by: String,
+}
+
+async fn go_faster(
+    State(site): State<Site>,
+    Path(name): Path<String>,
+    Json(word): Json<GoFaster>,
+) -> Result<Json<Value>, Problem> {
+    let bad = |what: &str| Err(Problem::new(WireError::proto(what), None));
+    if !is_id(&name) {
+        return bad("account: 1 to 64 of A-Za-z0-9._-");
+    }
+    if word.by.trim().is_empty() || word.by.len() > 256 {
+        return bad("by: who answers for it, 1 to 256 bytes");
+    }
+    let more = Amount { tokens: word.tokens, usd_micros: word.usd_micros };
+    if more.is_zero() || word.for_ms == 0 {
+        return bad("tokens, usd_micros, for_ms: how much more, and for how long");
+    }
+    let told = site.0.inbox.faster(TenantId::new(&name), more, word.for_ms, word.by).await;
+    let Some(Answer::Accounts { position, accounts }) = told else { return Err(mismatch()) };
+    if accounts.is_empty() {
+        return bad("account: has no pace to go faster than; accounts.*.pacing sets one");
+    }
+    Ok(Json(json!({ "position": position, "accounts": accounts })))
 }
 
 async fn account_rows(site: &Site) -> Result<Value, Problem> {

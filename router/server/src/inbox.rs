@@ -4,7 +4,7 @@ use crate::outbox::Outbox;
 use atp_core::message::{Answer, FromAgent, Input, Query};
 use atp_core::settings::Settings;
 use atp_proto::codec::Received;
-use atp_proto::{AgentName, ConnId, StreamId, TenantId};
+use atp_proto::{AgentName, Amount, ConnId, StreamId, TenantId};
 use std::sync::Arc;
 use tokio::sync::{Semaphore, mpsc, oneshot};
 
@@ -56,6 +56,14 @@ pub(crate) enum ToShard {
     DrainAgent {
         agent: AgentName,
         drained: bool,
+        reply: oneshot::Sender<Answer>,
+    },
+    /// An operator's word on an account's pace.
+    Faster {
+        account: TenantId,
+        more: Amount,
+        for_ms: u64,
+        by: String,
         reply: oneshot::Sender<Answer>,
     },
     Settings(Arc<Settings>),
@@ -112,6 +120,13 @@ impl Inbox {
     pub(crate) async fn drain_agent(&self, agent: AgentName, drained: bool) -> Option<Answer> {
         let (reply, answer) = oneshot::channel();
         self.send(256, ToShard::DrainAgent { agent, drained, reply }).await.ok()?;
+        answer.await.ok()
+    }
+
+    /// Tells the shard an operator's word on an account's pace; `None` when the shard has ended.
+    pub(crate) async fn faster(&self, account: TenantId, more: Amount, for_ms: u64, by: String) -> Option<Answer> {
+        let (reply, answer) = oneshot::channel();
+        self.send(256, ToShard::Faster { account, more, for_ms, by, reply }).await.ok()?;
         answer.await.ok()
     }
 }

@@ -267,6 +267,10 @@ impl ShardTask {
                 let id = self.ask(reply);
                 self.shard.handle(now, Input::DrainAgent { id, agent, drained });
             }
+            ToShard::Faster { account, more, for_ms, by, reply } => {
+                let id = self.ask(reply);
+                self.shard.handle(now, Input::Faster { id, account, more, for_ms, by });
+            }
             ToShard::Settings(settings) => {
                 self.shard.set_settings(settings.clone());
                 let agents = self.agents.clone();

@@ -4,12 +4,13 @@ use super::Shard;
 use super::closing::qos;
 use crate::clock::rfc3339;
 use crate::message::{Answer, Effect, Query, StreamAnswer};
+use crate::record::{Faster, Record};
 use crate::statistics::{RUNS_MIN, day_of};
 use crate::stream::Stream;
 use crate::view::{AccountView, AgentView, AgentWindows, StreamView};
 use crate::window::effective;
 use atp_proto::content::{Status, WindowView};
-use atp_proto::{AgentName, StreamId, TenantId, UsdMicros};
+use atp_proto::{AgentName, Amount, StreamId, TenantId, UsdMicros};
 use std::collections::{BTreeMap, BTreeSet};
 
 /// The reason of an agent that an operator drained.
@@ -38,6 +39,20 @@ impl Shard {
         let known = self.drain_agent(&agent, drained);
         let rows = if known { vec![self.agent(agent, &self.scores())] } else { Vec::new() };
         self.effect(Effect::Answer { id, answer: Answer::Agents(rows) });
+    }
+
+    /// Who answers for it stands in the log beside what was allowed.
+    pub(super) fn go_faster(&mut self, id: u64, account: &TenantId, more: Amount, for_ms: u64, by: String) {
+        let mut accounts = Vec::new();
+        if self.pace_view(account.as_str()).is_some() {
+            let until_ms = self.clock.logged_ms().saturating_add(for_ms);
+            let account = account.to_string();
+            self.record(Record::Faster(Faster { account: account.clone(), more: more.into(), until_ms, by }));
+            accounts = self.accounts();
+            accounts.retain(|row| row.account == account);
+        }
+        let position = self.state.position();
+        self.effect(Effect::Answer { id, answer: Answer::Accounts { position, accounts } });
     }
 
     fn find(&self, tenant: &TenantId, stream: &StreamId) -> Option<&Stream> {

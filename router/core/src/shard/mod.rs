@@ -439,6 +439,7 @@ impl Machine for Shard {
             Input::ToolDone(done) => self.tool_done(*done),
             Input::Drain => self.draining = true,
             Input::DrainAgent { id, agent, drained } => self.drain_and_answer(id, agent, drained),
+            Input::Faster { id, account, more, for_ms, by } => self.go_faster(id, &account, more, for_ms, by),
         }
         self.commit();
     }

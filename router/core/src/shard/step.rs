@@ -4,11 +4,13 @@
 use super::Shard;
 use super::offer::Offer;
 use crate::account::{Level, window_begin};
+use crate::clock::rfc3339;
 use crate::estimate::{CALL_AMOUNT_MAX, Estimate};
 use crate::ladder::{OnLimit, Purse, Rung, Step, place, walk};
 use crate::pacing::{Mode, Pace};
 use crate::price::{Price, PriceBook};
-use crate::view::PaceView;
+use crate::record::Faster;
+use crate::view::{FasterView, PaceView};
 use atp_proto::content::{ModelInfo, Stop};
 use atp_proto::{Amount, Tokens};
 
@@ -109,16 +111,20 @@ impl Shard {
         let (window, ..) = self.window_now(tenant);
         let ends_ms = window.ends_ms?;
         let level = window.level();
-        let faster = self.state.accounts.get(tenant).and_then(|a| a.faster.as_ref());
-        let faster = faster.filter(|f| self.clock.logged_ms() < f.until_ms).map(|f| Amount::from(f.more));
         let pace = Pace {
             begins_ms: window_begin(settings.per, ends_ms)?,
             ends_ms,
             limit: level.limit,
             used: level.settled.add(level.held).unwrap_or(level.settled),
-            faster: faster.unwrap_or_default(),
+            faster: self.faster(tenant).map(|f| f.more.into()).unwrap_or_default(),
         };
         Some((mode, pace))
+    }
+
+    /// The authorisation that counts now.
+    fn faster(&self, tenant: &str) -> Option<&Faster> {
+        let newest = self.state.accounts.get(tenant)?.faster.as_ref();
+        newest.filter(|f| self.clock.logged_ms() < f.until_ms)
     }
 
     /// True while an enforced pace lets no new call of this account begin.
@@ -139,7 +145,11 @@ impl Shard {
                 usd_micros: pace.limit.usd_micros.map(|_| line.usd_micros),
             },
             per_hour: pace.rate_per_hour(at),
-            resumes_at: ahead.then(|| crate::clock::rfc3339(pace.resumes_ms(at))),
+            resumes_at: ahead.then(|| rfc3339(pace.resumes_ms(at))),
+            faster: self.faster(tenant).map(|f| {
+                let (more, until, by) = (f.more.into(), rfc3339(f.until_ms), f.by.clone());
+                FasterView { more, until, by }
+            }),
         })
     }
 }
