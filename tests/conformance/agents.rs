@@ -146,17 +146,11 @@ fn atp_4_1_a_second_incarnation_is_refused_while_the_first_answers() {
     drop(worker);
     let mut worker = loop {
         let mut peer = Peer::agent(router.atp(), &second);
-        match peer.try_next(atp_tests::blackbox::process::LOOK) {
-            // Refused as long as the router hasn't seen the end of the first one.
-            Ok(Some(frame)) if &*frame.kind == kind::ERROR => {}
-            Ok(Some(frame)) if &*frame.kind == kind::DISPATCH => {
-                let dispatch: Dispatch = frame.read().unwrap();
-                assert!(!dispatch.go_on && dispatch.call_id != call, "{dispatch:?}");
-                peer.send(&last(dispatch.call_id, 1, 1));
-                break peer;
-            }
-            Err(e) if e.kind() == std::io::ErrorKind::TimedOut => {}
-            Ok(_) | Err(_) => {}
+        // Refused as long as the router hasn't seen the end of the first one.
+        if let Some(dispatch) = peer.try_dispatched(atp_tests::blackbox::process::LOOK) {
+            assert!(!dispatch.go_on && dispatch.call_id != call, "{dispatch:?}");
+            peer.send(&last(dispatch.call_id, 1, 1));
+            break peer;
         }
     };
     let bill = bill(&client.to_the_bill("i-4-1"));

@@ -154,13 +154,9 @@ fn atp_8_11_a_status_outlives_the_router() {
     let mut worker = loop {
         // Refused as long as the router hasn't seen the end of the first one.
         let mut peer = Peer::agent(router.atp(), &other);
-        match peer.try_next(LOOK) {
-            Ok(Some(frame)) if &*frame.kind == kind::DISPATCH => {
-                let call = frame.read::<Dispatch>().expect("a dispatch").call_id;
-                peer.send(&last(call, 1, 1));
-                break peer;
-            }
-            Ok(_) | Err(_) => {}
+        if let Some(dispatch) = peer.try_dispatched(LOOK) {
+            peer.send(&last(dispatch.call_id, 1, 1));
+            break peer;
         }
     };
     assert_eq!(bill(&client.to_the_bill("k-8-11")).state, TaskState::Done);

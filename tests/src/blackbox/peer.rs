@@ -119,6 +119,19 @@ impl Peer {
         }
     }
 
+    /// The next dispatch; `None`: the router closed, or for `patience` nothing came.
+    ///
+    /// # Panics
+    /// When it can't be read.
+    pub fn try_dispatched(&mut self, patience: Duration) -> Option<Dispatch> {
+        loop {
+            let frame = self.try_next(patience).ok()??;
+            if &*frame.kind == kind::DISPATCH {
+                return Some(frame.read().expect("a dispatch"));
+            }
+        }
+    }
+
     /// The next frame.
     ///
     /// # Panics
