@@ -246,6 +246,7 @@ fn account(rng: &mut Rng, limit: Limit, per: Per) -> AccountSettings {
         ladder: ["dear", "middle", "cheap"].map(String::from).into(),
         floor: rng.percent(30).then(|| "middle".into()),
         pacing: rng.percent(25).then_some(mode),
+        weight: rng.pick(&[0, 1, 3]) as u32,
     }
 }
 

@@ -48,6 +48,8 @@ pub struct AccountSettings {
     pub floor: Option<String>,
     /// `None`: not paced. A window that never resets has no pace either.
     pub pacing: Option<Mode>,
+    /// Its share of an agent's slots within a tier, beside other tenants that wait; 0 counts as 1.
+    pub weight: u32,
 }
 
 /// {calls, tokens, micro-USD} of one stream or agent; absent: no limit.
@@ -93,8 +95,6 @@ pub struct FlowSettings {
     pub cool_off_ppm: u64,
     /// Gold may pass a PAUSE after its `retry_after_ms`, one call at a time.
     pub gold_passes_pause: bool,
-    /// A tenant's share of its tier; absent: 1.
-    pub weights: BTreeMap<TenantId, u32>,
 }
 
 impl Default for FlowSettings {
@@ -106,7 +106,6 @@ impl Default for FlowSettings {
             latency_target_ms: 30_000,
             cool_off_ppm: 250_000,
             gold_passes_pause: false,
-            weights: BTreeMap::new(),
         }
     }
 }

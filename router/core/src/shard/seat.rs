@@ -207,7 +207,7 @@ impl Shard {
     pub(super) fn want_slot(&mut self, no: u64, agent: &AgentName, call: CallId, amount: Amount, lasts_ms: u64) {
         let Some(stream) = self.state.stream(no) else { return };
         let tenant = stream.tenant();
-        let weight = self.settings.flow.weights.get(&tenant).copied().unwrap_or(1);
+        let weight = self.account_settings(tenant.as_str()).weight;
         let wish = Wish { qos: stream_qos(stream), tenant: tenant.as_str().into(), weight, amount, lasts_ms };
         let message = ToAgent::Want { shard: self.settings.shard, epoch: self.epoch, call, wish };
         self.tell_agent(agent, message);

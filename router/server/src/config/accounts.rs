@@ -52,7 +52,8 @@ impl Walk<'_> {
             self.problem(self.mark(&path("pacing")), &path("pacing"), message, fix);
         }
         let known = self.opt_text(&path("pacing.reset_confidence")).as_deref() != Some("unknown");
-        AccountSettings { limit, per, max_parallel, on_limit, ladder, floor, pacing: mode.filter(|_| known) }
+        let weight = self.whole(&path("weight")).and_then(|n| u32::try_from(n).ok()).unwrap_or(1);
+        AccountSettings { limit, per, max_parallel, on_limit, ladder, floor, pacing: mode.filter(|_| known), weight }
     }
 
     fn list(&self, path: &str) -> Vec<String> {

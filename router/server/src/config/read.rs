@@ -9,7 +9,7 @@ use atp_core::price::PriceBook;
 use atp_core::settings::WindowSettings;
 use atp_proto::id::is_id;
 use atp_proto::money::parse_usd;
-use atp_proto::{Limit, TenantId, Tokens, UsdMicros};
+use atp_proto::{Limit, Tokens, UsdMicros};
 use serde_json::{Map, Value};
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -354,12 +354,6 @@ impl Walk<'_> {
         flow.latency_target_ms = self.whole("limits.latency_target").unwrap_or(flow.latency_target_ms);
         flow.cool_off_ppm = self.whole("limits.cool_off_percent").map_or(flow.cool_off_ppm, |n| n * 10_000);
         flow.gold_passes_pause = self.value("limits.gold_passes_pause") == Some(Read::Bool(true));
-        let weights = "limits.tenant_weights.";
-        for (path, read) in self.values.range(weights.to_owned()..).take_while(|(path, _)| path.starts_with(weights)) {
-            if let Read::Whole(n) = read {
-                flow.weights.insert(TenantId::new(&path[weights.len()..]), u32::try_from(*n).unwrap_or(1));
-            }
-        }
         if flow.aimd_base > flow.aimd_cap {
             let message = format!("{} is above limits.aimd_cap, {}", flow.aimd_base, flow.aimd_cap);
             let mark = self.mark("limits.aimd_base");
