@@ -72,7 +72,11 @@ pub(crate) async fn agent_status(global: &Global, screen: Screen, args: &cli::Ag
     if screen.json {
         return Ok(screen.document(&agent)?);
     }
-    Ok(screen.line(rows::agents(screen, std::slice::from_ref(&agent)).trim_end())?)
+    screen.line(rows::agents(screen, std::slice::from_ref(&agent)).trim_end())?;
+    if !agent.statistics.is_empty() {
+        screen.line(&format!("\n{}", rows::statistics(screen, &agent.statistics).trim_end()))?;
+    }
+    Ok(())
 }
 
 pub(crate) async fn drain_agent(global: &Global, screen: Screen, args: &cli::DrainAgent) -> Outcome {

@@ -1,7 +1,7 @@
 //! The objects of the JSON contract as tables for people. Fetches nothing.
 
 use crate::screen::{Paint, Screen, Table};
-use atp_core::view::{AccountView, AgentView, PaceView, StreamView};
+use atp_core::view::{AccountView, AgentView, PaceView, StatisticsView, StreamView};
 use atp_proto::content::{Bill, CallState, Source, TaskState, WindowUpdate, WindowView};
 use atp_proto::money::show_usd;
 use atp_proto::{Amount, Limit, Tokens, UsdMicros};
@@ -111,6 +111,26 @@ pub(crate) fn agents(screen: Screen, rows: &[AgentView]) -> String {
                 _ => Paint::Yellow,
             },
         );
+    }
+    table.render(screen)
+}
+
+/// What calls of one agent have cost, by model and task type.
+pub(crate) fn statistics(screen: Screen, rows: &[StatisticsView]) -> String {
+    let mut table =
+        Table::new(&["MODEL", "TASK TYPE", ">RUNS", ">MEAN USD / tokens", ">SD", ">P50", ">P90", ">P50 ms", ">P90 ms"]);
+    for row in rows {
+        table.row([
+            row.model.clone(),
+            row.task_type.clone(),
+            row.runs.to_string(),
+            both(row.mean),
+            both(row.sd),
+            both(row.p50),
+            both(row.p90),
+            row.p50_ms.to_string(),
+            row.p90_ms.to_string(),
+        ]);
     }
     table.render(screen)
 }

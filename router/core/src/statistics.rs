@@ -4,7 +4,9 @@
 //! Of each row the last `RUNS_KEPT` runs are kept as they were: mean, variance and quantiles are those of these runs, exact
 //! and not approximated. Shares over days are kept as sums per calendar day (UTC) of logged time.
 
+use crate::estimate::guard;
 use crate::tier::Standing;
+use crate::view::StatisticsView;
 use atp_proto::{Amount, Cost};
 use prost::Message;
 use std::collections::{BTreeMap, VecDeque};
@@ -273,22 +275,30 @@ impl Row {
         })
     }
 
-    /// A quantile of the kept runs' tokens; 500,000 is p50.
+    /// A quantile of the kept runs' tokens, micro-USD and milliseconds, each by itself; 500,000 is p50.
     #[must_use]
-    pub fn tokens_at(&self, ppm: u64) -> Option<u64> {
-        quantile(self.runs.iter().map(Run::tokens).collect(), ppm)
+    pub fn at(&self, ppm: u64) -> Option<(Amount, u64)> {
+        let of = |figure: fn(&Run) -> u64| quantile(self.runs.iter().map(figure).collect(), ppm);
+        Some((Amount::new(of(Run::tokens)?, of(|r| r.usd_micros)?), of(|r| r.duration_ms)?))
     }
 
-    /// A quantile of the kept runs' micro-USD.
+    /// The row for people; `None` below `RUNS_MIN` runs.
     #[must_use]
-    pub fn usd_micros_at(&self, ppm: u64) -> Option<u64> {
-        quantile(self.runs.iter().map(|r| r.usd_micros).collect(), ppm)
-    }
-
-    /// A quantile of the kept runs' duration.
-    #[must_use]
-    pub fn duration_ms_at(&self, ppm: u64) -> Option<u64> {
-        quantile(self.runs.iter().map(|r| r.duration_ms).collect(), ppm)
+    pub fn view(&self) -> Option<StatisticsView> {
+        let f = self.figures()?;
+        let (p50, p50_ms) = self.at(500_000)?;
+        let (p90, p90_ms) = self.at(900_000)?;
+        Some(StatisticsView {
+            model: self.model.clone(),
+            task_type: self.task_type.clone(),
+            runs: f.samples,
+            mean: f.mean,
+            sd: Amount::new(guard(1_000_000, f.variance_tokens), guard(1_000_000, f.variance_usd_micros)),
+            p50,
+            p90,
+            p50_ms,
+            p90_ms,
+        })
     }
 
     /// The p95 overage factor in ppm of kept runs of the last 7 days whose estimate came from `source`; at least 1, and 1

@@ -63,6 +63,22 @@ pub struct FasterView {
     pub by: String,
 }
 
+/// What calls of one agent, model and task type have cost: of the last 128 runs that were measured.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StatisticsView {
+    pub model: String,
+    pub task_type: String,
+    /// Runs that the figures are of.
+    pub runs: u64,
+    pub mean: Amount,
+    /// Square root of the variance, rounded up.
+    pub sd: Amount,
+    pub p50: Amount,
+    pub p90: Amount,
+    pub p50_ms: u64,
+    pub p90_ms: u64,
+}
+
 /// A row of `agents`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct AgentView {
@@ -104,6 +120,9 @@ pub struct AgentView {
     /// What 95 % of its runs cost at most, as a multiple of their estimate.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub p95_overage_ppm: Option<u64>,
+    /// By model and task type, from 3 runs on.
+    #[serde(skip_serializing_if = "Vec::is_empty", default)]
+    pub statistics: Vec<StatisticsView>,
     /// For a task that names nothing, among those connected; absent when it isn't.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub score_ppm: Option<u64>,

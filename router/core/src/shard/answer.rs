@@ -5,7 +5,7 @@ use super::closing::qos;
 use crate::clock::rfc3339;
 use crate::message::{Answer, Effect, Query, StreamAnswer};
 use crate::record::{Faster, Record};
-use crate::statistics::{RUNS_MIN, day_of};
+use crate::statistics::{RUNS_MIN, Row, day_of};
 use crate::stream::Stream;
 use crate::view::{AccountView, AgentView, AgentWindows, StreamView};
 use crate::window::effective;
@@ -120,6 +120,7 @@ impl Shard {
             mape_7d_ppm: errors.map(|e| e.mape_ppm),
             under_rate_7d_ppm: errors.map(|e| e.under_ppm),
             p95_overage_ppm: learned.and_then(|l| l.overage_ppm(today)),
+            statistics: learned.map_or_else(Vec::new, |l| l.rows().filter_map(Row::view).collect()),
             score_ppm: scores.get(&name).copied(),
             qos_tier: self.tier(&name),
             spent_usd_micros: UsdMicros(self.state.agent_totals(name.as_str()).spent_usd_micros),

@@ -28,8 +28,10 @@ fn three_runs_have_exact_figures() {
     assert_eq!((f.samples, f.mean), (3, Amount::new(1_100, 110)));
     // ((-200)^2 + (-100)^2 + 300^2) / 2
     assert_eq!((f.variance_tokens, f.variance_usd_micros), (70_000, 700));
-    assert_eq!((row(&s).tokens_at(500_000), row(&s).tokens_at(900_000)), (Some(1_000), Some(1_400)));
-    assert_eq!((row(&s).usd_micros_at(500_000), row(&s).usd_micros_at(900_000)), (Some(100), Some(140)));
+    let view = row(&s).view().unwrap();
+    assert_eq!((view.runs, view.p50, view.p90), (3, Amount::new(1_000, 100), Amount::new(1_400, 140)));
+    // The square roots of 70,000 and 700, rounded up.
+    assert_eq!((view.mean, view.sd), (f.mean, Amount::new(265, 27)));
     // 10/90, 0, 40/140 in ppm: (111,111 + 0 + 285,714) / 3; one of three is more than 20 % above.
     assert_eq!(row(&s).errors(5), Errors { runs: 3, mape_ppm: 132_275, under_ppm: 333_333 });
     assert_eq!(s.agent("a").unwrap().errors(5), row(&s).errors(5));
