@@ -53,7 +53,7 @@ async fn accept(listener: &TcpListener, stop: &CancellationToken) -> Option<(Tcp
             // The peer went away between its SYN and our accept.
             Err(e) if matches!(e.kind(), io::ErrorKind::ConnectionAborted | io::ErrorKind::ConnectionReset) => {}
             Err(error) => {
-                tracing::warn!(%error, "cannot accept connections for now");
+                tracing::warn!(%error, "cannot accept connections; trying again");
                 tokio::time::sleep(ACCEPT_PAUSE).await;
             }
         }

@@ -227,7 +227,7 @@ impl Agent {
                 match go_on {
                     true if live && here => self.go_on(shard, epoch, call, frame),
                     true => {}
-                    // The slot that is asked for now is for a later dispatch of this call.
+                    // The slot that is wanted or lent is for a later dispatch of this call.
                     false if !here && self.holds_place(&call) => {}
                     false => self.dispatch(shard, epoch, call, frame, live && here),
                 }

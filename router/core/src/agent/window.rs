@@ -198,8 +198,8 @@ mod tests {
         }
         assert_eq!((cool.of(64), cool.of(4), cool.of(0), cool.surcharge_ppm()), (8, 1, 0, 750_000));
         let mut left = Vec::new();
-        for now in [64_999, 65_000, 125_000, 185_000] {
-            cool.decay(now);
+        for at in [64_999, 65_000, 125_000, 185_000] {
+            cool.decay(at);
             left.push(cool.surcharge_ppm());
         }
         assert_eq!(left, [750_000, 500_000, 250_000, 0]);
