@@ -1,6 +1,6 @@
 //! The handle of an open log: options, opening, appending, closing. One per directory; its threads do the work.
 
-use super::disk::{self, Disk, RealDisk};
+use super::disk::{Disk, Lock, RealDisk};
 use super::queue::{Entry, Queue};
 use super::recovery::{self, Recovered};
 use super::spare::{self, Spares};
@@ -8,7 +8,6 @@ use super::status::{Events, Status};
 use super::sync::Dirty;
 use super::writer::{Setup, Writer};
 use super::{LogError, LogId};
-use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::thread::JoinHandle;
@@ -61,7 +60,7 @@ pub struct LocalLog {
     durable_at_open: u64,
     threads: Vec<JoinHandle<()>>,
     /// Holds the writer's lock.
-    _lock: File,
+    _lock: Lock,
 }
 
 impl LocalLog {
@@ -83,7 +82,7 @@ impl LocalLog {
         let Options { dir, segment_bytes, durability } = options;
         make_dir(&dir, &*disk)?;
         let lock_path = dir.join("lock");
-        let lock = disk::lock(&lock_path).map_err(LogError::io("lock", &lock_path))?;
+        let lock = Lock::take(&lock_path).map_err(LogError::io("lock", &lock_path))?;
         let Some(lock) = lock else { return Err(LogError::InUse { dir }) };
 
         let mut end = recovery::recover(&dir, &*disk, uuid::Uuid::new_v4().into_bytes())?;
