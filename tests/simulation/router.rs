@@ -383,6 +383,7 @@ impl Router {
                     self.keep(s, agent);
                     let log = check.ledger.standing(self.names[agent].as_str());
                     check.statuses.connected(agent, conn, &capabilities.incarnation, log);
+                    capabilities.calls.iter().for_each(|c| check.slots.listed(agent, c.call_id));
                     self.machine(s, check, agent, AgentInput::Connected { conn: id, capabilities });
                 }
                 kind::STATUS => {
@@ -461,7 +462,7 @@ impl Router {
             return;
         }
         self.keep(s, agent);
-        check.slots.told(agent, &message);
+        check.slots.told(agent, &message, s.now_ms);
         self.machine(s, check, agent, AgentInput::Shard(message));
     }
 

@@ -7,6 +7,7 @@ pub mod fold;
 pub mod grammar;
 pub mod ledger;
 pub mod order;
+pub mod queue;
 pub mod slots;
 pub mod status;
 pub mod tool;

@@ -2,6 +2,7 @@
 //! agent never runs more calls than it takes.
 
 use super::Verdict;
+use super::queue::Queue;
 use super::status::Statuses;
 use crate::simulation::plan::AgentPlan;
 use atp_core::message::{FromAgent, ToAgent};
@@ -25,6 +26,7 @@ struct Lent {
 struct Keeper {
     epoch: u64,
     lent: BTreeMap<CallId, Lent>,
+    queue: Queue,
 }
 
 #[derive(Debug, Default)]
@@ -39,7 +41,7 @@ impl Slots {
     }
 
     /// A message of the shard is handed to the keeper.
-    pub fn told(&mut self, agent: usize, message: &ToAgent) {
+    pub fn told(&mut self, agent: usize, message: &ToAgent, now_ms: u64) {
         let keeper = self.keepers.entry(agent).or_default();
         let (epoch, ended) = match message {
             ToAgent::Owner { epoch, .. }
@@ -52,12 +54,24 @@ impl Slots {
         if epoch > keeper.epoch {
             keeper.epoch = epoch;
             keeper.lent.retain(|_, slot| slot.epoch >= epoch);
+            keeper.queue.fence(epoch);
+        }
+        match message {
+            ToAgent::Want { call, wish, .. } if epoch == keeper.epoch => keeper.queue.wants(*call, epoch, wish, now_ms),
+            ToAgent::Back { call, .. } => keeper.queue.gives_back(call),
+            ToAgent::Dispatch { call, .. } | ToAgent::Ended { call, .. } => keeper.queue.knows(*call),
+            ToAgent::Want { .. } | ToAgent::Owner { .. } | ToAgent::Standing { .. } | ToAgent::Pass { .. } => {}
         }
         if let Some(call) = ended
             && keeper.lent.get(call).is_some_and(|slot| slot.epoch <= epoch)
         {
             keeper.lent.remove(call);
         }
+    }
+
+    /// The agent lists a call that it has: the keeper takes it for a running one.
+    pub fn listed(&mut self, agent: usize, call: CallId) {
+        self.keepers.entry(agent).or_default().queue.knows(call);
     }
 
     /// The keeper answers.
@@ -76,6 +90,7 @@ impl Slots {
                 Lent { epoch: *epoch, until: old.unwrap_or(until), used: false, of: incarnation.clone() },
             );
             if old.is_none() {
+                keeper.queue.lent(*call, now_ms, verdict);
                 let in_use =
                     keeper.lent.values().filter(|s| s.of == *incarnation && (s.used || s.until > now_ms)).count();
                 statuses.lent(agent, in_use, now_ms, verdict);
