@@ -1,14 +1,42 @@
-//! A plan in which calls of one account run short together: answers far above their estimates, money for some of them only.
-//! Chance alone brings that about too rarely to see who is served first.
+//! Plans in which many meet: at one account, with answers far above their estimates and money for some of them only; or at
+//! one agent that takes them one by one. Chance alone brings that about too rarely to see who is served first.
 
 use super::plan::{AgentPlan, Mood, Plan};
 use super::rng::Rng;
 use atp_core::policy::Policy;
 use atp_core::settings::{AccountSettings, FlowSettings, Per, WindowSettings};
 use atp_proto::content::{EstimateDeclaration, EstimateFigures, EstimateMode, Stop};
-use atp_proto::{Amount, Limit, TenantId, Tokens, UsdMicros};
+use atp_proto::{Amount, Limit, Qos, TenantId, Tokens, UsdMicros};
 use std::sync::Arc;
 
+/// Many short calls, most of them gold, and one agent with one slot: how often is a tier passed over?
+pub fn queue_up(rng: &mut Rng, plan: &mut Plan) {
+    gather(rng, plan);
+    plan.agents.truncate(1);
+    for agent in &mut plan.agents {
+        (agent.slow, agent.chunk_max, agent.chunks_max, agent.capabilities.max_parallel) = (false, 20, 1, 1);
+    }
+    let kind = plan.tasks[0].clone();
+    let others = rng.range(1, 4);
+    plan.tasks = (0..60)
+        .map(|n| {
+            let mut task = kind.clone();
+            task.qos = if n >= others { Qos::Gold } else { rng.pick(&[Qos::Silver, Qos::Bronze]) };
+            (task.stream, task.key) = (format!("queued-{n}"), None);
+            // Those of the lower tiers are there before the crowd of gold is.
+            task.start_at = 1_000 + n * 5;
+            task
+        })
+        .collect();
+    plan.settings.accounts.clear();
+    plan.settings.default_account.limit = Limit::NONE;
+    plan.faults.crashes_max = 0;
+    for faults in [&mut plan.crash_at, &mut plan.break_agent_at, &mut plan.agent_crash_at, &mut plan.status_at] {
+        faults.clear();
+    }
+}
+
+/// Answers far above their estimates, money for some of them only.
 pub fn gather(rng: &mut Rng, plan: &mut Plan) {
     plan.agents.iter_mut().for_each(|agent| talk(rng, agent));
     let tasks = plan.tasks.len() as u64;

@@ -22,6 +22,8 @@ const HEALING_MS: u64 = 120_000;
 const QUIET_MS: u64 = 8_000;
 /// More events than this in one schedule: something spins.
 const STEPS_MAX: u64 = 200_000;
+/// Of so many schedules one lets a crowd queue up at one agent.
+const QUEUE_EVERY: u64 = 100;
 
 /// What came of one schedule.
 #[derive(Debug, Default)]
@@ -82,6 +84,9 @@ pub fn run(seed: u64, trace: bool) -> Outcome {
     tools::plan(&mut rng, &mut plan);
     if plan.tasks.len() > 3 && rng.percent(30) {
         crowd::gather(&mut rng, &mut plan);
+    }
+    if seed % QUEUE_EVERY == 0 {
+        crowd::queue_up(&mut rng, &mut plan);
     }
     let mut s = Sched::new(rng, plan.wall0_ms, plan.faults.clone(), trace);
     s.say(|| format!("{plan:#?}"));

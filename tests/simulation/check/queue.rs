@@ -1,5 +1,6 @@
 //! Who waits for a slot of one agent, and that nobody starves: within a tier and tenant nobody is overtaken, and no tier is
-//! passed over more often than the bound. Looks only at calls that never had a slot: of others the keeper knows more.
+//! passed over more often than the bound. Looks only at calls that never had a slot and never stopped waiting: of others the
+//! keeper knows more.
 
 use super::Verdict;
 use atp_core::agent::queue::Wish;
@@ -31,16 +32,20 @@ pub struct Queue {
 impl Queue {
     /// A shard says that it wants a slot, for the first time or again.
     pub fn wants(&mut self, call: CallId, epoch: u64, wish: &Wish, now_ms: u64) {
-        if self.known.contains(&call) {
-            return;
-        }
         let until = now_ms + wish.lasts_ms.min(WISH_MS);
-        let dead = self.waiting.get(&call).is_none_or(|w| now_ms >= w.until);
-        if dead {
+        self.lapse(now_ms);
+        if let Some(waiting) = self.waiting.get_mut(&call) {
+            waiting.until = until;
+        } else if !self.known.contains(&call) {
             self.last_no += 1;
             self.waiting.insert(call, Waiting { no: self.last_no, epoch, wish: wish.clone(), until });
-        } else if let Some(waiting) = self.waiting.get_mut(&call) {
-            waiting.until = until;
+        }
+    }
+
+    /// Whether a wish that lapsed and comes again keeps its place depends on when the keeper looked.
+    fn lapse(&mut self, now_ms: u64) {
+        for (call, _) in self.waiting.extract_if(.., |_, w| now_ms >= w.until) {
+            self.known.insert(call);
         }
     }
 
@@ -63,7 +68,7 @@ impl Queue {
     pub fn lent(&mut self, call: CallId, now_ms: u64, verdict: &mut Verdict) {
         let served = self.waiting.remove(&call);
         self.known.insert(call);
-        self.waiting.retain(|_, w| now_ms < w.until);
+        self.lapse(now_ms);
         let Some(Waiting { no, wish, .. }) = served else { return };
         let mut tiers = BTreeSet::new();
         for (other, w) in &self.waiting {

@@ -58,9 +58,9 @@ impl Slots {
         }
         match message {
             ToAgent::Want { call, wish, .. } if epoch == keeper.epoch => keeper.queue.wants(*call, epoch, wish, now_ms),
-            ToAgent::Back { call, .. } => keeper.queue.gives_back(call),
+            ToAgent::Back { call, .. } if epoch == keeper.epoch => keeper.queue.gives_back(call),
             ToAgent::Dispatch { call, .. } | ToAgent::Ended { call, .. } => keeper.queue.knows(*call),
-            ToAgent::Want { .. } | ToAgent::Owner { .. } | ToAgent::Standing { .. } | ToAgent::Pass { .. } => {}
+            _ => {}
         }
         if let Some(call) = ended
             && keeper.lent.get(call).is_some_and(|slot| slot.epoch <= epoch)
