@@ -2,5 +2,6 @@
 
 mod crash;
 mod disk;
+mod faults;
 mod load;
 mod money;

@@ -3,6 +3,7 @@
 use crate::agent_task::Agents;
 use crate::config::{Config, Durability, Problem};
 use crate::connection::Shared;
+use crate::descriptors::Connections;
 use crate::inbox::{Inbox, ToShard, inbox};
 use crate::listen::{self, Doors};
 use crate::log::{self, LocalLog, LogError};
@@ -82,6 +83,8 @@ impl Router {
             return Err(StartError::Config(problems));
         }
         let prometheus = metric::install();
+        let (native, http) = (config.limits.connections, config.limits.http_connections);
+        let connections = Connections::within_limits(Connections { native, http });
         // The addresses first: two routers started by mistake should not both touch the log.
         let atp = bind("atp", config.listen.atp).await?;
         let http = bind("http", config.listen.http).await?;
@@ -155,7 +158,7 @@ impl Router {
         let doors = Doors {
             shared: shared.clone(),
             next_conn: Arc::new(AtomicU64::new(1)),
-            connections_max: config.limits.connections,
+            connections_max: connections.native,
         };
         let settings = watch::Sender::new(Arc::new(config));
         let router = Self {
@@ -174,12 +177,7 @@ impl Router {
         router.serving().await?;
         tasks.spawn(listen::native(atp, router.doors.clone(), router.stop_listening.clone()));
         let site = http::Site::new(&router, prometheus, dir);
-        tasks.spawn(listen::http(
-            http,
-            http::routes(site),
-            router.stop_listening.clone(),
-            router.settings.borrow().limits.http_connections,
-        ));
+        tasks.spawn(listen::http(http, http::routes(site), router.stop_listening.clone(), connections.http));
         Ok(router)
     }
 
