@@ -2,5 +2,4 @@
 
 mod crash;
 mod disk;
-mod load;
 mod money;

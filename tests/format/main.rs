@@ -3,5 +3,9 @@
 
 #![allow(clippy::unwrap_used, reason = "a test that can't read its files has nothing else to say")]
 
+mod corpus;
+mod pack;
 mod page;
+mod play;
 mod source;
+mod stranger;
