@@ -20,9 +20,17 @@ pub(crate) struct Cli {
 
 #[derive(Clone, Debug, Args)]
 pub(crate) struct Global {
-    /// The router: `http://HOST:PORT`, or `atp://HOST:PORT` for commands that speak the native protocol
-    #[arg(long, global = true, env = "ATP_URL", default_value = "http://127.0.0.1:7080", value_name = "URL")]
-    pub(crate) url: String,
+    /// The router: `http://HOST:PORT`, or `atp://HOST:PORT` for commands that speak the native protocol; of several, with
+    /// commas between, the first that answers, and the next one when it is lost
+    #[arg(
+        long,
+        global = true,
+        env = "ATP_URL",
+        default_value = "http://127.0.0.1:7080",
+        value_name = "URL",
+        value_delimiter = ','
+    )]
+    pub(crate) url: Vec<String>,
     /// Credential for the router
     #[arg(long, global = true, env = "ATP_TOKEN", hide_env_values = true, value_name = "TOKEN")]
     pub(crate) token: Option<String>,

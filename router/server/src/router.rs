@@ -10,11 +10,9 @@ use crate::shard_task::{Begin, Health, ShardTask};
 use crate::time::Clocks;
 use crate::tool::Tools;
 use crate::{http, metric};
-use atp_core::message::{Answer, Query};
 use atp_core::record::Genesis;
 use atp_core::shard::Shard;
 use atp_core::state::{FORMAT, State};
-use atp_proto::TenantId;
 use bytes::Bytes;
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -233,17 +231,10 @@ impl Router {
 
     /// Refuses new work with EDRAINING and returns when the running streams have ended.
     pub async fn drain(&self) {
-        if self.shared.inbox.send(64, ToShard::Drain).await.is_err() {
-            return;
-        }
-        let tenant = TenantId::new(crate::identity::DEFAULT_TENANT);
-        while let Some(Answer::Streams(streams)) =
-            self.shared.inbox.ask(Query::Streams { tenant: tenant.clone() }).await
-        {
-            if streams.iter().all(|s| s.state.is_closed()) {
-                return;
-            }
-            tokio::time::sleep(Duration::from_millis(50)).await;
+        let (over, none_open) = oneshot::channel();
+        if self.shared.inbox.send(64, ToShard::Drain { over }).await.is_ok() {
+            // A shard that has stopped has none either.
+            let _ = none_open.await;
         }
     }
 
