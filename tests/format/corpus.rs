@@ -1,7 +1,7 @@
 //! Logs that earlier versions wrote, each read again, to the same figures, and written on.
 
 use crate::pack::{pack, unpack};
-use crate::play::PLAYS;
+use crate::play::{PLAYS, Play};
 use crate::stranger;
 use atp_proto::AgentName;
 use atp_proto::content::Submit;
@@ -47,7 +47,7 @@ fn figures(dir: &Path) -> Value {
 }
 
 /// Adds what isn't there yet.
-fn write(name: &str, play: fn() -> Router) {
+fn write(name: &str, play: Play) {
     let target = home().join(FORMAT).join(name);
     if target.exists() {
         return;

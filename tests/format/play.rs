@@ -10,8 +10,10 @@ use atp_tests::blackbox::process::{Router, Scripted};
 use atp_tests::blackbox::{atp, wait_for};
 use std::io::Write;
 
-/// Each ends with a router that is down; what it left is the log.
-pub(crate) const PLAYS: [(&str, fn() -> Router); 8] = [
+/// Ends with a router that is down; what it left is the log.
+pub(crate) type Play = fn() -> Router;
+
+pub(crate) const PLAYS: [(&str, Play); 8] = [
     ("plain", plain),
     ("fan-out", fan_out),
     ("tools", tools),
@@ -39,7 +41,7 @@ fn agent(router: &Router, name: &str, yaml: &str) -> Scripted {
 }
 
 fn by(names: &[&str]) -> Submit {
-    let agents = names.iter().map(|name| AgentName::new(*name)).collect();
+    let agents = names.iter().map(|name| AgentName::new(name)).collect();
     Submit { task: "review".into(), agents, ..Submit::default() }
 }
 

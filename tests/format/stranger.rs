@@ -73,7 +73,7 @@ impl Page {
     }
 
     fn is_enumeration(&self, kind: &str) -> bool {
-        // A value's second cell is a type, an enumeration's is the meaning: only messages have field types there.
+        // Fields are numbered from 1, values from 0.
         self.messages.get(kind).is_some_and(|fields| fields.contains_key(&0))
     }
 
@@ -131,8 +131,14 @@ fn int(bytes: &[u8], at: usize, length: usize) -> u64 {
     bytes[at..at + length].iter().rev().fold(0, |n, byte| n << 8 | u64::from(*byte))
 }
 
-/// A whole block's entries at an offset, and its extent; checks nothing of its place in the chain.
-fn block(bytes: &[u8], segment: u64, offset: usize) -> Option<(&[u8], Vec<&[u8]>, usize)> {
+struct Block<'a> {
+    header: &'a [u8],
+    entries: Vec<&'a [u8]>,
+    extent: usize,
+}
+
+/// The whole block at an offset; checks nothing of its place in the chain.
+fn block(bytes: &[u8], segment: u64, offset: usize) -> Option<Block<'_>> {
     let header = bytes.get(offset..offset + 80)?;
     let body = bytes.get(offset + 80..offset + 80 + int(header, 64, 4) as usize)?;
     let whole = header.starts_with(b"ATPB\x01")
@@ -145,7 +151,7 @@ fn block(bytes: &[u8], segment: u64, offset: usize) -> Option<(&[u8], Vec<&[u8]>
         entries.push(&rest[4..4 + length]);
         rest = &rest[4 + length..];
     }
-    whole.then(|| (header, entries, (80 + body.len()).next_multiple_of(4096)))
+    whole.then(|| Block { header, entries, extent: (80 + body.len()).next_multiple_of(4096) })
 }
 
 /// The entries of the log in a directory, in order.
@@ -156,7 +162,7 @@ fn entries(dir: &Path) -> Vec<Vec<u8>> {
     for path in segments {
         let segment: u64 = path.file_stem().unwrap().to_string_lossy().parse().unwrap();
         let (bytes, mut offset) = (std::fs::read(&path).unwrap(), 0);
-        while let Some((header, entries, extent)) = block(&bytes, segment, offset) {
+        while let Some(Block { header, entries, extent }) = block(&bytes, segment, offset) {
             offset += extent;
             if offset == extent && number > 0 && int(header, 40, 8) <= number {
                 checksum = int(header, 76, 4);
