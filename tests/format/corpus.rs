@@ -16,7 +16,7 @@ use std::path::{Path, PathBuf};
 /// The format that this version writes.
 const FORMAT: &str = "1";
 
-fn home() -> PathBuf {
+pub(crate) fn home() -> PathBuf {
     PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/log-corpus"))
 }
 
@@ -70,7 +70,7 @@ fn write(name: &str, play: Play) {
 }
 
 /// Lays a log of the corpus into a directory.
-fn lay(from: &Path, to: &Path) {
+pub(crate) fn lay(from: &Path, to: &Path) {
     std::fs::create_dir_all(to).unwrap();
     for path in paths(from).iter().filter(|p| p.extension().is_some_and(|e| e == "packed")) {
         let bytes = unpack(&std::fs::read(path).unwrap());

@@ -7,5 +7,6 @@ mod corpus;
 mod pack;
 mod page;
 mod play;
+mod replay;
 mod source;
 mod stranger;
