@@ -1,10 +1,10 @@
 //! What goes wrong around a router that lives on: it stands still, its agents do, a wire goes silent, descriptors run out, the
 //! wall clock jumps. Each time every task ends, and the bill is what the provider charged.
 
-use crate::load::{self, Told};
 use atp_proto::content::{CallState, Source, Submit, TaskState};
 use atp_tests::blackbox::history::{billed, state_hash, true_bill};
-use atp_tests::blackbox::peer::{Peer, submit_by_key, task};
+use atp_tests::blackbox::load::{self, Told};
+use atp_tests::blackbox::peer::task;
 use atp_tests::blackbox::process::{Router, Scripted};
 use atp_tests::blackbox::relay::Relay;
 use atp_tests::blackbox::{PATIENCE, wait_for};

@@ -28,13 +28,31 @@ impl Router {
     /// When it doesn't serve.
     #[must_use]
     pub fn start(yaml: &str) -> Self {
-        let dir = tempfile::tempdir().expect("a directory");
-        let mut router = Self { dir, child: None, atp: free_address(), http: free_address(), env: Vec::new() };
-        let mut text = format!("listen: {{atp: {}, http: {}}}\n", router.atp, router.http);
-        let _ = writeln!(text, "data_dir: {}\n{yaml}", router.dir.path().join("data").display());
-        std::fs::write(router.config(), text).expect("a configuration");
+        let mut router = Self::prepare(yaml);
         router.restart();
         router
+    }
+
+    /// A router that doesn't run yet: a log may be laid into `data/log` of its directory first.
+    ///
+    /// # Panics
+    /// When its configuration can't be written.
+    #[must_use]
+    pub fn prepare(yaml: &str) -> Self {
+        let dir = tempfile::tempdir().expect("a directory");
+        let router = Self { dir, child: None, atp: free_address(), http: free_address(), env: Vec::new() };
+        router.configure(yaml);
+        router
+    }
+
+    /// What it reads at its next start.
+    ///
+    /// # Panics
+    /// When that can't be written.
+    pub fn configure(&self, yaml: &str) {
+        let mut text = format!("listen: {{atp: {}, http: {}}}\n", self.atp, self.http);
+        let _ = writeln!(text, "data_dir: {}\n{yaml}", self.dir.path().join("data").display());
+        std::fs::write(self.config(), text).expect("a configuration");
     }
 
     fn config(&self) -> PathBuf {
@@ -95,6 +113,17 @@ impl Router {
         self.http
     }
 
+    /// SIGTERM, and waits for its end.
+    ///
+    /// # Panics
+    /// When it doesn't end well.
+    pub fn stop(&mut self) {
+        let mut child = self.child.take().expect("it runs");
+        signal(Some(&child), "TERM");
+        let status = child.wait().expect("a child");
+        assert!(status.success(), "{status}\n{}", self.stderr());
+    }
+
     /// What the process wrote to its standard error since the last start.
     #[must_use]
     pub fn stderr(&self) -> String {
@@ -104,6 +133,12 @@ impl Router {
     #[must_use]
     pub fn atp(&self) -> SocketAddr {
         self.atp
+    }
+
+    /// Of its HTTP port, for commands.
+    #[must_use]
+    pub fn url(&self) -> String {
+        format!("http://{}", self.http)
     }
 
     /// A directory for what belongs to this router's test: scripts, meters.
