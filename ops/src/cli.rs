@@ -1,6 +1,7 @@
 //! The command line as people type it: every command, flag, default and example. Decides nothing; parsing is all it does.
 
 use atp_proto::{Qos, UsdMicros};
+use atp_router::log::Source;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use std::path::PathBuf;
 
@@ -93,6 +94,9 @@ pub(crate) enum Command {
     Verify(Verify),
     /// Print a log's records, or rebuild the state from it
     Replay(Replay),
+    /// The log itself
+    #[command(subcommand)]
+    Log(Log),
     /// Ask a stream to stop
     Cancel(StreamName),
     /// Validate a configuration offline
@@ -358,22 +362,22 @@ pub(crate) struct Bill {
 
 #[derive(Debug, Args)]
 #[command(
-    after_help = "Examples:\n  atp verify                               the running router's log against its state\n  atp verify --log local:./atp-data/log    offline, also beside a running router\n\nExit code 5: something differs."
+    after_help = "Examples:\n  atp verify                               the running router's log against its state\n  atp verify --log local:./atp-data/log    offline, also beside a running router\n  atp verify --log config:atp.yaml         the log that a configuration names\n\nExit code 5: something differs."
 )]
 pub(crate) struct Verify {
-    /// `local:DIR`: check the log itself, without a router
+    /// Check the log itself, without a router: `local:DIR`, `kafka://HOST:PORT/TOPIC`, or `config:FILE`
     #[arg(long, value_name = "SRC", value_parser = log_source)]
-    pub(crate) log: Option<LogSource>,
+    pub(crate) log: Option<Source>,
 }
 
 #[derive(Debug, Args)]
 #[command(
-    after_help = "Examples:\n  atp replay --log local:./atp-data/log --stream k-6f1d2a.1\n  atp replay --log local:./atp-data/log --from 100 --until 200 --json\n  atp replay --log local:./atp-data/log --state\n  atp replay --log local:./atp-data/log --state --until 200   the state as it was then"
+    after_help = "Examples:\n  atp replay --log local:./atp-data/log --stream k-6f1d2a.1\n  atp replay --log local:./atp-data/log --from 100 --until 200 --json\n  atp replay --log local:./atp-data/log --state\n  atp replay --log local:./atp-data/log --state --until 200   the state as it was then\n  atp replay --log kafka://127.0.0.1:9092/atp.frames --from 100"
 )]
 pub(crate) struct Replay {
-    /// `local:DIR`
+    /// `local:DIR`, `kafka://HOST:PORT/TOPIC`, or `config:FILE` for the log that a configuration names
     #[arg(long, value_name = "SRC", value_parser = log_source)]
-    pub(crate) log: LogSource,
+    pub(crate) log: Source,
     /// Only records of this stream
     #[arg(long, value_name = "S", value_parser = id)]
     pub(crate) stream: Option<String>,
@@ -388,6 +392,22 @@ pub(crate) struct Replay {
     pub(crate) state: bool,
 }
 
+#[derive(Debug, Subcommand)]
+pub(crate) enum Log {
+    /// Make the Kafka topic and the log in it, each only where there is none, and check what is there
+    #[command(
+        after_help = "Examples:\n  atp log init --config atp.yaml            log.kind: kafka; safe to run again\n  atp log init --config atp.yaml --json\n\nA local log begins by itself at the router's first start."
+    )]
+    Init(LogInit),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct LogInit {
+    /// The router's configuration file
+    #[arg(long, env = "ATP_CONFIG", value_name = "FILE")]
+    pub(crate) config: PathBuf,
+}
+
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:\n  atp check atp.yaml\n\nExit code 5: it has a problem.")]
 pub(crate) struct Check {
@@ -400,12 +420,6 @@ pub(crate) struct Bench {
     /// A scenario and its flags; `atp bench --help` lists them
     #[arg(trailing_var_arg = true, allow_hyphen_values = true, value_name = "SCENARIO")]
     pub(crate) args: Vec<String>,
-}
-
-/// Where a log lies.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) enum LogSource {
-    Local(PathBuf),
 }
 
 fn usd(text: &str) -> Result<UsdMicros, String> {
@@ -425,10 +439,15 @@ fn id(text: &str) -> Result<String, String> {
     if atp_proto::id::is_id(text) { Ok(text.into()) } else { Err("write 1 to 64 of A-Za-z0-9._-".into()) }
 }
 
-fn log_source(text: &str) -> Result<LogSource, String> {
-    match text.split_once(':') {
-        Some(("local", dir)) if !dir.is_empty() => Ok(LogSource::Local(dir.into())),
-        _ => Err("write local:DIR, the directory of the log's segments".into()),
+fn log_source(text: &str) -> Result<Source, String> {
+    match text.strip_prefix("config:") {
+        Some(file) => {
+            let config = atp_router::config::load(file.as_ref());
+            config
+                .map_err(|problems| problems.iter().map(|p| format!("{file}:{p}")).collect::<Vec<_>>().join("\n"))?
+                .source()
+        }
+        None => text.parse(),
     }
 }
 

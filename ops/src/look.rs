@@ -168,8 +168,8 @@ pub(crate) async fn verify(global: &Global, screen: Screen) -> Outcome {
 }
 
 /// A log checked against itself, without a router.
-pub(crate) fn verify_log(screen: Screen, source: &cli::LogSource) -> Outcome {
-    let report = atp_router::verify::offline_verify(&crate::replay::log_dir(source));
+pub(crate) fn verify_log(screen: Screen, source: &atp_router::log::Source) -> Outcome {
+    let report = atp_router::verify::offline_verify(source);
     let report = report.map_err(|e| Failure::new(Exit::Difference, format!("--log: {e}")))?;
     show_verify(screen, &serde_json::to_value(report)?)
 }

@@ -10,6 +10,7 @@ mod demo;
 mod failure;
 mod finding;
 mod follow;
+mod log;
 mod look;
 mod replay;
 mod router;
@@ -69,6 +70,7 @@ async fn run(cli: Cli, screen: Screen) -> Outcome {
         Command::Bench(args) => bench(screen, &args),
         Command::Router(args) => router::run(screen, &args).await,
         Command::Check(args) => check::run(screen, &args),
+        Command::Log(cli::Log::Init(args)) => log::init(screen, &args).await,
         Command::Ps => look::ps(global, screen).await,
         Command::Agents => look::agents(global, screen).await,
         Command::AgentStatus(args) => look::agent_status(global, screen, &args).await,

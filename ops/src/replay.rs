@@ -1,6 +1,6 @@
 //! `atp replay`: a log's records as lines, or the state that they add up to. Reads without a lock, writes nothing.
 
-use crate::cli::{self, LogSource};
+use crate::cli;
 use crate::failure::{Exit, Failure, Outcome};
 use crate::rows;
 use crate::screen::{Screen, escape};
@@ -9,27 +9,22 @@ use atp_core::record::{Entry, FrameRecord, Record};
 use atp_core::state::State;
 use atp_proto::codec::{Received, decode_body};
 use atp_proto::json::View;
-use atp_router::log::Reader;
+use atp_router::log::{LogError, Source};
 use prost::Message;
 use serde_json::{Value, json};
 use std::io::{BufWriter, Write};
-use std::path::PathBuf;
-
-/// The directory of the segments; a data directory stands for the log in it.
-pub(crate) fn log_dir(source: &LogSource) -> PathBuf {
-    let LogSource::Local(dir) = source;
-    let inner = dir.join("log");
-    if inner.is_dir() { inner } else { dir.clone() }
-}
 
 /// The entries `from..=until` of a log with their positions.
 pub(crate) fn entries(
-    source: &LogSource,
+    source: &Source,
     from: u64,
     until: Option<u64>,
 ) -> Result<impl Iterator<Item = Result<(u64, Entry), Failure>>, Failure> {
-    let reader = Reader::open(log_dir(source)).map_err(|e| Failure::usage(format!("--log: {e}")))?;
-    let entries = reader.entries(from).take_while(move |item| match (item, until) {
+    let entries = source.entries(from).map_err(|e| match e {
+        LogError::NotThisLog { .. } => Failure::new(Exit::Difference, format!("--log: {e}")),
+        _ => Failure::usage(format!("--log: {e}")),
+    })?;
+    let entries = entries.take_while(move |item| match (item, until) {
         (Ok((position, _)), Some(until)) => *position <= until,
         _ => true,
     });

@@ -2,14 +2,13 @@
 //! of its own, as fast as the client takes them. Decides nothing; the shard says from where and up to where.
 
 use crate::inbox::{Inbox, ToShard};
-use crate::log::Reader;
+use crate::log::Source;
 use crate::outbox::{Outbox, weight};
 use atp_core::record::Entry;
 use atp_core::replay::StreamReplay;
 use atp_proto::{Code, ConnId, Frame, StreamId, TenantId, WireError};
 use prost::Message;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
-use std::path::{Path, PathBuf};
 use tokio::sync::mpsc;
 
 /// Frames with `after < msg_seq <= upto` of a stream whose first entry is `from`.
@@ -31,12 +30,12 @@ pub(crate) async fn replay(
     replays: Vec<Replay>,
     outbox: Outbox,
     inbox: Inbox,
-    dir: PathBuf,
+    source: Source,
 ) {
     let done: Vec<(StreamId, u64)> = replays.iter().map(|r| (r.stream.clone(), r.upto)).collect();
     let (frames, mut read) = mpsc::channel::<Vec<Frame>>(4);
     let of = tenant.clone();
-    let reader = tokio::task::spawn_blocking(move || read_streams(&dir, &of, &replays, &frames));
+    let reader = tokio::task::spawn_blocking(move || read_streams(&source, &of, &replays, &frames));
     while let Some(frames) = read.recv().await {
         let mut frames = VecDeque::from(frames);
         loop {
@@ -60,7 +59,7 @@ pub(crate) async fn replay(
 }
 
 fn read_streams(
-    dir: &Path,
+    source: &Source,
     tenant: &TenantId,
     replays: &[Replay],
     to: &mpsc::Sender<Vec<Frame>>,
@@ -71,9 +70,8 @@ fn read_streams(
         let replay = StreamReplay::new(tenant, &r.stream, r.after, r.upto);
         open.entry(r.stream.as_str()).or_default().push((r.upto, replay));
     }
-    let reader = Reader::open(dir).map_err(|e| e.to_string())?;
     let (mut batch, mut bytes) = (Vec::new(), 0);
-    for item in reader.entries(from + 1) {
+    for item in source.entries(from + 1).map_err(|e| e.to_string())? {
         if open.is_empty() {
             break;
         }

@@ -4,6 +4,7 @@
 
 use crate::catch_up::{Replay, replay};
 use crate::inbox::{Inbox, ToShard};
+use crate::log::Source;
 use crate::metric;
 use crate::outbox::{Outbox, weight};
 use atp_core::clock::Now;
@@ -14,7 +15,6 @@ use atp_proto::content::{Accepted, Resume};
 use atp_proto::frame::kind;
 use atp_proto::{Code, ConnId, Flags, Frame, StreamId, TenantId, WireError};
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
-use std::path::PathBuf;
 use tokio_util::task::TaskTracker;
 
 /// Unnumbered frames that may wait beside a full outbox; a client that never reads gets no more of them.
@@ -32,7 +32,7 @@ pub(crate) struct Clients {
     bytes: usize,
     streams_max: usize,
     inbox: Inbox,
-    log_dir: PathBuf,
+    source: Source,
     tasks: TaskTracker,
 }
 
@@ -64,8 +64,8 @@ struct Lag {
 }
 
 impl Clients {
-    pub(crate) fn new(streams_max: usize, inbox: Inbox, log_dir: PathBuf, tasks: TaskTracker) -> Self {
-        Self { list: HashMap::new(), touched: Vec::new(), bytes: 0, streams_max, inbox, log_dir, tasks }
+    pub(crate) fn new(streams_max: usize, inbox: Inbox, source: Source, tasks: TaskTracker) -> Self {
+        Self { list: HashMap::new(), touched: Vec::new(), bytes: 0, streams_max, inbox, source, tasks }
     }
 
     pub(crate) fn open(&mut self, conn: ConnId, tenant: TenantId, outbox: Outbox) {
@@ -190,8 +190,8 @@ impl Clients {
         if client.frames.is_empty() && !client.replays.is_empty() && !client.reading {
             client.reading = true;
             let replays = std::mem::take(&mut client.replays);
-            let (outbox, inbox, dir) = (client.outbox.clone(), self.inbox.clone(), self.log_dir.clone());
-            self.tasks.spawn(replay(conn, client.tenant.clone(), replays, outbox, inbox, dir));
+            let (outbox, inbox, source) = (client.outbox.clone(), self.inbox.clone(), self.source.clone());
+            self.tasks.spawn(replay(conn, client.tenant.clone(), replays, outbox, inbox, source));
         }
         let resumes = !client.reading && client.lagging.values().any(|lag| !lag.asked);
         if !client.waiting && (resumes || !client.frames.is_empty()) {

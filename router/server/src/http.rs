@@ -5,6 +5,7 @@ use crate::config::Config;
 use crate::identity;
 use crate::inbox::{Inbox, ToShard};
 use crate::listen::Peer;
+use crate::log::Source;
 use crate::router::Router as AtpRouter;
 use crate::shard_task::Health;
 use crate::verify;
@@ -27,7 +28,6 @@ use metrics_exporter_prometheus::PrometheusHandle;
 use serde::Deserialize;
 use serde_json::{Value, json};
 use std::net::SocketAddr;
-use std::path::PathBuf;
 use std::sync::Arc;
 use tokio::sync::watch;
 
@@ -46,20 +46,20 @@ struct Inner {
     health: watch::Receiver<Health>,
     config: watch::Receiver<Arc<Config>>,
     prometheus: PrometheusHandle,
-    log_dir: PathBuf,
+    source: Source,
     atp: SocketAddr,
     http: SocketAddr,
 }
 
 impl Site {
-    pub(crate) fn new(router: &AtpRouter, prometheus: PrometheusHandle, log_dir: PathBuf) -> Self {
+    pub(crate) fn new(router: &AtpRouter, prometheus: PrometheusHandle, source: Source) -> Self {
         Self(Arc::new(Inner {
             inbox: router.inbox(),
             agents: router.agents(),
             health: router.health(),
             config: router.config(),
             prometheus,
-            log_dir,
+            source,
             atp: router.atp_addr(),
             http: router.http_addr(),
         }))
@@ -203,9 +203,9 @@ async fn stream(
     let result = match answer.result {
         Some(result) => Some(result),
         None if answer.view.state.is_closed() => {
-            let dir = site.0.log_dir.clone();
+            let source = site.0.source.clone();
             let read =
-                tokio::task::spawn_blocking(move || verify::read_final(&dir, &tenant, &stream, answer.from)).await;
+                tokio::task::spawn_blocking(move || verify::read_final(&source, &tenant, &stream, answer.from)).await;
             read.map_err(|_| mismatch())?.map_err(|e| Problem::new(WireError::new(Code::Log, e), None))?
         }
         None => None,
@@ -370,8 +370,8 @@ async fn fleet(State(site): State<Site>, Extension(tenant): Extension<TenantId>)
 /// Folds the log up to the position of the live state, and compares.
 async fn verify_now(State(site): State<Site>) -> Result<Json<verify::Report>, Problem> {
     let Answer::Verify(live) = site.ask(Query::Verify).await? else { return Err(mismatch()) };
-    let dir = site.0.log_dir.clone();
-    let report = tokio::task::spawn_blocking(move || verify::against_live(&dir, &live)).await;
+    let source = site.0.source.clone();
+    let report = tokio::task::spawn_blocking(move || verify::against_live(&source, &live)).await;
     report.map_err(|_| mismatch())?.map(Json).map_err(|e| Problem::new(WireError::new(Code::Log, e), None))
 }
 
@@ -389,8 +389,7 @@ async fn readyz(State(site): State<Site>) -> impl IntoResponse {
         (None, LogRoom::Low | LogRoom::Last) => "nearly full: free space on the disk of data_dir".into(),
     };
     let status = if ready { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
-    let body =
-        json!({ "ready": ready, "log": log, "durable": health.durable, "wall_clock_minus_logged_ms": health.clock_ms });
+    let body = json!({ "ready": ready, "log": log, "durability": health.guarantee.as_str(), "durable": health.durable, "wall_clock_minus_logged_ms": health.clock_ms });
     (status, Json(body))
 }
 

@@ -1,12 +1,12 @@
 //! Puts a router together: log, state, shard task, agents, listeners; drains and stops it. Installs no signal handler.
 
 use crate::agent_task::Agents;
-use crate::config::{Config, Durability, Problem};
+use crate::config::{Config, LogPlace, Problem};
 use crate::connection::Shared;
 use crate::descriptors::Connections;
 use crate::inbox::{Inbox, ToShard, inbox};
 use crate::listen::{self, Doors};
-use crate::log::{self, LocalLog, LogError};
+use crate::log::{self, Guarantee, LocalLog, Log, LogError, Source};
 use crate::shard_task::{Begin, Health, ShardTask};
 use crate::time::Clocks;
 use crate::tool::Tools;
@@ -36,9 +36,11 @@ pub enum StartError {
     #[error("listen.{name}: cannot listen on {address}: {source}; stop what uses it, or choose another address")]
     Listen { name: &'static str, address: SocketAddr, source: std::io::Error },
     #[error("data_dir: {0}")]
-    Log(#[from] LogError),
-    #[error("data_dir: entry {position} of the log in {} can't be folded: {what}; restore the log from a copy", dir.display())]
-    Fold { dir: std::path::PathBuf, position: u64, what: String },
+    Log(LogError),
+    #[error("log.kafka: {0}")]
+    Kafka(LogError),
+    #[error("entry {position} of the log {log} can't be folded: {what}; restore the log from a copy")]
+    Fold { log: String, position: u64, what: String },
     #[error("the log ended before the router served: {0}")]
     Stopped(String),
 }
@@ -90,37 +92,22 @@ impl Router {
         let http = bind("http", config.listen.http).await?;
         let (atp_addr, http_addr) = (address(&atp, config.listen.atp), address(&http, config.listen.http));
 
-        let dir = config.log_dir();
-        let options = log::Options {
-            dir: dir.clone(),
-            segment_bytes: config.limits.segment_bytes,
-            durability: match config.durability {
-                Durability::Fsync => log::Durability::Fsync,
-                Durability::Async => log::Durability::Async,
-            },
-        };
-        let opened = tokio::task::spawn_blocking(move || open(options, disk)).await;
-        let (log, recovered, state) = opened.map_err(|e| StartError::Stopped(e.to_string()))??;
-        let report = recovered.report;
+        let incarnation = uuid::Uuid::new_v4().simple().to_string()[..12].to_owned();
+        let clocks = Clocks::start();
+        let (all, name) = (config.clone(), incarnation.clone());
+        let opened = tokio::task::spawn_blocking(move || open(&all, disk, &name, clocks)).await;
+        let Opened { log, source, shard, guarantee, serving, report } =
+            opened.map_err(|e| StartError::Stopped(e.to_string()))??;
         for fact in &report {
             tracing::info!("log: {fact}");
         }
-
-        let incarnation = uuid::Uuid::new_v4().simple().to_string()[..12].to_owned();
-        let clocks = Clocks::start();
         let settings = Arc::new(config.settings.clone());
-        let genesis = (state.position() == 0).then(|| Genesis {
-            log_id: Bytes::copy_from_slice(&log.log_id()),
-            format: FORMAT,
-            shards: 1,
-            hash_seed: 0,
-        });
-        let shard = Shard::recover(settings.clone(), state, clocks.now(), &incarnation, genesis);
 
         let (inbox, taking) = inbox(config.limits.inbox_bytes);
         let tasks = TaskTracker::new();
         let agents = Agents::new(settings, inbox.clone(), clocks, tasks.clone(), config.limits.agents);
-        let (health_sender, health) = watch::channel(Health::default());
+        let health = Health { guarantee, serving, durable: shard.state().position(), ..Health::default() };
+        let (health_sender, health) = watch::channel(health);
         let (stop_shard, stop_listening) = (CancellationToken::new(), CancellationToken::new());
         let shared = Arc::new(Shared {
             inbox: inbox.clone(),
@@ -139,7 +126,7 @@ impl Router {
             log,
             agents: agents.clone(),
             clocks,
-            log_dir: dir.clone(),
+            source: source.clone(),
             health: health_sender,
             streams_max: config.limits.streams_per_connection,
             stop: stop_shard.clone(),
@@ -176,7 +163,7 @@ impl Router {
         };
         router.serving().await?;
         tasks.spawn(listen::native(atp, router.doors.clone(), router.stop_listening.clone()));
-        let site = http::Site::new(&router, prometheus, dir);
+        let site = http::Site::new(&router, prometheus, source);
         tasks.spawn(listen::http(http, http::routes(site), router.stop_listening.clone(), connections.http));
         Ok(router)
     }
@@ -311,17 +298,72 @@ fn address(listener: &TcpListener, asked: SocketAddr) -> SocketAddr {
     listener.local_addr().unwrap_or(asked)
 }
 
-fn open(options: log::Options, disk: Arc<dyn log::Disk>) -> Result<(LocalLog, log::Recovered, State), StartError> {
-    let dir = options.dir.clone();
-    let (log, recovered) = LocalLog::open_on(options, disk)?;
-    let state = if recovered.last_position == 0 { State::default() } else { fold(dir)? };
-    Ok((log, recovered, state))
+/// A log whose state is rebuilt, and the shard over it.
+struct Opened {
+    log: Box<dyn Log>,
+    source: Source,
+    shard: Shard,
+    guarantee: Guarantee,
+    /// The own Epoch is durable already.
+    serving: bool,
+    report: Vec<String>,
 }
 
-fn fold(dir: std::path::PathBuf) -> Result<State, StartError> {
-    match log::offline::recover_state(&dir) {
-        Ok((state, _)) => Ok(state),
-        Err(LogError::Entry { position, what }) => Err(StartError::Fold { dir, position, what }),
-        Err(error) => Err(error.into()),
+fn open(config: &Config, disk: Arc<dyn log::Disk>, incarnation: &str, clocks: Clocks) -> Result<Opened, StartError> {
+    match &config.log {
+        LogPlace::Local => open_local(config, disk, incarnation, clocks),
+        #[cfg(feature = "kafka")]
+        LogPlace::Kafka(place) => open_kafka(config, place, incarnation, clocks),
+        #[cfg(not(feature = "kafka"))]
+        LogPlace::Kafka(_) => Err(StartError::Config(config.problems())),
     }
+}
+
+fn open_local(
+    config: &Config,
+    disk: Arc<dyn log::Disk>,
+    incarnation: &str,
+    clocks: Clocks,
+) -> Result<Opened, StartError> {
+    let dir = config.log_dir();
+    let options =
+        log::Options { dir: dir.clone(), segment_bytes: config.limits.segment_bytes, durability: config.durability };
+    let (log, recovered) = LocalLog::open_on(options, disk).map_err(StartError::Log)?;
+    let source = Source::Local(dir);
+    let state = if recovered.last_position == 0 {
+        State::default()
+    } else {
+        let folded = log::offline::recover_state(&source).map_err(|error| match error {
+            LogError::Entry { position, what } => StartError::Fold { log: source.to_string(), position, what },
+            error => StartError::Log(error),
+        });
+        folded?.0
+    };
+    let genesis = (state.position() == 0).then(|| Genesis {
+        log_id: Bytes::copy_from_slice(&log.log_id()),
+        format: FORMAT,
+        shards: 1,
+        hash_seed: 0,
+    });
+    let shard = Shard::recover(Arc::new(config.settings.clone()), state, clocks.now(), incarnation, genesis);
+    let guarantee = config.durability.into();
+    Ok(Opened { log: Box::new(log), source, shard, guarantee, serving: false, report: recovered.report })
+}
+
+#[cfg(feature = "kafka")]
+fn open_kafka(
+    config: &Config,
+    place: &crate::config::KafkaPlace,
+    incarnation: &str,
+    clocks: Clocks,
+) -> Result<Opened, StartError> {
+    let options = config.kafka_options(place);
+    let router = &config.settings.router_id;
+    let opened = log::KafkaLog::open(&options, router, incarnation, clocks.now().wall_ms);
+    let log::Opened { log, source, state, guarantee, report } = opened.map_err(|error| match error {
+        LogError::Entry { position, what } => StartError::Fold { log: options.address.to_string(), position, what },
+        error => StartError::Kafka(error),
+    })?;
+    let shard = Shard::recover_behind_epoch(Arc::new(config.settings.clone()), state, clocks.now());
+    Ok(Opened { log: Box::new(log), source, shard, guarantee, serving: true, report })
 }

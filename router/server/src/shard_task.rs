@@ -5,7 +5,7 @@ use crate::agent_task::{AgentMessage, Agents, sleep_until};
 use crate::catch_up::Replay;
 use crate::clients::Clients;
 use crate::inbox::{Inbox, Taking, ToShard};
-use crate::log::{Event, Events, LocalLog};
+use crate::log::{Event, Events, Guarantee, Log, QueuedEntry, Source};
 use crate::metric;
 use crate::time::Clocks;
 use crate::tool::Tools;
@@ -13,10 +13,8 @@ use atp_core::clock::Now;
 use atp_core::message::{Answer, Effect, FromAgent, Input, LogRoom, Machine, ToAgent};
 use atp_core::shard::Shard;
 use atp_proto::AgentName;
-use bytes::Bytes;
 use metrics::{Gauge, Histogram, gauge, histogram};
 use std::collections::{BTreeMap, VecDeque};
-use std::path::PathBuf;
 use std::time::Duration;
 use tokio::sync::mpsc::error::TrySendError;
 use tokio::sync::{oneshot, watch};
@@ -34,6 +32,7 @@ const RETRY: Duration = Duration::from_millis(5);
 pub(crate) struct Health {
     /// Serving: the own Epoch is durable.
     pub(crate) serving: bool,
+    pub(crate) guarantee: Guarantee,
     pub(crate) room: LogRoom,
     pub(crate) durable: u64,
     /// Why the router has stopped.
@@ -47,10 +46,10 @@ pub(crate) struct Begin {
     pub(crate) shard: Shard,
     pub(crate) taking: Taking,
     pub(crate) inbox: Inbox,
-    pub(crate) log: LocalLog,
+    pub(crate) log: Box<dyn Log>,
     pub(crate) agents: Agents,
     pub(crate) clocks: Clocks,
-    pub(crate) log_dir: PathBuf,
+    pub(crate) source: Source,
     pub(crate) health: watch::Sender<Health>,
     pub(crate) streams_max: usize,
     pub(crate) stop: CancellationToken,
@@ -61,7 +60,7 @@ pub(crate) struct Begin {
 pub(crate) struct ShardTask {
     shard: Shard,
     taking: Taking,
-    log: LocalLog,
+    log: Box<dyn Log>,
     events: Events,
     agents: Agents,
     tools: Tools,
@@ -73,7 +72,7 @@ pub(crate) struct ShardTask {
     next_ask: u64,
     /// Who waits until no stream is open.
     draining: Vec<oneshot::Sender<()>>,
-    appends: Vec<(u64, Bytes, bool)>,
+    appends: Vec<QueuedEntry>,
     /// Last position and time of each append that isn't durable yet.
     in_flight: VecDeque<(u64, Instant)>,
     /// Messages for agents, grouped; what an agent's full queue refused stays here and is tried again.
@@ -86,10 +85,11 @@ pub(crate) struct ShardTask {
 struct Meters {
     append_seconds: Histogram,
     inbox_bytes: Gauge,
+    lag_entries: Gauge,
 }
 
 /// Writes what is queued and seals. That waits for the disk and for threads, so no async worker does it.
-async fn close(log: LocalLog) -> Result<(), String> {
+async fn close(log: Box<dyn Log>) -> Result<(), String> {
     let closed = tokio::task::spawn_blocking(move || log.close()).await;
     closed.map_err(|e| e.to_string())?.map_err(|e| e.to_string())
 }
@@ -97,7 +97,7 @@ async fn close(log: LocalLog) -> Result<(), String> {
 impl ShardTask {
     pub(crate) fn new(begin: Begin) -> Self {
         Self {
-            clients: Clients::new(begin.streams_max, begin.inbox.clone(), begin.log_dir, begin.tasks),
+            clients: Clients::new(begin.streams_max, begin.inbox.clone(), begin.source, begin.tasks),
             shard: begin.shard,
             taking: begin.taking,
             events: begin.log.events(),
@@ -117,6 +117,7 @@ impl ShardTask {
             meters: Meters {
                 append_seconds: histogram!("atp_log_append_seconds"),
                 inbox_bytes: gauge!("atp_shard_inbox_bytes"),
+                lag_entries: gauge!("atp_log_lag_entries"),
             },
         }
     }
@@ -199,6 +200,7 @@ impl ShardTask {
                     self.meters.append_seconds.record((at - since).as_secs_f64());
                 }
                 self.shard.handle(now, Input::Durable { position });
+                self.lag(position);
                 let clock_ms = i64::try_from(now.wall_ms)
                     .unwrap_or(i64::MAX)
                     .saturating_sub_unsigned(self.shard.state().logged_ms());
@@ -233,6 +235,11 @@ impl ShardTask {
             }
         }
         Ok(())
+    }
+
+    /// Entries that are decided and not durable.
+    fn lag(&self, durable: u64) {
+        self.meters.lag_entries.set(self.shard.state().position().saturating_sub(durable) as f64);
     }
 
     async fn message(&mut self, now: Now, message: ToShard) {

@@ -1,7 +1,7 @@
 //! Proof from the log: the fold up to a position against the live state, and offline against what the log itself records
 //! (checkpoint hashes, bills of closed streams). Only reads.
 
-use crate::log::Reader;
+use crate::log::Source;
 use atp_core::record::{CostPb, Entry, Key, Record, hex};
 use atp_core::state::{FOLD_VERSION, State};
 use atp_core::view::{AccountView, VerifyView};
@@ -11,7 +11,6 @@ use prost::Message;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
-use std::path::Path;
 
 /// The object of `atp verify`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -41,9 +40,9 @@ pub struct Difference {
 ///
 /// # Errors
 /// The log can't be read up to there.
-pub fn against_live(dir: &Path, live: &VerifyView) -> Result<Report, String> {
+pub fn against_live(source: &Source, live: &VerifyView) -> Result<Report, String> {
     let mut state = State::default();
-    let records = fold(dir, Some(live.position), &mut state, |_, _, _| {})?;
+    let records = fold(source, Some(live.position), &mut state, |_, _, _| {})?;
     let folded = state.verify_view();
     let mut differences = Vec::new();
     let mut differ = |account: &str, field: &str, log: Value, live: Value| {
@@ -69,19 +68,19 @@ pub fn against_live(dir: &Path, live: &VerifyView) -> Result<Report, String> {
             differ(&format!("{}/{}", key.0, key.1), field, log, live);
         }
     }
-    Ok(report(dir, &state, records, differences))
+    Ok(report(source, &state, records, differences))
 }
 
 /// Folds a whole log and compares with what it records of itself: each checkpoint's hash, each bill's settled amount.
 ///
 /// # Errors
 /// The log can't be read, or holds a record that can't be.
-pub fn offline_verify(dir: &Path) -> Result<Report, String> {
-    let hashes = checkpoint_hashes(dir)?;
+pub fn offline_verify(source: &Source) -> Result<Report, String> {
+    let hashes = checkpoint_hashes(source)?;
     let mut differences = Vec::new();
     let mut settled: BTreeMap<Key, BTreeMap<u32, CostPb>> = BTreeMap::new();
     let mut state = State::default();
-    let records = fold(dir, None, &mut state, |position, entry, state| {
+    let records = fold(source, None, &mut state, |position, entry, state| {
         if let Some(recorded) = hashes.get(&position) {
             let log = state.hash();
             let live = format!("{FOLD_VERSION}:{recorded}");
@@ -118,14 +117,14 @@ pub fn offline_verify(dir: &Path) -> Result<Report, String> {
             }
         }
     })?;
-    Ok(report(dir, &state, records, differences))
+    Ok(report(source, &state, records, differences))
 }
 
-fn report(dir: &Path, state: &State, records: u64, differences: Vec<Difference>) -> Report {
+fn report(source: &Source, state: &State, records: u64, differences: Vec<Difference>) -> Report {
     let view = state.verify_view();
     let accounts: std::collections::BTreeSet<&str> = view.accounts.iter().map(|a| a.account.as_str()).collect();
     Report {
-        log: format!("local:{}", dir.display()),
+        log: source.to_string(),
         position: view.position,
         records,
         shards: state.genesis().shards,
@@ -140,18 +139,17 @@ fn report(dir: &Path, state: &State, records: u64, differences: Vec<Difference>)
 
 /// Folds from the beginning, so that no checkpoint is believed. Returns the number of records.
 fn fold(
-    dir: &Path,
+    source: &Source,
     upto: Option<u64>,
     state: &mut State,
     mut each: impl FnMut(u64, &Entry, &State),
 ) -> Result<u64, String> {
-    let reader = Reader::open(dir).map_err(|e| e.to_string())?;
     let entries = match upto {
-        Some(upto) => reader.entries_between(1, upto),
-        None => reader.entries(1),
+        Some(upto) => source.entries_between(1, upto),
+        None => source.entries(1),
     };
     let mut records = 0;
-    for item in entries {
+    for item in entries.map_err(|e| e.to_string())? {
         let (position, bytes) = item.map_err(|e| e.to_string())?;
         let entry = Entry::decode(bytes).map_err(|e| format!("entry {position}: {e}"))?;
         records += entry.records.len() as u64;
@@ -162,9 +160,9 @@ fn fold(
 }
 
 /// By position of the fold: the hash that a checkpoint recorded of it.
-fn checkpoint_hashes(dir: &Path) -> Result<BTreeMap<u64, String>, String> {
+fn checkpoint_hashes(source: &Source) -> Result<BTreeMap<u64, String>, String> {
     let mut hashes = BTreeMap::new();
-    for item in Reader::open(dir).map_err(|e| e.to_string())?.entries(1) {
+    for item in source.entries(1).map_err(|e| e.to_string())? {
         let (position, bytes) = item.map_err(|e| e.to_string())?;
         let entry = Entry::decode(bytes).map_err(|e| format!("entry {position}: {e}"))?;
         for record in entry.records {
@@ -180,9 +178,14 @@ fn checkpoint_hashes(dir: &Path) -> Result<BTreeMap<u64, String>, String> {
 }
 
 /// The final of a closed stream, read behind the position where the stream begins.
-pub(crate) fn read_final(dir: &Path, tenant: &TenantId, stream: &StreamId, from: u64) -> Result<Option<Final>, String> {
+pub(crate) fn read_final(
+    source: &Source,
+    tenant: &TenantId,
+    stream: &StreamId,
+    from: u64,
+) -> Result<Option<Final>, String> {
     let key = Key::new(tenant, stream);
-    for item in Reader::open(dir).map_err(|e| e.to_string())?.entries(from) {
+    for item in source.entries(from).map_err(|e| e.to_string())? {
         let (position, bytes) = item.map_err(|e| e.to_string())?;
         let entry = Entry::decode(bytes).map_err(|e| format!("entry {position}: {e}"))?;
         for record in entry.records {

@@ -7,7 +7,7 @@ mod log_support;
 
 use atp_core::message::LogRoom;
 use atp_core::record::{AnyRecord, Checkpoint, Entry, Epoch, Genesis, Record};
-use atp_router::log::{Event, LocalLog, LogError, Options, Reader, offline};
+use atp_router::log::{Event, LocalLog, LogError, Options, Reader, Source, offline};
 use bytes::Bytes;
 use log_support::*;
 use prost::Message;
@@ -246,7 +246,7 @@ fn the_state_comes_back_from_the_beginning_and_from_a_checkpoint() {
     };
     let first = write(vec![Record::Genesis(genesis), Record::Epoch(epoch.clone())]);
     add_all(&log, vec![(1, first, false)]);
-    let (state, report) = offline::recover_state(dir.path()).unwrap();
+    let (state, report) = offline::recover_state(&Source::Local(dir.path().into())).unwrap();
     assert_eq!((state.position(), state.epoch(), report.checkpoint, report.entries), (1, 1, None, 1));
     let mut next = 2;
     for piece in state.to_checkpoint(0) {
@@ -254,12 +254,12 @@ fn the_state_comes_back_from_the_beginning_and_from_a_checkpoint() {
         next += 1;
     }
     add_all(&log, vec![(next, write(vec![Record::Epoch(Epoch { incarnation: "i2".into(), ..epoch })]), false)]);
-    let (from_checkpoint, report) = offline::recover_state(dir.path()).unwrap();
+    let (from_checkpoint, report) = offline::recover_state(&Source::Local(dir.path().into())).unwrap();
     assert_eq!((report.checkpoint, report.last_position), (Some(2), next));
-    let (from_start, _) = offline::fold_from_start(dir.path(), Some(next)).unwrap();
+    let (from_start, _) = offline::fold_from_start(&Source::Local(dir.path().into()), Some(next)).unwrap();
     assert_eq!(from_checkpoint.hash(), from_start.hash());
     add_all(&log, vec![(next + 1, Bytes::from_static(b"\xff\xff"), false)]);
-    let error = offline::recover_state(dir.path()).map(|_| ()).unwrap_err();
+    let error = offline::recover_state(&Source::Local(dir.path().into())).map(|_| ()).unwrap_err();
     assert!(matches!(error, LogError::Entry { position, .. } if position == next + 1));
 }
 

@@ -144,15 +144,43 @@ impl Shard {
         incarnation: &str,
         genesis: Option<Genesis>,
     ) -> Self {
-        let clock = Clock::start(now, state.logged_ms());
-        let durable = state.position();
-        let mut shard = Self {
+        let epoch = state.position() + 1;
+        let mut shard = Self::of(settings, state, now, epoch);
+        if let Some(genesis) = genesis.filter(|_| epoch == 1) {
+            shard.record(Record::Genesis(genesis));
+        }
+        let epoch = Epoch {
+            log_id: shard.state.log_id().clone(),
+            shard: shard.settings.shard,
+            owner: shard.settings.router_id.to_string(),
+            incarnation: incarnation.into(),
+        };
+        shard.record(Record::Epoch(epoch));
+        shard.rebuild();
+        shard.commit();
+        shard
+    }
+
+    /// As `recover`, where the newest entry of the log is this owner's Epoch already, and durable.
+    #[must_use]
+    pub fn recover_behind_epoch(settings: Arc<Settings>, state: State, now: Now) -> Self {
+        assert!(state.position() == state.epoch(), "the newest entry is the Epoch");
+        let epoch = state.epoch();
+        let mut shard = Self::of(settings, state, now, epoch);
+        shard.rebuild();
+        shard.commit();
+        shard
+    }
+
+    /// A shard that knows the log and nothing of its own.
+    fn of(settings: Arc<Settings>, state: State, now: Now, epoch: u64) -> Self {
+        Self {
+            durable: state.position(),
+            clock: Clock::start(now, state.logged_ms()),
             settings,
             state,
-            clock,
             now_ms: now.mono_ms,
-            epoch: durable + 1,
-            durable,
+            epoch,
             room: LogRoom::Enough,
             draining: false,
             entry: None,
@@ -172,20 +200,7 @@ impl Shard {
             timers: BTreeSet::new(),
             acks: BTreeMap::new(),
             acks_held: (0, BTreeMap::new()),
-        };
-        if let Some(genesis) = genesis.filter(|_| durable == 0) {
-            shard.record(Record::Genesis(genesis));
         }
-        let epoch = Epoch {
-            log_id: shard.state.log_id().clone(),
-            shard: shard.settings.shard,
-            owner: shard.settings.router_id.to_string(),
-            incarnation: incarnation.into(),
-        };
-        shard.record(Record::Epoch(epoch));
-        shard.rebuild();
-        shard.commit();
-        shard
     }
 
     /// The volatile part, from the fold: queues, deadlines (begun anew), calls whose agent has to be asked.

@@ -142,7 +142,12 @@ impl State {
         if position != self.position + 1 {
             return Err(corrupt(format!("follows position {}", self.position)));
         }
-        self.begin(entry.at_ms).map_err(corrupt)?;
+        let at_ms = match &entry.records[..] {
+            // A log may have an owner write its Epoch before it has read what time it is there.
+            [AnyRecord { record: Some(Record::Epoch(_)) }] => entry.at_ms.max(self.logged_ms),
+            _ => entry.at_ms,
+        };
+        self.begin(at_ms).map_err(corrupt)?;
         for AnyRecord { record } in &entry.records {
             let Some(record) = record else {
                 return Err(corrupt("record kind written by a newer version".into()));

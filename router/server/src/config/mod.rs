@@ -1,6 +1,7 @@
 //! The configuration: one YAML file as typed values. `table` knows every key, `tree` reads the text.
 
 mod accounts;
+mod kafka;
 mod policy;
 mod read;
 mod reference;
@@ -13,6 +14,8 @@ pub use read::{check, load, parse};
 pub use reference::{policy_schema, reference, schema};
 
 use crate::identity::Anonymous;
+pub use crate::log::Durability;
+use crate::log::{KafkaAddress, Source};
 use crate::tool::ToolConfig;
 use atp_core::settings::Settings;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
@@ -25,7 +28,9 @@ pub struct Config {
     /// What others are told to dial; empty: the address that is bound.
     pub advertise: Option<String>,
     pub data_dir: PathBuf,
+    /// Of the local log.
     pub durability: Durability,
+    pub log: LogPlace,
     pub anonymous: Anonymous,
     /// What the core reads.
     pub settings: Settings,
@@ -44,14 +49,23 @@ pub struct Listen {
     pub insecure: bool,
 }
 
-/// When an entry counts as durable.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Durability {
-    /// After `fdatasync`.
+/// Where the log is.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum LogPlace {
+    /// Below `data_dir`.
     #[default]
-    Fsync,
-    /// After the write; synced every few ms. For development.
-    Async,
+    Local,
+    Kafka(KafkaPlace),
+}
+
+/// The log in Kafka.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct KafkaPlace {
+    pub address: KafkaAddress,
+    /// One broker is wanted.
+    pub single_broker: bool,
+    /// Partitions of a new log.
+    pub shards: u32,
 }
 
 /// How the process's own log lines look.
@@ -114,6 +128,7 @@ impl Default for Config {
             advertise: None,
             data_dir: "./atp-data".into(),
             durability: Durability::Fsync,
+            log: LogPlace::Local,
             anonymous: Anonymous::Loopback,
             settings: Settings::default(),
             agents: Vec::new(),
@@ -157,6 +172,31 @@ impl Config {
         self.data_dir.join("log")
     }
 
+    /// The log, to read.
+    ///
+    /// # Errors
+    /// This build has no Kafka.
+    pub fn source(&self) -> Result<Source, String> {
+        match &self.log {
+            LogPlace::Local => Ok(Source::Local(self.log_dir())),
+            LogPlace::Kafka(place) => Source::kafka(place.address.clone(), 0),
+        }
+    }
+
+    /// How the Kafka log is opened: shard 0.
+    #[cfg(feature = "kafka")]
+    #[must_use]
+    pub fn kafka_options(&self, place: &KafkaPlace) -> crate::log::KafkaOptions {
+        crate::log::KafkaOptions {
+            address: place.address.clone(),
+            single_broker: place.single_broker,
+            shards: place.shards,
+            shard: 0,
+            data_dir: self.data_dir.clone(),
+            checkpoint_every: self.limits.segment_bytes,
+        }
+    }
+
     /// What forbids a start, whoever made this configuration.
     #[must_use]
     pub fn problems(&self) -> Vec<Problem> {
@@ -176,6 +216,9 @@ impl Config {
                 fix,
             ));
         }
+        if let LogPlace::Kafka(place) = &self.log {
+            kafka::problems(place, &mut problems);
+        }
         problems
     }
 
@@ -185,7 +228,7 @@ impl Config {
             ("listen", self.listen != new.listen),
             ("router", self.settings.router_id != new.settings.router_id || self.advertise != new.advertise),
             ("data_dir", self.data_dir != new.data_dir),
-            ("log.durability", self.durability != new.durability),
+            ("log", self.durability != new.durability || self.log != new.log),
             ("auth.anonymous", self.anonymous != new.anonymous),
             ("agents", self.agents != new.agents),
             ("tools", self.tools != new.tools),

@@ -309,14 +309,11 @@ impl Walk<'_> {
         if self.is("telemetry.log", "json") {
             config.log_format = LogFormat::Json;
         }
-        for (path, wrong, fix) in [
-            ("log.kind", "kafka", "this version keeps the local log only: use `local`"),
-            ("store.kind", "redis", "this version keeps the memory store only: use `memory`"),
-        ] {
-            if self.is(path, wrong) {
-                self.problem(self.mark(path), path, format!("`{wrong}` comes with a later version"), fix);
-            }
+        if self.is("store.kind", "redis") {
+            let fix = "this version keeps the memory store only: use `memory`";
+            self.problem(self.mark("store.kind"), "store.kind", "`redis` comes with a later version", fix);
         }
+        self.kafka(&mut config);
         let windows = [
             ("windows.stream", &mut config.settings.stream_window),
             ("windows.agent", &mut config.settings.agent_window),

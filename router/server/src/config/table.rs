@@ -43,7 +43,6 @@ const fn later(path: &'static str, takes: Takes, default: &'static str, about: &
 }
 
 const TLS: &str = "leave it out; this version has no TLS, put a TLS proxy in front or stay on loopback";
-const KAFKA: &str = "use log.kind: local and leave log.kafka out";
 const REDIS: &str = "use store.kind: memory and leave store.redis out";
 const TOKENS: &str = "leave it out; this version knows loopback peers only";
 
@@ -61,15 +60,20 @@ pub(super) const KEYS: &[Key] = &[
     later("listen.tls.client_ca", Takes::Path, "", "who signs client certificates, PEM", TLS),
     key("router.id", Takes::Text, "r1", "this router's name in records and views, 1 to 64 of `A-Za-z0-9._-`"),
     key("router.advertise", Takes::Text, "", "what others are told to dial; empty: the address that is bound"),
-    key("data_dir", Takes::Path, "./atp-data", "the log lies in `log` below it"),
-    key("log.kind", Takes::Choice(&["local", "kafka"]), "local", "where the log is"),
+    key("data_dir", Takes::Path, "./atp-data", "the local log lies in `log` below it; of a log in Kafka, what this machine remembers"),
+    key("log.kind", Takes::Choice(&["local", "kafka"]), "local", "where the log is: below `data_dir`, or in Kafka"),
     key("log.format", Takes::Whole(1, 1), "", "which record kinds may be written; empty: as the log began"),
-    key("log.durability", Takes::Choice(&["fsync", "async"]), "fsync", "async acknowledges before the disk has it: development only"),
-    later("log.kafka.brokers", Takes::Texts, "", "`host:port` of each", KAFKA),
-    later("log.kafka.topic", Takes::Text, "atp.frames", "one partition per shard", KAFKA),
-    later("log.kafka.single_broker", Takes::Bool, "false", "true: one broker is wanted", KAFKA),
-    later("log.kafka.tls", Takes::Anything, "", "TLS to the brokers", KAFKA),
-    later("log.kafka.sasl", Takes::Anything, "", "credentials for the brokers", KAFKA),
+    key("log.durability", Takes::Choice(&["fsync", "async"]), "fsync", "of the local log; async acknowledges before the disk has it: development only"),
+    key("log.kafka.brokers", Takes::Texts, "", "`host:port` of some of them; the others are learned"),
+    key("log.kafka.topic", Takes::Text, "atp.frames", "one partition per shard; `atp log init` makes it"),
+    key("log.kafka.single_broker", Takes::Bool, "false", "true: one broker is wanted, an entry is durable with it alone"),
+    key("log.kafka.tls.on", Takes::Bool, "false", "true: TLS to the brokers (needs a build with `kafka-tls`, as all of `tls` and `sasl`)"),
+    key("log.kafka.tls.ca", Takes::Path, "", "who signs the brokers' certificates, PEM; empty: the system's authorities"),
+    key("log.kafka.tls.cert", Takes::Path, "", "certificate chain of this client, PEM"),
+    key("log.kafka.tls.key", Takes::Path, "", "its private key, PEM"),
+    key("log.kafka.sasl.mechanism", Takes::Choice(&["scram-sha-256", "scram-sha-512"]), "scram-sha-512", "how the password is proved"),
+    key("log.kafka.sasl.user", Takes::Text, "", "empty: no credentials"),
+    key("log.kafka.sasl.password", Takes::Text, "", "better as `${ENV}`"),
     key("store.kind", Takes::Choice(&["memory", "redis"]), "memory", "where projections live"),
     later("store.redis.url", Takes::Text, "", "of the server", REDIS),
     later("store.redis.prefix", Takes::Text, "atp", "of every key", REDIS),
@@ -138,7 +142,7 @@ pub(super) const KEYS: &[Key] = &[
     key("limits.cool_off_percent", Takes::Whole(1, 1_000_000), "25", "a call so far above its guarded estimate cools its agent off"),
     key("limits.gold_passes_pause", Takes::Bool, "false", "true: gold may pass an agent's PAUSE after its retry time, one call at once"),
     key("limits.heartbeat", Takes::Duration, "5s", "offered in the hello; 3 silent ones lose the connection"),
-    key("limits.segment_bytes", Takes::Whole(1_048_576, 1_073_741_824), "67108864", "of a file of the log, a multiple of 4096"),
+    key("limits.segment_bytes", Takes::Whole(1_048_576, 1_073_741_824), "67108864", "of a file of the log, a multiple of 4096; in Kafka: entries between two checkpoints"),
     later("telemetry.otlp", Takes::Text, "", "where traces go", "leave it out; `/metrics` has the figures"),
     key("telemetry.log", Takes::Choice(&["text", "json"]), "text", "the process's own log lines, on stderr"),
 ];

@@ -49,7 +49,7 @@ pub(super) fn newest(reader: &Reader) -> Result<Option<Found>, LogError> {
                 .map(|(position, _)| position)
                 .collect();
             for position in first_pieces.into_iter().rev() {
-                if let Some(bytes) = whole(reader, position)? {
+                if let Some((_, bytes)) = whole(reader.entries(position))? {
                     return Ok(Some(Found { position, bytes, segment: *number, offset }));
                 }
             }
@@ -58,11 +58,13 @@ pub(super) fn newest(reader: &Reader) -> Result<Option<Found>, LogError> {
     Ok(None)
 }
 
-/// The bytes of the checkpoint that begins at `position`, if all its pieces follow each other.
-fn whole(reader: &Reader, position: u64) -> Result<Option<u64>, LogError> {
+/// The checkpoint that these entries begin with: its first piece and the bytes of all, if all follow each other.
+pub(super) fn whole(
+    entries: impl Iterator<Item = Result<(u64, Bytes), LogError>>,
+) -> Result<Option<(Checkpoint, u64)>, LogError> {
     let mut bytes = 0;
     let mut first: Option<Checkpoint> = None;
-    for (n, entry) in (0_u32..).zip(reader.entries(position)) {
+    for (n, entry) in (0_u32..).zip(entries) {
         let (_, entry) = entry?;
         let Some(piece) = piece(&entry) else { return Ok(None) };
         let same = first.as_ref().is_none_or(|first| {
@@ -73,10 +75,11 @@ fn whole(reader: &Reader, position: u64) -> Result<Option<u64>, LogError> {
             return Ok(None);
         }
         bytes += entry.len() as u64;
-        if n + 1 == piece.pieces {
-            return Ok(Some(bytes));
+        let last = n + 1 == piece.pieces;
+        let first = first.get_or_insert(piece);
+        if last {
+            return Ok(Some((std::mem::take(first), bytes)));
         }
-        first.get_or_insert(piece);
     }
     Ok(None)
 }

@@ -33,6 +33,25 @@ pub enum LogError {
     Stopped(Arc<LogError>),
     #[error("the log is closed")]
     Closed,
+    /// The brokers refused, or couldn't be reached in time.
+    #[error("cannot {doing} {address}: {why}")]
+    Kafka { doing: &'static str, address: String, why: String },
+    /// Acknowledged records are gone, or were never in this topic, or could get lost there.
+    #[error("ELOG: {address}: {what}")]
+    NotThisLog { address: String, what: String },
+    /// An entry stands in the log or not: nobody knows before it is read again.
+    #[error(
+        "no broker confirmed entry {position}, so it may stand in the log or not: {why}; a restart reads what stands"
+    )]
+    Unknown { position: u64, why: String },
+    /// Another owner has begun.
+    #[error("{by} has taken over shard {shard} at offset {offset}; this router has stepped down")]
+    Fenced { shard: u32, offset: u64, by: String },
+    /// The log holds what this owner can't explain.
+    #[error("stepped down from shard {shard}: {why}; a restart reads what stands")]
+    SteppedDown { shard: u32, why: String },
+    #[error("{} can't be read or written: {what}; restore it from a copy, or remove it to trust the topic as it is", path.display())]
+    Memory { path: PathBuf, what: String },
     /// The entries are whole, but what they say cannot be.
     #[error("entry {position}: {what}")]
     Entry { position: u64, what: String },

@@ -7,7 +7,8 @@ use super::spare::{self, Spares};
 use super::status::{Events, Status};
 use super::sync::Dirty;
 use super::writer::{Setup, Writer};
-use super::{LogError, LogId};
+use super::{Guarantee, Log, LogError, LogId};
+use futures_util::future::BoxFuture;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::thread::JoinHandle;
@@ -21,6 +22,15 @@ pub enum Durability {
     Fsync,
     /// After the write; a sync follows every few ms. For development: a power cut may take what was acknowledged.
     Async,
+}
+
+impl From<Durability> for Guarantee {
+    fn from(durability: Durability) -> Self {
+        match durability {
+            Durability::Fsync => Self::Fsync,
+            Durability::Async => Self::Async,
+        }
+    }
 }
 
 /// How a log is opened.
@@ -202,6 +212,18 @@ impl LocalLog {
         }
         self.dirty.close();
         self.threads.drain(..).for_each(join);
+    }
+}
+
+impl Log for LocalLog {
+    fn append(&self, entries: Vec<Entry>) -> BoxFuture<'_, Result<(), LogError>> {
+        Box::pin(Self::append(self, entries))
+    }
+    fn events(&self) -> Events {
+        Self::events(self)
+    }
+    fn close(self: Box<Self>) -> Result<(), LogError> {
+        Self::close(*self)
     }
 }
 

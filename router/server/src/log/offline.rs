@@ -1,35 +1,41 @@
 //! Rebuilds the state from a log: newest whole checkpoint, then every later entry. Takes no lock and writes nothing.
 
-use super::{LogError, Reader, checkpoint};
+use super::{Entries, LogError, Source, checkpoint};
 use atp_core::record::{Checkpoint, Entry, Record};
 use atp_core::state::State;
 use prost::Message;
-use std::path::Path;
 
 /// What a recovery read.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Report {
     /// First piece of the checkpoint that was taken; `None`: the log was read from its beginning.
     pub checkpoint: Option<u64>,
     /// Entries applied behind it.
     pub entries: u64,
+    /// Their bytes.
+    pub bytes: u64,
+    /// The bytes of that checkpoint.
+    pub checkpoint_bytes: u64,
     /// The last entry of the log; 0: none.
     pub last_position: u64,
 }
 
-/// The state that the log in `dir` stands for.
+/// The state that a log stands for.
 ///
 /// # Errors
-/// `NoLog`, `Corrupt`, I/O; `Entry` for an entry that cannot be read or contradicts what came before it.
-pub fn recover_state(dir: &Path) -> Result<(State, Report), LogError> {
-    let reader = Reader::open(dir)?;
-    let checkpoint = reader.newest_checkpoint()?;
+/// `NoLog`, `NotThisLog`, `Corrupt`, I/O; `Entry` for an entry that cannot be read or contradicts what came before it.
+pub fn recover_state(source: &Source) -> Result<(State, Report), LogError> {
     let mut state = State::default();
-    if let Some(position) = checkpoint {
-        state = State::from_checkpoint(&pieces(&reader, position)?)
+    let mut report = Report { checkpoint: source.newest_checkpoint()?, ..Report::default() };
+    if let Some(position) = report.checkpoint {
+        let pieces = pieces(source.entries(position)?, &mut report)?;
+        state = State::from_checkpoint(&pieces)
             .map_err(|corrupt| LogError::Entry { position: corrupt.position, what: corrupt.message })?;
     }
-    let report = replay(&reader, &mut state, checkpoint)?;
+    report.last_position = state.position();
+    for item in source.entries(state.position() + 1)? {
+        apply(&mut state, item?, &mut report)?;
+    }
     Ok((state, report))
 }
 
@@ -37,27 +43,16 @@ pub fn recover_state(dir: &Path) -> Result<(State, Report), LogError> {
 ///
 /// # Errors
 /// As [`recover_state`]; `Missing` if the log ends before `upto`.
-pub fn fold_from_start(dir: &Path, upto: Option<u64>) -> Result<(State, Report), LogError> {
-    let reader = Reader::open(dir)?;
-    let mut state = State::default();
-    let entries = upto.map_or_else(|| reader.entries(1), |upto| reader.entries_between(1, upto));
-    let mut report = Report { checkpoint: None, entries: 0, last_position: 0 };
-    for item in entries {
+pub fn fold_from_start(source: &Source, upto: Option<u64>) -> Result<(State, Report), LogError> {
+    let (mut state, mut report) = (State::default(), Report::default());
+    for item in upto.map_or_else(|| source.entries(1), |upto| source.entries_between(1, upto))? {
         apply(&mut state, item?, &mut report)?;
     }
     Ok((state, report))
 }
 
-fn replay(reader: &Reader, state: &mut State, checkpoint: Option<u64>) -> Result<Report, LogError> {
-    let from = state.position() + 1;
-    let mut report = Report { checkpoint, entries: 0, last_position: state.position() };
-    for item in reader.entries(from) {
-        apply(state, item?, &mut report)?;
-    }
-    Ok(report)
-}
-
 fn apply(state: &mut State, (position, bytes): (u64, bytes::Bytes), report: &mut Report) -> Result<(), LogError> {
+    report.bytes += bytes.len() as u64;
     let entry = Entry::decode(bytes).map_err(|error| LogError::Entry { position, what: error.to_string() })?;
     state.apply(position, &entry).map_err(|corrupt| LogError::Entry { position, what: corrupt.message })?;
     report.entries += 1;
@@ -65,11 +60,12 @@ fn apply(state: &mut State, (position, bytes): (u64, bytes::Bytes), report: &mut
     Ok(())
 }
 
-/// The pieces of the whole checkpoint that begins at `position`.
-fn pieces(reader: &Reader, position: u64) -> Result<Vec<Checkpoint>, LogError> {
+/// The pieces of the whole checkpoint that these entries begin with.
+fn pieces(entries: Entries, report: &mut Report) -> Result<Vec<Checkpoint>, LogError> {
     let mut pieces: Vec<Checkpoint> = Vec::new();
-    for item in reader.entries(position) {
+    for item in entries {
         let (position, entry) = item?;
+        report.checkpoint_bytes += entry.len() as u64;
         let piece = checkpoint::piece(&entry).ok_or_else(|| {
             let what = "a piece of a checkpoint is due here".into();
             LogError::Entry { position, what }

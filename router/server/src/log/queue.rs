@@ -10,7 +10,7 @@ use tokio::sync::Notify;
 const QUEUE_BYTES_MAX: usize = 16 << 20;
 
 /// One entry: its position, its bytes, whether it is the first piece of a checkpoint.
-pub(super) type Entry = (u64, Bytes, bool);
+pub type Entry = (u64, Bytes, bool);
 
 #[derive(Debug)]
 pub(super) struct Queue {

@@ -174,6 +174,7 @@ impl Writer {
                 self.since_checkpoint = extent;
             }
             metrics::histogram!("atp_log_batch_records").record(f64::from(self.builder.entries()));
+            metrics::histogram!("atp_log_batch_bytes").record(extent as f64);
             let position = self.link.next_position - 1;
             self.status.send_modify(|status| status.durable = position);
             self.written_since_room += extent;

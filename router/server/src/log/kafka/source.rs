@@ -1,0 +1,191 @@
+//! A Kafka log to read: valid messages as entries with their positions. Writes nothing and needs no lock.
+
+use super::client::{Messages, PATIENCE};
+use super::header::{Header, Parsed};
+use super::marks::Marks;
+use super::reading::{Mark, Verdict, Walk};
+use crate::log::{KafkaAddress, LogError, LogId, checkpoint};
+use atp_core::record::{Entry, Genesis, Record};
+use bytes::Bytes;
+use prost::Message as _;
+use std::fmt;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+/// One partition of a topic. Clones share what was learned of where positions stand.
+#[derive(Clone)]
+pub struct KafkaSource {
+    address: KafkaAddress,
+    shard: u32,
+    marks: Arc<Mutex<Marks>>,
+    /// Nothing is read from this offset on; `None`: the end at the time of reading.
+    end: Option<u64>,
+}
+
+impl fmt::Debug for KafkaSource {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} shard {}", self.address, self.shard)
+    }
+}
+
+impl KafkaSource {
+    /// The partition of a shard. Connects when it is read.
+    #[must_use]
+    pub fn new(address: KafkaAddress, shard: u32) -> Self {
+        Self { address, shard, marks: Arc::default(), end: None }
+    }
+
+    /// Where the log is.
+    #[must_use]
+    pub const fn address(&self) -> &KafkaAddress {
+        &self.address
+    }
+
+    /// The same partition as if it ended before this offset.
+    pub(super) fn upto(&self, end: u64) -> Self {
+        Self { end: Some(end), ..self.clone() }
+    }
+
+    pub(super) fn partition(&self) -> i32 {
+        i32::try_from(self.shard).unwrap_or(i32::MAX)
+    }
+
+    /// Its end, if it begins at the beginning.
+    pub(super) fn ends(&self, messages: &Messages) -> Result<u64, LogError> {
+        let (low, high) = messages.ends(PATIENCE)?;
+        if low > 0 {
+            let what = format!("it begins at offset {low}: acknowledged records were deleted; restore it from a copy");
+            return Err(self.address.refused(what));
+        }
+        Ok(high)
+    }
+
+    /// The message at offset 0; `None`: there is no message.
+    pub(super) fn genesis(&self, messages: &mut Messages) -> Result<Option<Genesis>, LogError> {
+        let end = self.ends(messages)?;
+        messages.seek(0, end.min(1))?;
+        let Some(first) = messages.next()? else { return Ok(None) };
+        let log_id = match first.header {
+            Parsed::Ours(Header::Genesis { log_id }) if first.offset == 0 => log_id,
+            Parsed::Newer { version } => {
+                return Err(self.address.refused(format!("a newer version wrote it (messages of version {version})")));
+            }
+            _ => return Err(self.address.refused("its first message is no log's beginning; choose another topic")),
+        };
+        let entry = Entry::decode(first.entry).map_err(|e| self.address.refused(format!("its first message: {e}")))?;
+        match entry.records.into_iter().next().and_then(|any| any.record) {
+            Some(Record::Genesis(genesis)) if genesis.log_id == log_id[..] => Ok(Some(genesis)),
+            _ => Err(self.address.refused("its first message contradicts itself; restore the topic from a copy")),
+        }
+    }
+
+    /// The entries `from..=upto`, or to the end of the log. With `upto` it is an error if the log ends before.
+    ///
+    /// # Errors
+    /// The brokers can't be reached, or this isn't the beginning of a log.
+    pub fn entries(&self, from: u64, upto: Option<u64>) -> Result<KafkaEntries, LogError> {
+        let mut messages = Messages::new(&self.address, self.partition())?;
+        let genesis =
+            self.genesis(&mut messages)?.ok_or_else(|| self.address.refused("it is empty: no log is in it"))?;
+        let log_id = LogId::try_from(&genesis.log_id[..]).expect("compared with an id just now");
+        let end = self.ends(&messages)?;
+        let end = self.end.map_or(end, |bound| bound.min(end));
+        let walk = match self.marks().before(from) {
+            Some(mark) => Walk::behind(log_id, mark),
+            None => Walk::from_start(log_id),
+        };
+        messages.seek(walk.next(), end)?;
+        let marks = self.marks.clone();
+        let done = upto.is_some_and(|upto| upto < from.max(1));
+        Ok(KafkaEntries { address: self.address.clone(), messages, walk, marks, from, upto, void: 0, done })
+    }
+
+    /// The first piece of the newest whole checkpoint that is known here.
+    #[must_use]
+    pub fn newest_checkpoint(&self) -> Option<u64> {
+        self.marks().checkpoint().map(|mark| mark.position + 1)
+    }
+
+    /// Believes a place that was remembered if it holds what it should: a message of that number, and a whole checkpoint
+    /// behind it.
+    pub(super) fn try_checkpoint(&self, log_id: LogId, mark: Mark) -> Result<bool, LogError> {
+        let mut messages = Messages::new(&self.address, self.partition())?;
+        let end = self.ends(&messages)?;
+        messages.seek(mark.offset, end.min(mark.offset.saturating_add(1)))?;
+        let header = messages.next()?.map(|message| message.header);
+        let stands = match header {
+            Some(Parsed::Ours(Header::Entry { epoch, n, .. })) => (Some(epoch), n) == (mark.epoch, mark.n),
+            Some(Parsed::Ours(Header::Epoch { log_id: id })) => {
+                (Some(mark.offset), 0, log_id) == (mark.epoch, mark.n, id)
+            }
+            _ => false,
+        };
+        if !stands {
+            return Ok(false);
+        }
+        self.marks().set_checkpoint(mark);
+        let first = checkpoint::whole(self.entries(mark.position + 1, None)?)?;
+        let whole = first.is_some_and(|(first, _)| first.position == mark.position && first.log_id == log_id[..]);
+        if !whole {
+            *self.marks() = Marks::default();
+        }
+        Ok(whole)
+    }
+
+    pub(super) fn marks(&self) -> MutexGuard<'_, Marks> {
+        self.marks.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Entries with their positions, in order. An error is the last item.
+pub struct KafkaEntries {
+    address: KafkaAddress,
+    messages: Messages,
+    walk: Walk,
+    marks: Arc<Mutex<Marks>>,
+    from: u64,
+    upto: Option<u64>,
+    void: u64,
+    done: bool,
+}
+
+impl KafkaEntries {
+    fn advance(&mut self) -> Result<Option<(u64, Bytes)>, LogError> {
+        while let Some(message) = self.messages.next()? {
+            let verdict = self.walk.take(message.offset, &message.header);
+            match verdict.map_err(|halt| self.address.refused(halt.to_string()))? {
+                Verdict::Void(_) => self.void += 1,
+                Verdict::Valid { position } => {
+                    self.marks.lock().unwrap_or_else(PoisonError::into_inner).offer(self.walk.mark());
+                    if position >= self.from {
+                        self.done = self.upto.is_some_and(|upto| position >= upto);
+                        return Ok(Some((position, message.entry)));
+                    }
+                }
+            }
+        }
+        self.upto.map_or(Ok(None), |position| Err(LogError::Missing { position }))
+    }
+}
+
+impl Iterator for KafkaEntries {
+    type Item = Result<(u64, Bytes), LogError>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        if self.done {
+            return None;
+        }
+        let item = self.advance().transpose();
+        if !matches!(item, Some(Ok(_))) {
+            self.done = true;
+        }
+        item
+    }
+}
+
+impl Drop for KafkaEntries {
+    fn drop(&mut self) {
+        if self.void > 0 {
+            metrics::counter!("atp_log_void_messages_total").increment(self.void);
+        }
+    }
+}
