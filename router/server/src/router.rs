@@ -7,11 +7,12 @@ use crate::inbox::{Inbox, ToShard, inbox};
 use crate::listen::{self, Doors};
 use crate::log::{self, LocalLog, LogError};
 use crate::shard_task::{Begin, Health, ShardTask};
+use crate::store::{self, StoreHealth};
 use crate::time::Clocks;
 use crate::tool::Tools;
 use crate::{http, metric};
 use atp_core::message::{Answer, Query};
-use atp_core::record::Genesis;
+use atp_core::record::{Genesis, hex};
 use atp_core::shard::Shard;
 use atp_core::state::{FORMAT, State};
 use atp_proto::TenantId;
@@ -40,6 +41,8 @@ pub enum StartError {
     Log(#[from] LogError),
     #[error("data_dir: entry {position} of the log in {} can't be folded: {what}; restore the log from a copy", dir.display())]
     Fold { dir: std::path::PathBuf, position: u64, what: String },
+    #[error("store: {0}")]
+    Store(String),
     #[error("the log ended before the router served: {0}")]
     Stopped(String),
 }
@@ -55,6 +58,7 @@ pub struct Router {
     doors: Doors,
     shared: Arc<Shared>,
     health: watch::Receiver<Health>,
+    store: watch::Receiver<StoreHealth>,
     settings: watch::Sender<Arc<Config>>,
     /// Cancelled when the shard's task is to end.
     stop_shard: CancellationToken,
@@ -105,6 +109,9 @@ impl Router {
             tracing::info!("log: {fact}");
         }
 
+        let log_id = hex(&log.log_id());
+        let store = store::Opened::open(&config.store, &log_id, state.position()).await.map_err(StartError::Store)?;
+
         let incarnation = uuid::Uuid::new_v4().simple().to_string()[..12].to_owned();
         let clocks = Clocks::start();
         let settings = Arc::new(config.settings.clone());
@@ -154,6 +161,13 @@ impl Router {
             let _ = told.send(outcome);
         });
 
+        let identity = store::Identity {
+            router: config.settings.router_id.clone(),
+            incarnation: shared.incarnation.clone(),
+            atp: config.advertise.clone().unwrap_or_else(|| atp_addr.to_string()),
+            http: http_addr.to_string(),
+        };
+        let store = store.project(inbox, identity, clocks, stop_shard.clone(), &tasks);
         let doors = Doors {
             shared: shared.clone(),
             next_conn: Arc::new(AtomicU64::new(1)),
@@ -166,6 +180,7 @@ impl Router {
             doors,
             shared,
             health,
+            store,
             settings,
             stop_shard,
             stop_listening,
@@ -300,6 +315,9 @@ impl Router {
     }
     pub(crate) fn health(&self) -> watch::Receiver<Health> {
         self.health.clone()
+    }
+    pub(crate) fn store(&self) -> watch::Receiver<StoreHealth> {
+        self.store.clone()
     }
     pub(crate) fn config(&self) -> watch::Receiver<Arc<Config>> {
         self.settings.subscribe()

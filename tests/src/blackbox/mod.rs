@@ -5,6 +5,7 @@ pub mod atp;
 pub mod history;
 pub mod peer;
 pub mod process;
+pub mod redis;
 pub mod relay;
 
 use std::time::{Duration, Instant};

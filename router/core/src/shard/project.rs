@@ -5,12 +5,11 @@ use super::Shard;
 use super::closing::qos;
 use super::windows::{accepted, stream_window};
 use crate::projection::{Projection, StreamRow};
-use crate::record::Record;
+use crate::record::{Record, hex};
 use crate::stream::Stream;
 use atp_proto::AgentName;
 use sha2::{Digest, Sha256};
 use std::collections::BTreeSet;
-use std::fmt::Write;
 
 /// Changed streams that are remembered; beyond it every stream counts as changed.
 const CHANGED_MAX: usize = 65_536;
@@ -138,11 +137,5 @@ fn findings_hash(stream: &Stream) -> String {
             hash.update(finding);
         }
     }
-    let mut hex = String::new();
-    if any {
-        for byte in hash.finalize() {
-            write!(hex, "{byte:02x}").expect("a string takes all");
-        }
-    }
-    hex
+    if any { hex(&hash.finalize()) } else { String::new() }
 }

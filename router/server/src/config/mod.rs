@@ -4,6 +4,7 @@ mod accounts;
 mod policy;
 mod read;
 mod reference;
+mod store;
 mod table;
 mod tools;
 mod tree;
@@ -12,6 +13,7 @@ pub use read::{check, load, parse};
 pub use reference::{policy_schema, reference, schema};
 
 use crate::identity::Anonymous;
+use crate::store::StoreConfig;
 use crate::tool::ToolConfig;
 use atp_core::settings::Settings;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
@@ -25,6 +27,7 @@ pub struct Config {
     pub advertise: Option<String>,
     pub data_dir: PathBuf,
     pub durability: Durability,
+    pub store: StoreConfig,
     pub anonymous: Anonymous,
     /// What the core reads.
     pub settings: Settings,
@@ -113,6 +116,7 @@ impl Default for Config {
             advertise: None,
             data_dir: "./atp-data".into(),
             durability: Durability::Fsync,
+            store: StoreConfig::Memory,
             anonymous: Anonymous::Loopback,
             settings: Settings::default(),
             agents: Vec::new(),
@@ -185,6 +189,7 @@ impl Config {
             ("router", self.settings.router_id != new.settings.router_id || self.advertise != new.advertise),
             ("data_dir", self.data_dir != new.data_dir),
             ("log.durability", self.durability != new.durability),
+            ("store", self.store != new.store),
             ("auth.anonymous", self.anonymous != new.anonymous),
             ("agents", self.agents != new.agents),
             ("tools", self.tools != new.tools),
