@@ -4,3 +4,4 @@ mod crash;
 mod disk;
 mod load;
 mod money;
+mod store;

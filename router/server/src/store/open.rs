@@ -28,7 +28,7 @@ impl Opened {
             format!(
                 "ELOG: acknowledged records are gone: {what}; restore the newest copy of data_dir/log. To give up what \
                  is gone and begin with this log, delete what the store remembers, redis-cli DEL '{key}', or set \
-                 another store.redis.prefix"
+                 another store.redis.prefix; then start the agents again too, which have known a later owner"
             )
         })?;
         Ok(Self::Redis(Box::new(store)))
