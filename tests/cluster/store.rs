@@ -95,6 +95,12 @@ fn shows(redis: &Redis, told: &Told) -> Option<()> {
     same.then_some(())
 }
 
+/// `atp store show`, without asking a router.
+fn shown(router: &Router) -> Value {
+    let config = router.dir().join("atp.yaml");
+    atp::run_json(&["store", "show", "--config", config.to_str().expect("text")])
+}
+
 /// Nothing was lost or paid twice, and the store has it all.
 fn check(router: &Router, redis: &Redis, agents: &[Scripted], told: &[Told]) {
     let report = router.settled();
@@ -119,6 +125,10 @@ fn check(router: &Router, redis: &Redis, agents: &[Scripted], told: &[Told]) {
         wait_for(agent, || (redis.hash(&format!("{{atp:0}}:agent:{agent}"))["in_flight"] == "0").then_some(()));
     }
     assert_eq!(redis.hash("{atp}:router:r1")["atp"], router.atp().to_string());
+    let shown = shown(router);
+    assert_eq!(shown["streams"].as_array().map(Vec::len), Some(told.len()));
+    assert_eq!((&shown["routers"][0]["id"], &shown["shards"][0]["owner"]), (&json!("r1"), &json!("r1")));
+    assert_eq!(shown["agents"].as_array().map(Vec::len), Some(2));
 }
 
 fn survives(redis: &mut Redis, url: &str, fault: impl FnOnce(&Router, &mut Redis)) {
