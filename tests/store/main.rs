@@ -49,6 +49,7 @@ fn batch(position: u64, streams: Vec<StreamRow>) -> Batch {
         router: "r1".into(),
         at_ms: NOW,
         ttl: Duration::from_secs(60),
+        ended_ttl: Duration::from_secs(60),
         streams,
         agents: vec![],
     }
@@ -149,6 +150,8 @@ async fn what_is_not_renewed_is_forgotten<S: StateStore>(store: &mut S) {
     store.beat(&Beat { ttl: brief, ..beat("gone") }).await.unwrap();
     let old = Batch { ttl: brief, agents: vec![agent("old")], ..batch(1, vec![row("old", 1)]) };
     store.write(&old).await.unwrap();
+    let ended = StreamRow { state: TaskState::Done, ..row("ended", 1) };
+    store.write(&Batch { ended_ttl: brief, ..batch(1, vec![ended]) }).await.unwrap();
     store.write(&Batch { agents: vec![agent("new")], ..batch(2, vec![row("new", 1)]) }).await.unwrap();
     let all = loop {
         let all = read(store).await;

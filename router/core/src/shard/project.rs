@@ -16,7 +16,7 @@ const CHANGED_MAX: usize = 65_536;
 /// Streams that one answer looks at while it goes through all.
 const LOOKED_AT_MAX: usize = 8_192;
 /// A stream that ended is shown for this long, in logged time.
-const SHOWN_MS: u64 = 300_000;
+const SHOWN_MS: u64 = 60_000;
 
 /// What a store has to be shown.
 #[derive(Default)]
@@ -138,4 +138,21 @@ fn findings_hash(stream: &Stream) -> String {
         }
     }
     if any { hex(&hash.finalize()) } else { String::new() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn more_changes_than_are_remembered_are_all_streams() {
+        let mut changes = Changes::default();
+        let max = CHANGED_MAX as u64;
+        (0..max).chain(0..max).for_each(|no| changes.mark(no));
+        assert_eq!((changes.streams.len(), changes.walk), (CHANGED_MAX, None));
+        changes.mark(max);
+        assert_eq!((changes.streams.len(), changes.walk), (0, Some(0)));
+        changes.mark(max);
+        assert_eq!(changes.streams.len(), 1, "what changes during the walk is shown again");
+    }
 }

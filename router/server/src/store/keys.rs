@@ -8,7 +8,7 @@ use atp_core::projection::StreamRow;
 /// {PREFIX}:shards                   sorted set   shard -> last seen
 /// {PREFIX:SHARD}:shard              hash         log, watermark, owner of a shard; never expires
 /// {PREFIX:SHARD}:streams            sorted set   TENANT:STREAM -> last written
-/// {PREFIX:SHARD}:stream:TENANT:ID   hash         a stream; expires 5 min after it was last written
+/// {PREFIX:SHARD}:stream:TENANT:ID   hash         a stream; expires 5 min after it was last written, 1 min after its end
 /// {PREFIX:SHARD}:agents             sorted set   agent handle -> last written
 /// {PREFIX:SHARD}:agent:NAME         hash         an agent as the shard knows it; expires likewise
 /// ```

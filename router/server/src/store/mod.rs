@@ -45,10 +45,17 @@ pub struct Batch {
     pub router: Arc<str>,
     /// Wall clock, Unix milliseconds.
     pub at_ms: u64,
-    /// How long a row lives that isn't written again.
+    /// How long a row lives that isn't written again, and that of a stream that has ended.
     pub ttl: Duration,
+    pub ended_ttl: Duration,
     pub streams: Vec<StreamRow>,
     pub agents: Vec<AgentView>,
+}
+
+impl Batch {
+    fn ttl_of(&self, row: &StreamRow) -> Duration {
+        if row.state.is_closed() { self.ended_ttl } else { self.ttl }
+    }
 }
 
 /// A router's entry in the directory.

@@ -26,6 +26,8 @@ const PAGE: usize = 256;
 /// How long a row outlives its router, and how often all are written again: what the store lost by itself comes back.
 const ROW_TTL: Duration = Duration::from_secs(300);
 const RENEW: Duration = Duration::from_secs(100);
+/// How long a stream is seen after its end.
+const ENDED_TTL: Duration = Duration::from_secs(60);
 /// How long a router's own entry outlives it.
 const ROUTER_TTL: Duration = Duration::from_secs(15);
 
@@ -186,6 +188,7 @@ impl<S: StateStore> Projector<S> {
             router: self.identity.router.clone(),
             at_ms: self.clocks.now().wall_ms,
             ttl: ROW_TTL,
+            ended_ttl: ENDED_TTL,
             streams: projection.streams,
             agents,
         };

@@ -13,9 +13,9 @@ use std::time::Duration;
 /// A connection or an answer that takes longer is given up.
 const PATIENCE: Duration = Duration::from_secs(2);
 
-/// KEYS: the shard, its lists of streams and of agents, then each row. ARGV: log, position, time (ms), time to live (ms), then
-/// each row (the shard's own first) as: its list (0: none), its name there, how many values follow, fields and values. Gives
-/// the log, position and owner that stood there; unless they forbid it everything is written.
+/// KEYS: the shard, its lists of streams and of agents, then each row. ARGV: log, position, time (ms), the longest time to live
+/// (ms), then each row (the shard's own first) as: its list (0: none), its name there, its time to live, how many values follow,
+/// fields and values. Gives the log, position and owner that stood there; unless they forbid it everything is written.
 const WRITE: &str = r"
 local before = redis.call('HMGET', KEYS[1], 'log', 'position', 'owner')
 local was = {before[1] or '', before[2] or '', before[3] or ''}
@@ -25,13 +25,13 @@ end
 local at, keys = 5, {KEYS[1]}
 for i = 4, #KEYS do keys[#keys + 1] = KEYS[i] end
 for _, key in ipairs(keys) do
-    local list, values = tonumber(ARGV[at]), tonumber(ARGV[at + 2])
-    redis.call('HSET', key, unpack(ARGV, at + 3, at + 2 + values))
+    local list, values = tonumber(ARGV[at]), tonumber(ARGV[at + 3])
+    redis.call('HSET', key, unpack(ARGV, at + 4, at + 3 + values))
     if list > 0 then
-        redis.call('PEXPIRE', key, ARGV[4])
+        redis.call('PEXPIRE', key, ARGV[at + 2])
         redis.call('ZADD', KEYS[1 + list], ARGV[3], ARGV[at + 1])
     end
-    at = at + 3 + values
+    at = at + 4 + values
 end
 local gone = '(' .. string.format('%.0f', tonumber(ARGV[3]) - tonumber(ARGV[4]))
 redis.call('ZREMRANGEBYSCORE', KEYS[2], '-inf', gone)
@@ -86,6 +86,10 @@ fn shown(error: &RedisError) -> String {
         _ => error.to_string(),
     };
     text.chars().take(200).collect()
+}
+
+fn millis(time: Duration) -> u64 {
+    u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
 }
 
 fn away(error: &RedisError) -> StoreError {
@@ -149,20 +153,19 @@ impl StateStore for RedisStore {
         let (keys, shard) = (&self.keys, batch.shard);
         let mut call = self.script.prepare_invoke();
         call.key(keys.shard(shard)).key(keys.streams(shard)).key(keys.agents(shard));
-        let ttl = u64::try_from(batch.ttl.as_millis()).unwrap_or(u64::MAX);
-        call.arg(&batch.log).arg(batch.position).arg(batch.at_ms).arg(ttl);
-        let mut put = |list: u32, name: &str, row: Row| {
-            call.arg(list).arg(name).arg(2 * row.len());
+        call.arg(&batch.log).arg(batch.position).arg(batch.at_ms).arg(millis(batch.ttl));
+        let mut put = |list: u32, name: &str, ttl: Duration, row: Row| {
+            call.arg(list).arg(name).arg(millis(ttl)).arg(2 * row.len());
             for (field, value) in row {
                 call.arg(field).arg(value);
             }
         };
-        put(0, "", row::shard(batch));
+        put(0, "", batch.ttl, row::shard(batch));
         for one in &batch.streams {
-            put(STREAMS, &member(one), row::stream(batch, one));
+            put(STREAMS, &member(one), batch.ttl_of(one), row::stream(batch, one));
         }
         for one in &batch.agents {
-            put(AGENTS, one.name.as_str(), row::agent(batch, one));
+            put(AGENTS, one.name.as_str(), batch.ttl, row::agent(batch, one));
         }
         for one in &batch.streams {
             call.key(keys.stream(shard, &member(one)));
@@ -179,7 +182,7 @@ impl StateStore for RedisStore {
         let mut connection = self.connect().await?;
         let (keys, id) = (&self.keys, &*beat.router);
         let key = keys.router(id);
-        let ttl = u64::try_from(beat.ttl.as_millis()).unwrap_or(u64::MAX);
+        let ttl = millis(beat.ttl);
         let gone = format!("({}", beat.at_ms.saturating_sub(ttl));
         let mut pipe = ::redis::pipe();
         pipe.atomic();
