@@ -3,10 +3,11 @@
 #
 #   ops/test.sh          within 20 minutes from a warm cache
 #   ops/test.sh --all    also what is long: every mutant, 100,000 schedules, wide sweeps
-#   ops/test.sh PART...  only these parts: fmt build clippy test doc-test docs simulation local-llm mutants
+#   ops/test.sh PART...  only these parts: fmt build clippy test doc-test docs simulation local-llm redis mutants
 #
 # Needs: a Rust toolchain, a C compiler; for the local model Python 3.10 or newer with venv (installed here when this may
-# be done: root on a Debian-like system; else it says what to install); libfaketime, in the same way.
+# be done: root on a Debian-like system; else it says what to install); libfaketime, in the same way; redis-server 6.2 or newer,
+# or apt-get to fetch it.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -16,7 +17,7 @@ for argument in "$@"; do
     case $argument in
         --all) all=yes ;;
         -h|--help) sed -n '2,9s/^# \{0,1\}//p' "$0"; exit 0 ;;
-        fmt|build|clippy|test|doc-test|docs|simulation|local-llm|mutants) only+=("$argument") ;;
+        fmt|build|clippy|test|doc-test|docs|simulation|local-llm|redis|mutants) only+=("$argument") ;;
         *) echo "test.sh: unknown argument '$argument'; see --help" >&2; exit 2 ;;
     esac
 done
@@ -103,6 +104,14 @@ local_llm() {
     echo "local model at $ATP_LOCAL_LLM_URL"
 }
 
+# The tests start servers of their own by the same script; here it is fetched and tried once.
+redis() {
+    local lines
+    lines=$(tests/parts/redis.sh start --owner $$) || return 1
+    echo "Redis ${lines##*ATP_REDIS_VERSION=}"
+    tests/parts/redis.sh stop --owner $$
+}
+
 simulation() {
     local schedules=20000
     [ -n "$all" ] && schedules=100000
@@ -114,6 +123,7 @@ part fmt 60 cargo fmt --all --check
 part build 2400 build
 part clippy 420 cargo clippy --locked --workspace --all-targets --quiet -- -D warnings
 part local-llm 180 local_llm
+part redis 60 redis
 part test "$([ -n "$all" ] && echo 1500 || echo 720)" cargo test --locked --workspace --lib --bins --tests
 part doc-test 180 cargo test --locked --workspace --doc
 part docs 240 docs

@@ -8,10 +8,11 @@ use crate::inbox::{Inbox, ToShard, inbox};
 use crate::listen::{self, Doors};
 use crate::log::{self, Guarantee, LocalLog, Log, LogError, Source};
 use crate::shard_task::{Begin, Health, ShardTask};
+use crate::store::{self, StoreHealth};
 use crate::time::Clocks;
 use crate::tool::Tools;
 use crate::{http, metric};
-use atp_core::record::Genesis;
+use atp_core::record::{Genesis, hex};
 use atp_core::shard::Shard;
 use atp_core::state::{FORMAT, State};
 use bytes::Bytes;
@@ -41,6 +42,8 @@ pub enum StartError {
     Kafka(LogError),
     #[error("entry {position} of the log {log} can't be folded: {what}; restore the log from a copy")]
     Fold { log: String, position: u64, what: String },
+    #[error("store: {0}")]
+    Store(String),
     #[error("the log ended before the router served: {0}")]
     Stopped(String),
 }
@@ -56,6 +59,7 @@ pub struct Router {
     doors: Doors,
     shared: Arc<Shared>,
     health: watch::Receiver<Health>,
+    store: watch::Receiver<StoreHealth>,
     settings: watch::Sender<Arc<Config>>,
     /// Cancelled when the shard's task is to end.
     stop_shard: CancellationToken,
@@ -96,11 +100,13 @@ impl Router {
         let clocks = Clocks::start();
         let (all, name) = (config.clone(), incarnation.clone());
         let opened = tokio::task::spawn_blocking(move || open(&all, disk, &name, clocks)).await;
-        let Opened { log, source, shard, guarantee, serving, report } =
+        let Opened { log, source, shard, position, guarantee, serving, report } =
             opened.map_err(|e| StartError::Stopped(e.to_string()))??;
         for fact in &report {
             tracing::info!("log: {fact}");
         }
+        let log_id = hex(shard.state().log_id());
+        let store = store::Opened::open(&config.store, &log_id, position).await.map_err(StartError::Store)?;
         let settings = Arc::new(config.settings.clone());
 
         let (inbox, taking) = inbox(config.limits.inbox_bytes);
@@ -142,6 +148,13 @@ impl Router {
             let _ = told.send(outcome);
         });
 
+        let identity = store::Identity {
+            router: config.settings.router_id.clone(),
+            incarnation: shared.incarnation.clone(),
+            atp: config.advertise.clone().unwrap_or_else(|| atp_addr.to_string()),
+            http: http_addr.to_string(),
+        };
+        let store = store.project(inbox, identity, clocks, stop_shard.clone(), &tasks);
         let doors = Doors {
             shared: shared.clone(),
             next_conn: Arc::new(AtomicU64::new(1)),
@@ -154,6 +167,7 @@ impl Router {
             doors,
             shared,
             health,
+            store,
             settings,
             stop_shard,
             stop_listening,
@@ -277,6 +291,9 @@ impl Router {
     pub(crate) fn health(&self) -> watch::Receiver<Health> {
         self.health.clone()
     }
+    pub(crate) fn store(&self) -> watch::Receiver<StoreHealth> {
+        self.store.clone()
+    }
     pub(crate) fn config(&self) -> watch::Receiver<Arc<Config>> {
         self.settings.subscribe()
     }
@@ -303,6 +320,8 @@ struct Opened {
     log: Box<dyn Log>,
     source: Source,
     shard: Shard,
+    /// What was durable before this owner's first entry, or with it.
+    position: u64,
     guarantee: Guarantee,
     /// The own Epoch is durable already.
     serving: bool,
@@ -346,8 +365,8 @@ fn open_local(
         hash_seed: 0,
     });
     let shard = Shard::recover(Arc::new(config.settings.clone()), state, clocks.now(), incarnation, genesis);
-    let guarantee = config.durability.into();
-    Ok(Opened { log: Box::new(log), source, shard, guarantee, serving: false, report: recovered.report })
+    let (position, guarantee) = (recovered.last_position, config.durability.into());
+    Ok(Opened { log: Box::new(log), source, shard, position, guarantee, serving: false, report: recovered.report })
 }
 
 #[cfg(feature = "kafka")]
@@ -365,5 +384,6 @@ fn open_kafka(
         error => StartError::Kafka(error),
     })?;
     let shard = Shard::recover_behind_epoch(Arc::new(config.settings.clone()), state, clocks.now());
-    Ok(Opened { log: Box::new(log), source, shard, guarantee, serving: true, report })
+    let position = shard.state().position();
+    Ok(Opened { log: Box::new(log), source, shard, position, guarantee, serving: true, report })
 }

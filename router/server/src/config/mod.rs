@@ -6,6 +6,7 @@ mod policy;
 mod read;
 mod reference;
 mod registry;
+mod store;
 mod table;
 mod tools;
 mod tree;
@@ -16,6 +17,7 @@ pub use reference::{policy_schema, reference, schema};
 use crate::identity::Anonymous;
 pub use crate::log::Durability;
 use crate::log::{KafkaAddress, Source};
+use crate::store::StoreConfig;
 use crate::tool::ToolConfig;
 use atp_core::settings::Settings;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
@@ -31,6 +33,7 @@ pub struct Config {
     /// Of the local log.
     pub durability: Durability,
     pub log: LogPlace,
+    pub store: StoreConfig,
     pub anonymous: Anonymous,
     /// What the core reads.
     pub settings: Settings,
@@ -129,6 +132,7 @@ impl Default for Config {
             data_dir: "./atp-data".into(),
             durability: Durability::Fsync,
             log: LogPlace::Local,
+            store: StoreConfig::Memory,
             anonymous: Anonymous::Loopback,
             settings: Settings::default(),
             agents: Vec::new(),
@@ -229,6 +233,7 @@ impl Config {
             ("router", self.settings.router_id != new.settings.router_id || self.advertise != new.advertise),
             ("data_dir", self.data_dir != new.data_dir),
             ("log", self.durability != new.durability || self.log != new.log),
+            ("store", self.store != new.store),
             ("auth.anonymous", self.anonymous != new.anonymous),
             ("agents", self.agents != new.agents),
             ("tools", self.tools != new.tools),

@@ -309,11 +309,8 @@ impl Walk<'_> {
         if self.is("telemetry.log", "json") {
             config.log_format = LogFormat::Json;
         }
-        if self.is("store.kind", "redis") {
-            let fix = "this version keeps the memory store only: use `memory`";
-            self.problem(self.mark("store.kind"), "store.kind", "`redis` comes with a later version", fix);
-        }
         self.kafka(&mut config);
+        self.store(&mut config);
         let windows = [
             ("windows.stream", &mut config.settings.stream_window),
             ("windows.agent", &mut config.settings.agent_window),

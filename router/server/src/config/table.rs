@@ -43,7 +43,6 @@ const fn later(path: &'static str, takes: Takes, default: &'static str, about: &
 }
 
 const TLS: &str = "leave it out; this version has no TLS, put a TLS proxy in front or stay on loopback";
-const REDIS: &str = "use store.kind: memory and leave store.redis out";
 const TOKENS: &str = "leave it out; this version knows loopback peers only";
 
 const MAX: u64 = u64::MAX;
@@ -74,9 +73,9 @@ pub(super) const KEYS: &[Key] = &[
     key("log.kafka.sasl.mechanism", Takes::Choice(&["scram-sha-256", "scram-sha-512"]), "scram-sha-512", "how the password is proved"),
     key("log.kafka.sasl.user", Takes::Text, "", "empty: no credentials"),
     key("log.kafka.sasl.password", Takes::Text, "", "better as `${ENV}`"),
-    key("store.kind", Takes::Choice(&["memory", "redis"]), "memory", "where projections live"),
-    later("store.redis.url", Takes::Text, "", "of the server", REDIS),
-    later("store.redis.prefix", Takes::Text, "atp", "of every key", REDIS),
+    key("store.kind", Takes::Choice(&["memory", "redis"]), "memory", "where others can see what runs; it may be lost at any time"),
+    key("store.redis.url", Takes::Text, "", "`redis://[user:password@]host:port[/db]`, `rediss://` for TLS; better as `${ENV}`"),
+    key("store.redis.prefix", Takes::Text, "atp", "of every key, 1 to 64 of `A-Za-z0-9._-`; one for each log"),
     key("shards.count", Takes::Whole(1, 1), "", "only for a new log; then it stands in the log"),
     key("shards.lease", Takes::Duration, "5s", "how long a shard's owner is believed to live"),
     key("auth.anonymous", Takes::Choice(&["never", "loopback"]), "loopback", "who may come without a credential"),
