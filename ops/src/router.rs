@@ -49,9 +49,16 @@ pub(crate) async fn run(screen: Screen, args: &cli::Router) -> Outcome {
             ended = router.wait() => return ended.map_err(|e| Failure::new(Exit::Task, format!("the router stopped: {e}"))),
         }
     }
-    screen.progress("draining: running streams end, new ones are refused; a second signal stops at once");
+    let ends = async {
+        if router.hands_over() {
+            screen.progress("handing over: another router goes on with what runs");
+        } else {
+            screen.progress("draining: running streams end, new ones are refused; a second signal stops at once");
+            router.drain().await;
+        }
+    };
     tokio::select! {
-        () = router.drain() => {}
+        () = ends => {}
         _ = term.recv() => {}
         _ = int.recv() => {}
         ended = router.wait() => return ended.map_err(|e| Failure::new(Exit::Task, format!("the router stopped: {e}"))),
@@ -82,9 +89,11 @@ pub(crate) fn listed(path: &Path, problems: &[Problem]) -> String {
 fn start_failure(error: &StartError) -> Failure {
     match error {
         StartError::Config(_) | StartError::Listen { .. } => Failure::usage(error),
-        StartError::Log(_) | StartError::Kafka(_) | StartError::Fold { .. } | StartError::Store(_) | StartError::Stopped(_) => {
-            Failure::new(Exit::Task, error)
-        }
+        StartError::Log(_)
+        | StartError::Kafka(_)
+        | StartError::Fold { .. }
+        | StartError::Store(_)
+        | StartError::Stopped(_) => Failure::new(Exit::Task, error),
     }
 }
 

@@ -179,6 +179,7 @@ pub mod kind {
     pub const TOOL_REQUEST: &str = "tool.request";
     pub const TOOL_RESULT: &str = "tool.result";
     pub const HELLO: &str = "control.hello";
+    pub const REDIRECT: &str = "control.redirect";
     pub const CAPABILITIES: &str = "control.capabilities";
     pub const ACCEPTED: &str = "control.accepted";
     pub const RESUME: &str = "control.resume";

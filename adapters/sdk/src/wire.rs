@@ -1,11 +1,11 @@
 //! One connection: frames over a byte stream, reads and coalesced writes driven by one task, and the hello.
 //! Knows nothing of streams, tasks or calls.
 
-use crate::dial::{BoxedIo, Dialer};
+use crate::dial::{BoxedIo, Dialer, Endpoint, parse_url};
 use crate::error::Error;
 use atp_proto::code::WireError;
 use atp_proto::codec;
-use atp_proto::content::{Hello, HelloAck, Role};
+use atp_proto::content::{Hello, HelloAck, Redirect, Role};
 use atp_proto::frame::kind;
 use atp_proto::{Flags, Frame};
 use bytes::{Buf, BytesMut};
@@ -21,6 +21,8 @@ use tokio_util::io::poll_read_buf;
 /// No more is put into the write buffer while it holds this much.
 pub(crate) const WRITE_BYTES: usize = 256 * 1024;
 const READ_BYTES: usize = 128 * 1024;
+/// Routers in a row that send a connection to another one.
+const REDIRECTS_MAX: u32 = 4;
 
 pub(crate) struct Wire {
     io: BoxedIo,
@@ -112,48 +114,77 @@ impl Wire {
     }
 }
 
-/// Dials and says hello.
+/// Dials and says hello; goes on to where a router sends it.
 ///
 /// # Errors
-/// `Unreachable` for the transport and the time-out, `Auth` or `Refused` for the router's no.
+/// `Unreachable` for the transport and the time-out, `Auth` or `Refused` for the router's no, `Protocol` for more than
+/// `REDIRECTS_MAX` routers that send it elsewhere.
 pub(crate) async fn open(
     dialer: &Dialer,
     role: Role,
     token: Option<&str>,
     within: Duration,
 ) -> Result<(Wire, HelloAck), Error> {
+    let mut redirected: Option<Dialer> = None;
     let attempt = async {
-        // Of several routers the error names each.
-        let unreachable = |e| match dialer.routers() {
-            1 => Error::Unreachable(format!("{dialer}: {e}")),
-            _ => Error::Unreachable(format!("{e}")),
-        };
-        let io = dialer.dial().await.map_err(unreachable)?;
-        let mut wire = Wire::new(io);
-        let hello = Hello { minor_max: 1, role, token: token.map(str::to_owned) };
-        wire.push(&Frame::json("", 0, Flags::SYN, kind::HELLO, &hello));
-        loop {
-            while let Some(frame) = wire.take().map_err(|e| Error::Protocol(e.to_string()))? {
-                if let Some(answer) = hello_answer(&frame)? {
-                    return Ok((wire, answer));
-                }
-            }
-            let lost = |e: &dyn std::fmt::Display| Error::Unreachable(format!("{dialer}: {e}"));
-            match wire.turn(true).await {
-                Ok(Turn::Closed) => return Err(lost(&"closed before it answered the hello")),
-                Ok(Turn::Read | Turn::Wrote) => {}
-                Err(e) => return Err(lost(&e)),
+        for _ in 0..=REDIRECTS_MAX {
+            match greet(redirected.as_ref().unwrap_or(dialer), role, token).await? {
+                Greeted::Here(wire, answer) => return Ok((*wire, answer)),
+                Greeted::Elsewhere(url) => match parse_url(&url) {
+                    Ok(Endpoint::Atp(address)) => redirected = Some(Dialer::tcp(address)),
+                    _ => return Err(Error::Protocol(format!("control.redirect to `{url}`, which is no atp:// URL"))),
+                },
             }
         }
+        Err(Error::Protocol(format!("more than {REDIRECTS_MAX} routers in a row sent this connection to another one")))
     };
     timeout(within, attempt)
         .await
         .unwrap_or_else(|_| Err(Error::Unreachable(format!("{dialer}: no answer within {} ms", within.as_millis()))))
 }
 
-fn hello_answer(frame: &Frame) -> Result<Option<HelloAck>, Error> {
+enum Greeted {
+    Here(Box<Wire>, HelloAck),
+    Elsewhere(String),
+}
+
+async fn greet(dialer: &Dialer, role: Role, token: Option<&str>) -> Result<Greeted, Error> {
+    // Of several routers the error names each.
+    let unreachable = |e| match dialer.routers() {
+        1 => Error::Unreachable(format!("{dialer}: {e}")),
+        _ => Error::Unreachable(format!("{e}")),
+    };
+    let io = dialer.dial().await.map_err(unreachable)?;
+    let mut wire = Wire::new(io);
+    let hello = Hello { minor_max: 1, role, token: token.map(str::to_owned) };
+    wire.push(&Frame::json("", 0, Flags::SYN, kind::HELLO, &hello));
+    loop {
+        while let Some(frame) = wire.take().map_err(|e| Error::Protocol(e.to_string()))? {
+            match hello_answer(&frame)? {
+                Some(Answer::Hello(answer)) => return Ok(Greeted::Here(Box::new(wire), answer)),
+                Some(Answer::Redirect(redirect)) => return Ok(Greeted::Elsewhere(redirect.url)),
+                None => {}
+            }
+        }
+        let lost = |e: &dyn std::fmt::Display| Error::Unreachable(format!("{dialer}: {e}"));
+        match wire.turn(true).await {
+            Ok(Turn::Closed) => return Err(lost(&"closed before it answered the hello")),
+            Ok(Turn::Read | Turn::Wrote) => {}
+            Err(e) => return Err(lost(&e)),
+        }
+    }
+}
+
+enum Answer {
+    Hello(HelloAck),
+    Redirect(Redirect),
+}
+
+fn hello_answer(frame: &Frame) -> Result<Option<Answer>, Error> {
+    let unreadable = |e: WireError| Error::Protocol(e.message);
     match &*frame.kind {
-        kind::HELLO => frame.read().map(Some).map_err(|e| Error::Protocol(e.message)),
+        kind::HELLO => frame.read().map(|answer| Some(Answer::Hello(answer))).map_err(unreadable),
+        kind::REDIRECT => frame.read().map(|redirect| Some(Answer::Redirect(redirect))).map_err(unreadable),
         kind::ERROR => Err(frame.read::<WireError>().map_or_else(|e| Error::Protocol(e.message), Error::of_connection)),
         _ => Ok(None),
     }

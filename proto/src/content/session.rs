@@ -30,6 +30,14 @@ pub struct HelloAck {
     pub heartbeat_ms: u64,
 }
 
+/// `control.redirect`, instead of the router's hello: another router has what this one hasn't. The connection ends behind it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Redirect {
+    /// `atp://HOST:PORT`.
+    pub url: String,
+    pub shard: u32,
+}
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct HelloLimits {
     #[serde(deserialize_with = "crate::lenient::lenient")]

@@ -546,13 +546,20 @@ fn check_capabilities(c: &Capabilities) -> Result<(), WireError> {
 }
 
 /// Says why a connection isn't taken, to a peer that has said nothing yet.
-pub(crate) async fn refuse(mut writer: impl AsyncWrite + Unpin, error: WireError) {
-    use tokio::io::AsyncWriteExt;
+pub(crate) async fn refuse(io: impl AsyncRead + AsyncWrite + Unpin, error: WireError) {
+    say_last(io, connection_error(error)).await;
+}
+
+/// Says one frame and closes, once the peer has had a moment to read it: what it still sends would reset the connection.
+pub(crate) async fn say_last(mut io: impl AsyncRead + AsyncWrite + Unpin, frame: Frame) {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
     let mut bytes = BytesMut::new();
-    codec::encode(&connection_error(error), &mut bytes);
+    codec::encode(&frame, &mut bytes);
     let _ = tokio::time::timeout(Duration::from_secs(1), async {
-        let _ = writer.write_all(&bytes).await;
-        let _ = writer.shutdown().await;
+        let _ = io.write_all(&bytes).await;
+        let _ = io.shutdown().await;
+        let mut some = [0; 512];
+        while io.read(&mut some).await.is_ok_and(|n| n > 0) {}
     })
     .await;
 }

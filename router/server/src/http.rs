@@ -418,10 +418,10 @@ fn mismatch() -> Problem {
 }
 
 /// A refusal as `application/problem+json`.
-struct Problem(Box<WireError>, Option<StatusCode>);
+pub(crate) struct Problem(Box<WireError>, Option<StatusCode>);
 
 impl Problem {
-    fn new(error: WireError, status: Option<StatusCode>) -> Self {
+    pub(crate) fn new(error: WireError, status: Option<StatusCode>) -> Self {
         Self(Box::new(error), status)
     }
 }

@@ -15,6 +15,7 @@ mod metric;
 mod outbox;
 mod router;
 mod shard_task;
+mod standby;
 pub mod store;
 mod time;
 pub mod tool;

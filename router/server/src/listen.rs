@@ -20,6 +20,8 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 /// A request's head is due after this long.
 const HEAD_TIMEOUT: Duration = Duration::from_secs(10);
 const HEADERS_MAX: usize = 64;
+/// Connections that are told at once why they aren't taken.
+const REFUSALS_MAX: usize = 64;
 const HEAD_BYTES_MAX: usize = 64 * 1024;
 
 /// What is needed to serve one more native connection.
@@ -42,7 +44,7 @@ impl Doors {
 }
 
 /// Accepts the next connection; pauses where the process has no room for one.
-async fn accept(listener: &TcpListener, stop: &CancellationToken) -> Option<(TcpStream, SocketAddr)> {
+pub(crate) async fn accept(listener: &TcpListener, stop: &CancellationToken) -> Option<(TcpStream, SocketAddr)> {
     loop {
         let accepted = tokio::select! {
             accepted = listener.accept() => accepted,
@@ -63,6 +65,7 @@ async fn accept(listener: &TcpListener, stop: &CancellationToken) -> Option<(Tcp
 /// Serves native connections until `stop`.
 pub(crate) async fn native(listener: TcpListener, doors: Doors, stop: CancellationToken) {
     let room = Arc::new(Semaphore::new(doors.connections_max));
+    let refusals = Arc::new(Semaphore::new(REFUSALS_MAX));
     while let Some((stream, peer)) = accept(&listener, &stop).await {
         // Chunks are small and many; waiting for more would only add latency.
         let _ = stream.set_nodelay(true);
@@ -73,7 +76,13 @@ pub(crate) async fn native(listener: TcpListener, doors: Doors, stop: Cancellati
             )
             .used(doors.connections_max as u64, doors.connections_max as u64)
             .retry_after_ms(1000);
-            tokio::spawn(connection::refuse(stream, error));
+            // A crowd isn't owed an answer each: they would hold the process's last descriptors meanwhile.
+            if let Ok(answering) = refusals.clone().try_acquire_owned() {
+                tokio::spawn(async move {
+                    connection::refuse(stream, error).await;
+                    drop(answering);
+                });
+            }
             continue;
         };
         let (shared, conn) = (doors.shared.clone(), doors.conn());

@@ -8,6 +8,7 @@ use crate::inbox::{Inbox, ToShard, inbox};
 use crate::listen::{self, Doors};
 use crate::log::{self, Guarantee, LocalLog, Log, LogError, Source};
 use crate::shard_task::{Begin, Health, ShardTask};
+use crate::standby;
 use crate::store::{self, StoreHealth};
 use crate::time::Clocks;
 use crate::tool::Tools;
@@ -68,10 +69,11 @@ pub struct Router {
     ended: tokio::sync::Mutex<Option<oneshot::Receiver<Result<(), String>>>>,
     outcome: watch::Sender<Option<Result<(), String>>>,
     report: Vec<String>,
+    has_lease: bool,
 }
 
 impl Router {
-    /// Opens the log, rebuilds the state, takes ownership (a new epoch, durable) and listens. Returns when it serves.
+    /// Waits for the lease where several routers share the log, then opens the log, rebuilds the state, takes ownership (a new epoch, durable) and listens. Returns when it serves.
     ///
     /// # Errors
     /// The configuration, an address that is in use, a log that can't be opened or read.
@@ -83,7 +85,7 @@ impl Router {
     ///
     /// # Errors
     /// As `start`.
-    pub async fn start_on(config: Config, disk: Arc<dyn log::Disk>) -> Result<Self, StartError> {
+    pub async fn start_on(mut config: Config, disk: Arc<dyn log::Disk>) -> Result<Self, StartError> {
         let problems = config.problems();
         if !problems.is_empty() {
             return Err(StartError::Config(problems));
@@ -91,12 +93,17 @@ impl Router {
         let prometheus = metric::install();
         let (native, http) = (config.limits.connections, config.limits.http_connections);
         let connections = Connections::within_limits(Connections { native, http });
+        let incarnation = uuid::Uuid::new_v4().simple().to_string()[..12].to_owned();
+        let lease = standby::wait(&mut config, &incarnation).await?;
         // The addresses first: two routers started by mistake should not both touch the log.
         let atp = bind("atp", config.listen.atp).await?;
         let http = bind("http", config.listen.http).await?;
         let (atp_addr, http_addr) = (address(&atp, config.listen.atp), address(&http, config.listen.http));
+        let has_lease = lease.is_some();
+        let give_back = CancellationToken::new();
+        let given_up = give_back.clone().drop_guard();
+        let keeping = lease.map(|lease| tokio::spawn(lease.keep(give_back)));
 
-        let incarnation = uuid::Uuid::new_v4().simple().to_string()[..12].to_owned();
         let clocks = Clocks::start();
         let (all, name) = (config.clone(), incarnation.clone());
         let opened = tokio::task::spawn_blocking(move || open(&all, disk, &name, clocks)).await;
@@ -145,6 +152,10 @@ impl Router {
             let outcome = task.run().await;
             // Nothing may be served by a router that can't write.
             stopping.cancel();
+            drop(given_up);
+            if let Some(keeping) = keeping {
+                let _ = keeping.await;
+            }
             let _ = told.send(outcome);
         });
 
@@ -174,6 +185,7 @@ impl Router {
             ended: tokio::sync::Mutex::new(Some(ended)),
             outcome: watch::Sender::new(None),
             report,
+            has_lease,
         };
         router.serving().await?;
         tasks.spawn(listen::native(atp, router.doors.clone(), router.stop_listening.clone()));
@@ -226,6 +238,12 @@ impl Router {
             doors.serve_memory(far);
             near
         }
+    }
+
+    /// True where another router may take over: then `stop` is enough, running streams go on there.
+    #[must_use]
+    pub fn hands_over(&self) -> bool {
+        self.has_lease
     }
 
     /// Refuses new work with EDRAINING and returns when the running streams have ended.
@@ -307,11 +325,11 @@ impl Drop for Router {
     }
 }
 
-async fn bind(name: &'static str, address: SocketAddr) -> Result<TcpListener, StartError> {
+pub(crate) async fn bind(name: &'static str, address: SocketAddr) -> Result<TcpListener, StartError> {
     TcpListener::bind(address).await.map_err(|source| StartError::Listen { name, address, source })
 }
 
-fn address(listener: &TcpListener, asked: SocketAddr) -> SocketAddr {
+pub(crate) fn address(listener: &TcpListener, asked: SocketAddr) -> SocketAddr {
     listener.local_addr().unwrap_or(asked)
 }
 

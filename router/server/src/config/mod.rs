@@ -100,6 +100,8 @@ pub struct ShellLimits {
     /// Agent handles.
     pub agents: usize,
     pub heartbeat_ms: u64,
+    /// How long a shard's owner is believed to live, where several routers share a log.
+    pub lease_ms: u64,
     /// Bytes of a segment of the log.
     pub segment_bytes: u64,
 }
@@ -113,6 +115,7 @@ impl Default for ShellLimits {
             streams_per_connection: atp_proto::limits::STREAMS_MAX,
             agents: 1024,
             heartbeat_ms: atp_proto::limits::HEARTBEAT_MS,
+            lease_ms: 5_000,
             segment_bytes: 64 * 1024 * 1024,
         }
     }

@@ -464,6 +464,7 @@ impl Walk<'_> {
         limits.streams_per_connection = self.size("limits.streams_per_connection", old.streams_per_connection);
         limits.agents = self.size("limits.agents", old.agents);
         limits.heartbeat_ms = self.whole("limits.heartbeat").unwrap_or(old.heartbeat_ms);
+        limits.lease_ms = self.whole("shards.lease").unwrap_or(old.lease_ms);
         limits.segment_bytes = self.whole("limits.segment_bytes").unwrap_or(old.segment_bytes);
         config.settings.limits.streams_open_max =
             self.size("limits.streams_open", config.settings.limits.streams_open_max);
@@ -479,6 +480,9 @@ impl Walk<'_> {
         }
         if !(100..=600_000).contains(&config.limits.heartbeat_ms) {
             self.problem(self.mark("limits.heartbeat"), "limits.heartbeat", "is out of range", "use 100ms to 10m");
+        }
+        if !(500..=600_000).contains(&config.limits.lease_ms) {
+            self.problem(self.mark("shards.lease"), "shards.lease", "is out of range", "use 500ms to 10m");
         }
     }
 }

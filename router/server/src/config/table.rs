@@ -77,7 +77,7 @@ pub(super) const KEYS: &[Key] = &[
     key("store.redis.url", Takes::Text, "", "`redis://[user:password@]host:port[/db]`, `rediss://` for TLS; better as `${ENV}`"),
     key("store.redis.prefix", Takes::Text, "atp", "of every key, 1 to 64 of `A-Za-z0-9._-`; one for each log"),
     key("shards.count", Takes::Whole(1, 1), "", "only for a new log; then it stands in the log"),
-    key("shards.lease", Takes::Duration, "5s", "how long a shard's owner is believed to live"),
+    key("shards.lease", Takes::Duration, "5s", "how long a shard's owner is believed to live, where routers share a log in Kafka and a store in Redis"),
     key("auth.anonymous", Takes::Choice(&["never", "loopback"]), "loopback", "who may come without a credential"),
     later("auth.tokens_file", Takes::Path, "", "hashed tokens", TOKENS),
     later("auth.hmac", Takes::Anything, "", "keys of frame signatures by kid", TOKENS),

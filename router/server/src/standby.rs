@@ -1,0 +1,227 @@
+//! Who tries to own the shard, where several routers share one log: the one with the lease, which it keeps while it lives. The
+//! others send who comes to it, and take over when it is gone. A lease spares contention and proves nothing: the log alone
+//! decides, so an owner that can't renew goes on.
+
+use crate::config::{Config, LogPlace};
+use crate::connection;
+use crate::http::Problem;
+use crate::listen;
+use crate::outbox::connection_error;
+use crate::router::{StartError, address, bind};
+use crate::store::{RedisConfig, RedisStore, StateStore, StoreConfig};
+use atp_proto::content::Redirect;
+use atp_proto::frame::kind;
+use atp_proto::{Code, Flags, Frame, WireError};
+use axum::Json;
+use axum::extract::State;
+use axum::http::{StatusCode, Uri, header};
+use axum::response::{IntoResponse, Response};
+use axum::routing::get;
+use serde_json::json;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::net::TcpListener;
+use tokio::sync::watch;
+use tokio::time::{MissedTickBehavior, interval, timeout};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+/// A lease is renewed, or asked for, so often within its time.
+const TIMES: u32 = 3;
+/// How long giving it back may take; it lapses anyway.
+const RELEASE: Duration = Duration::from_secs(1);
+const RETRY_AFTER_MS: u64 = 1_000;
+const SHARD: u32 = 0;
+
+/// A router as others find it. As text it is the lease's holder.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Place {
+    router: String,
+    incarnation: String,
+    atp: String,
+    http: String,
+}
+
+impl Place {
+    fn text(&self) -> String {
+        [&*self.router, &*self.incarnation, &*self.atp, &*self.http].join(" ")
+    }
+
+    fn read(text: &str) -> Option<Self> {
+        let mut parts = text.split(' ').map(str::to_owned);
+        let place = Self { router: parts.next()?, incarnation: parts.next()?, atp: parts.next()?, http: parts.next()? };
+        parts.next().is_none().then_some(place)
+    }
+}
+
+/// What a router that waits knows of the owner.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Owner {
+    Unknown,
+    /// The store can't be asked, and why.
+    Away(String),
+    At(Arc<Place>),
+}
+
+/// The lease, as long as it is renewed.
+pub(crate) struct Lease {
+    store: RedisStore,
+    holder: String,
+    ttl: Duration,
+}
+
+/// Waits for the lease where the configuration asks for one; `None`: nobody else can own this log. Listens meanwhile, and
+/// gives the addresses that it listened on to the configuration.
+///
+/// # Errors
+/// An address that is in use; a store that can't be.
+pub(crate) async fn wait(config: &mut Config, incarnation: &str) -> Result<Option<Lease>, StartError> {
+    let (LogPlace::Kafka(_), StoreConfig::Redis(redis)) = (&config.log, &config.store) else { return Ok(None) };
+    let redis = redis.clone();
+    // Held only here: who serves binds them anew.
+    let atp = bind("atp", config.listen.atp).await?;
+    let http = bind("http", config.listen.http).await?;
+    (config.listen.atp, config.listen.http) = (address(&atp, config.listen.atp), address(&http, config.listen.http));
+    let place = Place {
+        router: config.settings.router_id.to_string(),
+        incarnation: incarnation.into(),
+        atp: config.advertise.clone().unwrap_or_else(|| config.listen.atp.to_string()),
+        http: config.listen.http.to_string(),
+    };
+    let mut lease = Lease::new(&redis, &place, Duration::from_millis(config.limits.lease_ms))?;
+    let (told, owner) = watch::channel(Owner::Unknown);
+    let (stop, tasks) = (CancellationToken::new(), TaskTracker::new());
+    tasks.spawn(send_on(atp, owner.clone(), stop.clone()));
+    tasks.spawn(listen::http(http, routes(owner), stop.clone(), config.limits.http_connections));
+    let guard = stop.clone().drop_guard();
+    let mut tick = interval(lease.ttl / TIMES);
+    tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    loop {
+        tick.tick().await;
+        let found = match lease.ask().await {
+            Ok(None) => break,
+            Ok(Some(holder)) => Place::read(&holder).map_or(Owner::Unknown, |place| Owner::At(Arc::new(place))),
+            Err(why) => Owner::Away(why),
+        };
+        told.send_if_modified(|owner| {
+            let news = *owner != found;
+            match &found {
+                Owner::At(place) if news => {
+                    tracing::info!(owner = place.router, at = place.atp, "standby: waits for the lease")
+                }
+                Owner::Away(why) if news => {
+                    tracing::warn!(why, "standby: nobody begins to own a shard while the store is away");
+                }
+                _ => {}
+            }
+            *owner = found;
+            news
+        });
+    }
+    drop(guard);
+    tasks.close();
+    tasks.wait().await;
+    tracing::info!("the lease is this router's; taking the shard");
+    Ok(Some(lease))
+}
+
+impl Lease {
+    fn new(redis: &RedisConfig, place: &Place, ttl: Duration) -> Result<Self, StartError> {
+        let store = RedisStore::new(redis).map_err(|e| StartError::Store(format!("store.redis.url: {e}")))?;
+        Ok(Self { store, holder: place.text(), ttl })
+    }
+
+    /// Takes or keeps it; another holder, or why the store doesn't answer.
+    async fn ask(&mut self) -> Result<Option<String>, String> {
+        match timeout(self.ttl / TIMES, self.store.lease(SHARD, &self.holder, self.ttl)).await {
+            Ok(answer) => answer.map_err(|e| e.to_string()),
+            Err(_) => Err("no answer".into()),
+        }
+    }
+
+    /// Renews it until `stop`, then gives it back.
+    pub(crate) async fn keep(mut self, stop: CancellationToken) {
+        let mut tick = interval(self.ttl / TIMES);
+        tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut held = true;
+        loop {
+            tokio::select! {
+                _ = tick.tick() => {}
+                () = stop.cancelled() => break,
+            }
+            let answer = self.ask().await;
+            let holds = answer == Ok(None);
+            if holds != held {
+                match answer {
+                    Ok(None) => tracing::info!("the lease is renewed again"),
+                    Ok(Some(holder)) => {
+                        tracing::warn!(holder, "another router has the lease; the log decides who owns the shard")
+                    }
+                    Err(why) => tracing::warn!(why, "the lease can't be renewed; the router goes on, the log decides"),
+                }
+            }
+            held = holds;
+        }
+        let _ = timeout(RELEASE, self.store.release(SHARD, &self.holder)).await;
+    }
+}
+
+/// Answers native connections with where the owner is.
+async fn send_on(listener: TcpListener, owner: watch::Receiver<Owner>, stop: CancellationToken) {
+    while let Some((stream, _)) = listen::accept(&listener, &stop).await {
+        let frame = match &*owner.borrow() {
+            Owner::At(place) => {
+                let redirect = Redirect { url: format!("atp://{}", place.atp), shard: SHARD };
+                Frame::json("", 0, Flags::NONE, kind::REDIRECT, &redirect)
+            }
+            Owner::Unknown | Owner::Away(_) => connection_error(
+                WireError::new(Code::Draining, "this router waits for a shard, and knows no owner of it")
+                    .retry_after_ms(RETRY_AFTER_MS),
+            ),
+        };
+        tokio::spawn(connection::say_last(stream, frame));
+    }
+}
+
+fn routes(owner: watch::Receiver<Owner>) -> axum::Router {
+    axum::Router::new()
+        .route("/livez", get(|| async { Json(json!({ "live": true })) }))
+        .route("/readyz", get(readyz))
+        .fallback(elsewhere)
+        .with_state(owner)
+}
+
+async fn readyz(State(owner): State<watch::Receiver<Owner>>) -> Response {
+    let body = match &*owner.borrow() {
+        Owner::At(place) => {
+            json!({ "ready": false, "standby_of": { "router": place.router, "atp": place.atp, "http": place.http } })
+        }
+        Owner::Unknown => json!({ "ready": false, "standby_of": null }),
+        Owner::Away(why) => json!({ "ready": false, "standby_of": null, "store": format!("away: {why}") }),
+    };
+    (StatusCode::SERVICE_UNAVAILABLE, Json(body)).into_response()
+}
+
+async fn elsewhere(State(owner): State<watch::Receiver<Owner>>, uri: Uri) -> Response {
+    let Owner::At(place) = &*owner.borrow() else {
+        let error = WireError::new(Code::Draining, "this router waits for a shard, and knows no owner of it");
+        return Problem::new(error.retry_after_ms(RETRY_AFTER_MS), None).into_response();
+    };
+    let path = uri.path_and_query().map_or("/", |p| p.as_str());
+    (StatusCode::TEMPORARY_REDIRECT, [(header::LOCATION, format!("http://{}{path}", place.http))]).into_response()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::net::SocketAddr;
+
+    #[test]
+    fn a_holder_reads_back() {
+        let at = |port| SocketAddr::from(([127, 0, 0, 1], port)).to_string();
+        let place = Place { router: "r1".into(), incarnation: "i".into(), atp: at(1), http: at(2) };
+        assert_eq!(Place::read(&place.text()), Some(place));
+        assert_eq!(Place::read("r1 i 127.0.0.1:1"), None);
+        assert_eq!(Place::read("r1 i 127.0.0.1:1 127.0.0.1:2 more"), None);
+    }
+}
