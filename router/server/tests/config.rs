@@ -86,7 +86,6 @@ fn every_mistake_is_named_with_its_place() {
 
 #[test]
 fn what_a_later_version_can_do_is_refused_not_ignored() {
-    assert_eq!(only("log: {kind: kafka}"), "1:13 log.kind");
     assert_eq!(only("listen: {tls: {cert: a.pem}}"), "1:22 listen.tls.cert");
     assert_eq!(only("shards: {count: 2}"), "1:17 shards.count");
     assert_eq!(only("auth: {oidc: {issuer: x}}"), "1:23 auth.oidc.issuer");
@@ -301,4 +300,41 @@ fn a_store_has_an_address_that_is_never_repeated() {
     assert_eq!(only("store: {kind: redis, redis: {url: 'http://u:hunter2@h'}}"), "1:35 store.redis.url");
     let shown = format!("{:?}", problems("store: {kind: redis, redis: {url: 'redis://u:hunter2@[h'}}"));
     assert!(shown.contains("store.redis.url") && !shown.contains("hunter2"), "{shown}");
+}
+
+#[test]
+#[cfg(feature = "kafka")]
+#[test]
+fn a_log_in_kafka_has_brokers_and_a_topic() {
+    let text = "log: {kind: kafka, kafka: {brokers: [a:9092, 127.0.0.1:9093], single_broker: true}}";
+    use atp_router::config::LogPlace;
+    let LogPlace::Kafka(place) = read(text).log else { panic!("local") };
+    assert_eq!(place.address.to_string(), "kafka://a:9092,127.0.0.1:9093/atp.frames");
+    assert_eq!((place.single_broker, place.shards, place.address.tls, place.address.sasl), (true, 1, None, None));
+    // Its keys alone don't move the log.
+    assert_eq!(read("log: {kafka: {brokers: [a:9092]}}").log, LogPlace::Local);
+
+    assert_eq!(only("log: {kind: kafka}"), "1:13 log.kafka.brokers");
+    assert_eq!(only("log: {kind: kafka, kafka: {brokers: [a]}}"), "1:37 log.kafka.brokers");
+    assert_eq!(only("log: {kind: kafka, kafka: {brokers: [a:1], topic: a b}}"), "1:51 log.kafka.topic");
+    assert_eq!(only("log: {kind: kafka, kafka: {brokers: [a:1]}}\nshards: {count: 64}"), "2:17 shards.count");
+}
+
+#[cfg(feature = "kafka")]
+#[test]
+fn credentials_for_the_brokers_are_whole_and_never_shown() {
+    let with = |more: &str| format!("log: {{kind: kafka, kafka: {{brokers: [a:1], {more}}}}}");
+    let field = |more: &str| problems(&with(more))[0].field.clone();
+    assert_eq!(field("tls: {ca: x.pem}"), "log.kafka.tls.on");
+    assert_eq!(field("tls: {on: true, cert: x.pem}"), "log.kafka.tls.cert");
+    assert_eq!(field("sasl: {user: x}"), "log.kafka.sasl.user");
+    assert_eq!(field("sasl: {mechanism: plain}"), "log.kafka.sasl.mechanism");
+    let whole = with("tls: {on: true}, sasl: {user: ada, password: hush-hush}");
+    if cfg!(feature = "kafka-tls") {
+        let config = read(&whole);
+        assert!(!format!("{config:?}").contains("hush"), "{config:?}");
+    } else {
+        let fields: Vec<String> = problems(&whole).into_iter().map(|p| p.field).collect();
+        assert_eq!(fields, ["log.kafka.tls", "log.kafka.sasl"]);
+    }
 }

@@ -12,7 +12,7 @@ impl Walk<'_> {
         let brokers = self.opt_texts("log.kafka.brokers").unwrap_or_default();
         let topic = self.opt_text("log.kafka.topic").unwrap_or_default();
         if brokers.is_empty() {
-            let mark = self.mark("log.kafka.brokers");
+            let mark = self.mark("log.kind");
             self.problem(mark, "log.kafka.brokers", "is empty", "name some brokers like [127.0.0.1:9092]");
         }
         let wrong: Vec<String> = brokers.iter().filter_map(|broker| check_broker(broker).err()).collect();

@@ -9,10 +9,12 @@ use rdkafka::consumer::{BaseConsumer, Consumer, ConsumerContext};
 use rdkafka::error::{KafkaError, RDKafkaErrorCode};
 use rdkafka::message::{Headers, Message as _};
 use rdkafka::{Offset, TopicPartitionList};
+use std::ops::{Deref, DerefMut};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 /// A request that takes longer has failed.
-pub(super) const PATIENCE: Duration = Duration::from_secs(20);
+pub(super) const PATIENCE: Duration = Duration::from_secs(15);
 /// Reading without any progress for so long has failed. An election among the brokers takes less.
 const STALLED: Duration = Duration::from_secs(30);
 /// The largest message: an entry with its key and headers.
@@ -138,7 +140,7 @@ impl Messages {
     pub(super) fn seek(&mut self, from: u64, end: u64) -> Result<(), LogError> {
         (self.next, self.end) = (from, end);
         if from >= end {
-            return Ok(());
+            return self.consumer.unassign().map_err(self.address.failed("read"));
         }
         let mut place = TopicPartitionList::new();
         let offset = Offset::Offset(i64::try_from(from).unwrap_or(i64::MAX));
@@ -194,6 +196,57 @@ impl Messages {
                     _ => return Err(self.address.failed("read")(error)),
                 },
             }
+        }
+    }
+}
+
+/// Clients that nobody reads with: making and dropping one takes a tenth of a second.
+#[derive(Clone, Default)]
+pub(super) struct Pool(Arc<Mutex<Vec<Messages>>>);
+
+/// Clients that are kept for the next reader.
+const IDLE_MAX: usize = 2;
+
+impl Pool {
+    pub(super) fn take(&self, address: &KafkaAddress, partition: i32) -> Result<Pooled, LogError> {
+        let idle = self.lock().pop();
+        let messages = idle.map_or_else(|| Messages::new(address, partition), Ok)?;
+        Ok(Pooled { messages: Some(messages), pool: self.clone() })
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Vec<Messages>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A client that goes back to its pool.
+pub(super) struct Pooled {
+    messages: Option<Messages>,
+    pool: Pool,
+}
+
+impl Deref for Pooled {
+    type Target = Messages;
+
+    fn deref(&self) -> &Messages {
+        self.messages.as_ref().expect("there until it is dropped")
+    }
+}
+
+impl DerefMut for Pooled {
+    fn deref_mut(&mut self) -> &mut Messages {
+        self.messages.as_mut().expect("there until it is dropped")
+    }
+}
+
+impl Drop for Pooled {
+    fn drop(&mut self) {
+        // One that can't be stopped isn't kept.
+        if let Some(mut messages) = self.messages.take()
+            && messages.seek(0, 0).is_ok()
+            && self.pool.lock().len() < IDLE_MAX
+        {
+            self.pool.lock().push(messages);
         }
     }
 }

@@ -38,7 +38,6 @@ use super::status::{Events, Status};
 use super::{Guarantee, KafkaAddress, Log, LogError, LogId, Source, offline};
 use atp_core::record::{Entry, Epoch, Genesis, Record, hex};
 use atp_core::state::{FORMAT, State};
-use client::Messages;
 use futures_util::future::BoxFuture;
 use header::Header;
 use memory::{Memory, Reached};
@@ -95,15 +94,22 @@ pub struct Opened {
 /// `NotThisLog`: a topic that isn't this log's, or that could lose entries. `Kafka`: what the brokers refuse.
 pub fn init(options: &KafkaOptions, now_ms: u64) -> Result<Made, LogError> {
     let mut memory = Memory::open(&options.data_dir)?;
-    let (made, _) = prepare(options, &memory, now_ms)?;
+    let source = KafkaSource::new(options.address.clone(), options.shard);
+    let (made, _) = prepare(options, &source, &memory, now_ms)?;
     let reached = memory.reached(options.shard);
     memory.save(&made.log_id, &options.address.topic, options.shard, reached)?;
     Ok(made)
 }
 
 /// A log is made only where this machine remembers none: else what it remembers is gone.
-fn prepare(options: &KafkaOptions, memory: &Memory, now_ms: u64) -> Result<(Made, u64), LogError> {
+fn prepare(
+    options: &KafkaOptions,
+    source: &KafkaSource,
+    memory: &Memory,
+    now_ms: u64,
+) -> Result<(Made, u64), LogError> {
     let address = &options.address;
+    let own = source.messages()?;
     let remembered = memory.log().map(|(id, topic)| (id.to_owned(), topic.to_owned()));
     let gone = |what: &str| {
         let (id, topic) = remembered.as_ref()?;
@@ -115,17 +121,17 @@ fn prepare(options: &KafkaOptions, memory: &Memory, now_ms: u64) -> Result<(Made
         Some(address.refused(what))
     };
     let mut topic_made = false;
-    let topic = match topic::look(address)? {
+    let topic = match topic::look(address, &own)? {
         Some(topic) => topic,
         None => {
             gone("there is no such topic").map_or(Ok(()), Err)?;
-            topic_made = topic::create(address, options.shards, options.single_broker)?;
-            topic::look(address)?.ok_or_else(|| address.refused("it vanished as soon as it was made"))?
+            topic_made = topic::create(address, &own, options.shards, options.single_broker)?;
+            topic::look(address, &own)?.ok_or_else(|| address.refused("it vanished as soon as it was made"))?
         }
     };
-    let source = KafkaSource::new(address.clone(), 0);
-    let mut messages = Messages::new(address, 0)?;
-    let (genesis, log_made) = match source.genesis(&mut messages)? {
+    let first = if options.shard == 0 { source.clone() } else { KafkaSource::new(address.clone(), 0) };
+    let mut messages = first.messages()?;
+    let (genesis, log_made) = match first.genesis(&mut messages)? {
         Some(genesis) => (genesis, false),
         None => {
             gone("it is empty").map_or(Ok(()), Err)?;
@@ -140,9 +146,9 @@ fn prepare(options: &KafkaOptions, memory: &Memory, now_ms: u64) -> Result<(Made
             };
             begin(address, 0, &genesis, log_id, now_ms)?;
             // Two may begin at once: the first message counts.
-            let first = source.genesis(&mut messages)?.ok_or_else(|| address.refused("its first message is gone"))?;
-            let mine = first.log_id == genesis.log_id;
-            (first, mine)
+            let stands = first.genesis(&mut messages)?.ok_or_else(|| address.refused("its first message is gone"))?;
+            let mine = stands.log_id == genesis.log_id;
+            (stands, mine)
         }
     };
     let log_id = LogId::try_from(&genesis.log_id[..]).map_err(|_| address.refused("its Genesis has no log id"))?;
@@ -164,15 +170,14 @@ fn prepare(options: &KafkaOptions, memory: &Memory, now_ms: u64) -> Result<(Made
     }
     for shard in 1..genesis.shards {
         let partition = KafkaSource::new(address.clone(), shard);
-        let mut messages = Messages::new(address, partition.partition())?;
+        let mut messages = partition.messages()?;
         match partition.genesis(&mut messages)? {
             None => begin(address, partition.partition(), &genesis, log_id, now_ms)?,
             Some(other) if other.log_id == genesis.log_id => {}
             Some(_) => return Err(address.refused(format!("partition {shard} belongs to another log"))),
         }
     }
-    let source = KafkaSource::new(address.clone(), options.shard);
-    let end = source.ends(&Messages::new(address, source.partition())?)?;
+    let end = source.ends(&own)?;
     let reached = memory.reached(options.shard).end;
     if end < reached {
         let what = format!(
@@ -217,12 +222,12 @@ impl KafkaLog {
     pub fn open(options: &KafkaOptions, owner: &str, incarnation: &str, now_ms: u64) -> Result<Opened, LogError> {
         let (address, shard) = (&options.address, options.shard);
         let mut memory = Memory::open(&options.data_dir)?;
-        let (made, end) = prepare(options, &memory, now_ms)?;
+        let source = KafkaSource::new(address.clone(), shard);
+        let (made, end) = prepare(options, &source, &memory, now_ms)?;
         let log_id = made.log_id;
         let reached = Reached { end: end.max(memory.reached(shard).end), ..memory.reached(shard) };
         memory.save(&log_id, &address.topic, shard, reached)?;
 
-        let source = KafkaSource::new(address.clone(), shard);
         let sender = Sender::new(address, source.partition())?;
         let record = Epoch {
             log_id: bytes::Bytes::copy_from_slice(&log_id),
@@ -263,7 +268,7 @@ impl KafkaLog {
             status: status_sender,
             sender,
             owner: Owner::new(epoch),
-            messages: Messages::new(address, source.partition())?,
+            messages: source.messages()?,
             source: source.clone(),
             memory,
             reached,

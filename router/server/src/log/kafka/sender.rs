@@ -8,7 +8,7 @@ use rdkafka::client::ClientContext;
 use rdkafka::config::RDKafkaLogLevel;
 use rdkafka::error::{KafkaError, RDKafkaErrorCode};
 use rdkafka::message::{Header as RecordHeader, Message as _, OwnedHeaders};
-use rdkafka::producer::{BaseProducer, BaseRecord, DeliveryResult, Producer, ProducerContext, PurgeConfig};
+use rdkafka::producer::{BaseRecord, DeliveryResult, Producer, ProducerContext, PurgeConfig, ThreadedProducer};
 use std::sync::mpsc::{Receiver, Sender as Channel, channel};
 use std::time::Duration;
 
@@ -46,19 +46,21 @@ impl ProducerContext for Reports {
 pub(super) struct Sender {
     topic: String,
     partition: i32,
-    producer: BaseProducer<Reports>,
+    producer: ThreadedProducer<Reports>,
     reports: Receiver<(usize, Delivered)>,
 }
 
 impl Sender {
     pub(super) fn new(address: &KafkaAddress, partition: i32) -> Result<Self, LogError> {
         let (sender, reports) = channel();
-        let producer: BaseProducer<Reports> = address
+        let producer: ThreadedProducer<Reports> = address
             .client()
             .set("enable.idempotence", "true")
             .set("acks", "all")
             .set("message.timeout.ms", DELIVERY.as_millis().to_string())
             .set("message.max.bytes", MESSAGE_BYTES.to_string())
+            // A topic that is gone is told sooner than by the delivery time-out.
+            .set("topic.metadata.propagation.max.ms", "10000")
             .set("queue.buffering.max.ms", "0")
             .create_with_context(Reports(sender))
             .map_err(address.failed("make a producer of"))?;
@@ -82,24 +84,24 @@ impl Sender {
                 Ok(()) => return Ok(()),
                 Err((KafkaError::MessageProduction(RDKafkaErrorCode::QueueFull), back)) => {
                     record = back;
-                    self.producer.poll(Duration::from_millis(20));
+                    std::thread::sleep(Duration::from_millis(1));
                 }
                 Err((error, _)) => return Err(why(&error)),
             }
         }
     }
 
-    /// Waits for reports, at most for `patience`; gives what there is.
-    pub(super) fn reports(&self, patience: Duration) -> Vec<(usize, Delivered)> {
-        self.producer.poll(patience);
-        self.reports.try_iter().collect()
+    /// Waits for a report; gives all that there are.
+    pub(super) fn reports(&self) -> Vec<(usize, Delivered)> {
+        let first = self.reports.recv_timeout(DELIVERY);
+        first.into_iter().chain(self.reports.try_iter()).collect()
     }
 
     /// One message and its offset.
     pub(super) fn send_one(&self, header: &Header, entry: &[u8]) -> Result<u64, String> {
         self.send(0, header, None, entry)?;
         loop {
-            if let Some((_, delivered)) = self.reports(Duration::from_millis(100)).pop() {
+            if let Some((_, delivered)) = self.reports().pop() {
                 return delivered?.ok_or_else(|| "it was reported without an offset".into());
             }
         }

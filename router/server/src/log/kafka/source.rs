@@ -1,6 +1,6 @@
 //! A Kafka log to read: valid messages as entries with their positions. Writes nothing and needs no lock.
 
-use super::client::{Messages, PATIENCE};
+use super::client::{Messages, PATIENCE, Pool, Pooled};
 use super::header::{Header, Parsed};
 use super::marks::Marks;
 use super::reading::{Mark, Verdict, Walk};
@@ -17,6 +17,7 @@ pub struct KafkaSource {
     address: KafkaAddress,
     shard: u32,
     marks: Arc<Mutex<Marks>>,
+    pool: Pool,
     /// Nothing is read from this offset on; `None`: the end at the time of reading.
     end: Option<u64>,
 }
@@ -31,7 +32,7 @@ impl KafkaSource {
     /// The partition of a shard. Connects when it is read.
     #[must_use]
     pub fn new(address: KafkaAddress, shard: u32) -> Self {
-        Self { address, shard, marks: Arc::default(), end: None }
+        Self { address, shard, marks: Arc::default(), pool: Pool::default(), end: None }
     }
 
     /// Where the log is.
@@ -47,6 +48,11 @@ impl KafkaSource {
 
     pub(super) fn partition(&self) -> i32 {
         i32::try_from(self.shard).unwrap_or(i32::MAX)
+    }
+
+    /// A client to read it with.
+    pub(super) fn messages(&self) -> Result<Pooled, LogError> {
+        self.pool.take(&self.address, self.partition())
     }
 
     /// Its end, if it begins at the beginning.
@@ -83,7 +89,7 @@ impl KafkaSource {
     /// # Errors
     /// The brokers can't be reached, or this isn't the beginning of a log.
     pub fn entries(&self, from: u64, upto: Option<u64>) -> Result<KafkaEntries, LogError> {
-        let mut messages = Messages::new(&self.address, self.partition())?;
+        let mut messages = self.messages()?;
         let genesis =
             self.genesis(&mut messages)?.ok_or_else(|| self.address.refused("it is empty: no log is in it"))?;
         let log_id = LogId::try_from(&genesis.log_id[..]).expect("compared with an id just now");
@@ -108,7 +114,7 @@ impl KafkaSource {
     /// Believes a place that was remembered if it holds what it should: a message of that number, and a whole checkpoint
     /// behind it.
     pub(super) fn try_checkpoint(&self, log_id: LogId, mark: Mark) -> Result<bool, LogError> {
-        let mut messages = Messages::new(&self.address, self.partition())?;
+        let mut messages = self.messages()?;
         let end = self.ends(&messages)?;
         messages.seek(mark.offset, end.min(mark.offset.saturating_add(1)))?;
         let header = messages.next()?.map(|message| message.header);
@@ -139,7 +145,7 @@ impl KafkaSource {
 /// Entries with their positions, in order. An error is the last item.
 pub struct KafkaEntries {
     address: KafkaAddress,
-    messages: Messages,
+    messages: Pooled,
     walk: Walk,
     marks: Arc<Mutex<Marks>>,
     from: u64,

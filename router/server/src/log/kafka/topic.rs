@@ -23,10 +23,12 @@ pub(super) struct Topic {
 }
 
 /// The topic; `None`: there is none of this name.
-pub(super) fn look(address: &KafkaAddress) -> Result<Option<Topic>, LogError> {
-    let Some((partitions, replicas)) = shape(address)? else { return Ok(None) };
+pub(super) fn look(address: &KafkaAddress, messages: &Messages) -> Result<Option<Topic>, LogError> {
+    let Some((partitions, replicas)) = shape(address, messages)? else { return Ok(None) };
     let admin = admin(address)?;
     let found = wait(async { admin.describe_configs(&[ResourceSpecifier::Topic(&address.topic)], &options()).await })?;
+    // Ending its thread takes a while, and nobody needs to wait.
+    std::thread::spawn(move || drop(admin));
     let entries = found.map_err(address.failed("read the settings of"))?;
     let mut settings = BTreeMap::new();
     for resource in entries {
@@ -37,8 +39,7 @@ pub(super) fn look(address: &KafkaAddress) -> Result<Option<Topic>, LogError> {
 }
 
 /// Partitions and replicas; `None`: there is no such topic.
-fn shape(address: &KafkaAddress) -> Result<Option<(usize, usize)>, LogError> {
-    let messages = Messages::new(address, 0)?;
+fn shape(address: &KafkaAddress, messages: &Messages) -> Result<Option<(usize, usize)>, LogError> {
     let metadata = messages.consumer().fetch_metadata(Some(&address.topic), PATIENCE);
     let metadata = metadata.map_err(address.failed("look for"))?;
     let topic = metadata.topics().iter().find(|topic| topic.name() == address.topic);
@@ -50,7 +51,12 @@ fn shape(address: &KafkaAddress) -> Result<Option<(usize, usize)>, LogError> {
 }
 
 /// Makes the topic with the settings that a log needs. `Ok(false)`: somebody else was first.
-pub(super) fn create(address: &KafkaAddress, partitions: u32, single: bool) -> Result<bool, LogError> {
+pub(super) fn create(
+    address: &KafkaAddress,
+    messages: &Messages,
+    partitions: u32,
+    single: bool,
+) -> Result<bool, LogError> {
     let (replicas, in_sync) = if single { (1, "1") } else { (3, "2") };
     let bytes = MESSAGE_BYTES_SET.to_string();
     let partitions = i32::try_from(partitions).unwrap_or(i32::MAX);
@@ -76,7 +82,7 @@ pub(super) fn create(address: &KafkaAddress, partitions: u32, single: bool) -> R
     };
     // Known to the controller isn't known to every broker.
     let begun = Instant::now();
-    while shape(address)?.is_none() {
+    while shape(address, messages)?.is_none() {
         if begun.elapsed() > PATIENCE {
             let why = "it was made, but no broker knows of it".into();
             return Err(LogError::Kafka { doing: "look for", address: address.to_string(), why });

@@ -1,7 +1,7 @@
 //! The owner's thread: hands a batch to the brokers, follows its reports by the owner's rule, says what is durable, and looks
 //! for a successor when it has nothing to do. Any doubt ends the ownership.
 
-use super::client::{Message, Messages};
+use super::client::{Message, Pooled};
 use super::header::{Header, Parsed};
 use super::memory::{Memory, Reached};
 use super::owning::{Next, Owner, StepDown};
@@ -28,7 +28,7 @@ pub(super) struct Writer {
     pub(super) sender: Sender,
     pub(super) owner: Owner,
     /// For offsets of others.
-    pub(super) messages: Messages,
+    pub(super) messages: Pooled,
     pub(super) source: KafkaSource,
     pub(super) memory: Memory,
     pub(super) reached: Reached,
@@ -91,7 +91,7 @@ impl Writer {
         metrics::histogram!("atp_log_batch_bytes").record(bytes as f64);
         let mut done = 0;
         while done < batch.len() {
-            for (index, delivered) in self.sender.reports(Duration::from_millis(100)) {
+            for (index, delivered) in self.sender.reports() {
                 let position = first + index as u64;
                 let offset = delivered.map_err(|why| LogError::Unknown { position, why })?;
                 let before = self.mark();
