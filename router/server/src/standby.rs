@@ -1,6 +1,6 @@
 //! Who tries to own the shard, where several routers share one log: the one with the lease, which it keeps while it lives. The
-//! others send who comes to it, and take over when it is gone. A lease spares contention and proves nothing: the log alone
-//! decides, so an owner that can't renew goes on.
+//! others send who comes to it, and take over when its lease is gone and it doesn't answer. A lease spares contention and proves
+//! nothing: the log alone decides, so an owner that can't renew goes on.
 
 use crate::config::{Config, LogPlace};
 use crate::connection;
@@ -20,7 +20,8 @@ use axum::routing::get;
 use serde_json::json;
 use std::sync::Arc;
 use std::time::Duration;
-use tokio::net::TcpListener;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
 use tokio::time::{MissedTickBehavior, interval, timeout};
 use tokio_util::sync::CancellationToken;
@@ -30,6 +31,8 @@ use tokio_util::task::TaskTracker;
 const TIMES: u32 = 3;
 /// How long giving it back may take; it lapses anyway.
 const RELEASE: Duration = Duration::from_secs(1);
+/// How long a router that serves may take to say so.
+const ANSWER: Duration = Duration::from_secs(1);
 const RETRY_AFTER_MS: u64 = 1_000;
 const SHARD: u32 = 0;
 
@@ -96,11 +99,22 @@ pub(crate) async fn wait(config: &mut Config, incarnation: &str) -> Result<Optio
     let guard = stop.clone().drop_guard();
     let mut tick = interval(lease.ttl / TIMES);
     tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut last: Option<Arc<Place>> = None;
     loop {
         tick.tick().await;
         let found = match lease.ask().await {
-            Ok(None) => break,
-            Ok(Some(holder)) => Place::read(&holder).map_or(Owner::Unknown, |place| Owner::At(Arc::new(place))),
+            Ok(None) => match &last {
+                // The lease was lost, its holder wasn't.
+                Some(place) if answers(place).await => {
+                    lease.give_back().await;
+                    Owner::At(place.clone())
+                }
+                _ => break,
+            },
+            Ok(Some(holder)) => {
+                last = Place::read(&holder).map(Arc::new);
+                last.clone().map_or(Owner::Unknown, Owner::At)
+            }
             Err(why) => Owner::Away(why),
         };
         told.send_if_modified(|owner| {
@@ -162,8 +176,24 @@ impl Lease {
             }
             held = holds;
         }
+        self.give_back().await;
+    }
+
+    async fn give_back(&mut self) {
         let _ = timeout(RELEASE, self.store.release(SHARD, &self.holder)).await;
     }
+}
+
+/// Whether this router serves.
+async fn answers(place: &Place) -> bool {
+    let ask = async {
+        let mut io = TcpStream::connect(&place.http).await?;
+        io.write_all(format!("GET /readyz HTTP/1.0\r\nhost: {}\r\n\r\n", place.http).as_bytes()).await?;
+        let mut status = [0; 12];
+        io.read_exact(&mut status).await?;
+        std::io::Result::Ok(status.ends_with(b" 200"))
+    };
+    matches!(timeout(ANSWER, ask).await, Ok(Ok(true)))
 }
 
 /// Answers native connections with where the owner is.

@@ -55,13 +55,25 @@ impl Told {
 /// When there is no end within three times `PATIENCE`, or something is told in two ways.
 #[must_use]
 pub fn follow(router: SocketAddr, key: &str, content: &Submit) -> Told {
+    follow_any(&[router], key, content)
+}
+
+/// As `follow`, at whichever of these routers serves; who says no is asked again after the others.
+///
+/// # Panics
+/// As `follow`.
+#[must_use]
+pub fn follow_any(routers: &[SocketAddr], key: &str, content: &Submit) -> Told {
     let syn = submit_by_key(key, 1, content);
     let stream = syn.stream_id.to_string();
     let mut told = Told { stream, frames: BTreeMap::new(), broken_after_accept: 0, refused: None };
     let end = Instant::now() + 3 * PATIENCE;
-    while !told.is_whole() {
+    for router in routers.iter().cycle() {
+        if told.is_whole() {
+            break;
+        }
         assert!(Instant::now() < end, "no end of {key}: {:?}", told.frames.keys());
-        if session(router, &syn, &mut told).is_err() {
+        if session(*router, &syn, &mut told).is_err() {
             told.broken_after_accept += u32::from(!told.frames.is_empty());
             // The router is away: a moment before it is dialled again.
             std::thread::park_timeout(Duration::from_millis(20));

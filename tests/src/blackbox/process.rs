@@ -82,6 +82,41 @@ impl Router {
         assert!(served, "the router doesn't serve: {line}\n{}", self.stderr());
     }
 
+    /// Starts it without waiting until it serves: it may have to wait for its turn.
+    ///
+    /// # Panics
+    /// When it doesn't start.
+    pub fn launch(&mut self) {
+        assert!(self.child.is_none(), "it runs");
+        let err = std::fs::OpenOptions::new().create(true).append(true).open(self.dir.path().join("stderr"));
+        let mut command = atp::command(&["router", "--json", "--config"]);
+        command.arg(self.config()).stdout(Stdio::null()).stderr(err.expect("a file"));
+        self.child = Some(command.spawn().expect("the binary under test starts"));
+    }
+
+    /// Whether it serves; one that doesn't answer doesn't.
+    #[must_use]
+    pub fn is_ready(&self) -> bool {
+        let ask = || {
+            let mut io = TcpStream::connect(self.http)?;
+            io.set_read_timeout(Some(LOOK))?;
+            write!(io, "GET /readyz HTTP/1.0\r\n\r\n")?;
+            let mut text = String::new();
+            io.read_to_string(&mut text)?;
+            std::io::Result::Ok(text.starts_with("HTTP/1.0 200") || text.starts_with("HTTP/1.1 200"))
+        };
+        ask().unwrap_or(false)
+    }
+
+    /// Waits until the process has ended by itself; whether it ended well.
+    ///
+    /// # Panics
+    /// When it goes on.
+    pub fn ended(&mut self) -> bool {
+        let mut child = self.child.take().expect("it runs");
+        wait_for("the process to end", || child.try_wait().expect("a child")).success()
+    }
+
     /// SIGKILL: nothing of the process runs any more when this returns.
     ///
     /// # Panics
@@ -247,11 +282,20 @@ impl Scripted {
     /// When it doesn't start.
     #[must_use]
     pub fn start(dir: &Path, name: &str, router: SocketAddr, yaml: &str) -> Self {
+        Self::start_at(dir, name, &[router], yaml)
+    }
+
+    /// As `start`, with several routers to go to.
+    ///
+    /// # Panics
+    /// As `start`.
+    #[must_use]
+    pub fn start_at(dir: &Path, name: &str, routers: &[SocketAddr], yaml: &str) -> Self {
         let file = |ending: &str| dir.join(format!("{name}.{ending}"));
         let (script, meter) = (file("yaml"), file("meter.jsonl"));
         let text = format!("name: {name}\nmeter: {}\n{yaml}", meter.display());
         std::fs::write(&script, text).expect("a script");
-        let url = format!("atp://{router}");
+        let url = routers.iter().map(|router| format!("atp://{router}")).collect::<Vec<_>>().join(",");
         let mut agent = Self { child: None, script, meter, url, err: file("stderr") };
         agent.restart();
         agent

@@ -1,0 +1,219 @@
+//! Several routers that share one log in Kafka, with Redis for the leases: one owns the shard, the others take over when it is
+//! killed, stands still or hands over. Real processes, real servers; every task ends in one answer, and the bill is true.
+
+use atp_proto::content::{CallState, Source, Submit, TaskState};
+use atp_tests::blackbox::history::{billed, true_bill};
+use atp_tests::blackbox::load::{self, Told};
+use atp_tests::blackbox::process::{Router, Scripted};
+use atp_tests::blackbox::redis::Redis;
+use atp_tests::blackbox::relay::Relay;
+use atp_tests::blackbox::wait_for;
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::process::{Command, Stdio};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+const ROUTERS: usize = 3;
+const CLIENTS: u64 = 12;
+const LEASE: Duration = Duration::from_secs(1);
+
+const SCRIPT: &str = "models: [{id: steady, in_usd_per_mtok: 1.00, out_usd_per_mtok: 4.00}]
+max_parallel: 8
+estimate: {mode: declared, in_tokens: 100, out_tokens: 100}
+calls:
+  - chunks: [{after: {mean: 30ms, sd: 10ms}, repeat: 8, text: \"word \", out_tokens: 5}]
+    final: {text: \"end\", in_tokens: 80}
+";
+
+/// A broker, or three, for as long as this process lives.
+fn kafka(brokers: &str) -> Vec<String> {
+    let script = concat!(env!("CARGO_MANIFEST_DIR"), "/parts/kafka.sh");
+    let owner = std::process::id().to_string();
+    let output = Command::new(script)
+        .args(["start", "--brokers", brokers, "--owner", &owner])
+        .stdin(Stdio::null())
+        .stderr(Stdio::inherit())
+        .output()
+        .expect("the script starts");
+    assert!(output.status.success(), "there is no Kafka to test with: {script} start failed");
+    let text = String::from_utf8(output.stdout).expect("text");
+    let urls = text.lines().find_map(|l| l.strip_prefix("ATP_KAFKA=")).expect("its address");
+    urls.split(',').map(str::to_owned).collect()
+}
+
+struct Fleet {
+    routers: Vec<Router>,
+    /// Each router is known by a wire of its own, also to those who are sent to it.
+    wires: Vec<Relay>,
+    redis: Redis,
+    topic: String,
+    brokers: Vec<String>,
+}
+
+impl Fleet {
+    fn start(brokers: Vec<String>) -> Self {
+        static NEXT: AtomicU64 = AtomicU64::new(0);
+        let topic = format!("fleet.{}.{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
+        let redis = Redis::start();
+        let (mut routers, mut wires) = (Vec::new(), Vec::new());
+        for n in 1..=ROUTERS {
+            let mut router = Router::prepare("");
+            let wire = Relay::to(router.atp());
+            router.configure(&format!(
+                "router: {{id: r{n}, advertise: \"{}\"}}
+log: {{kind: kafka, kafka: {{brokers: [{}], topic: {topic}, single_broker: {}}}}}
+store: {{kind: redis, redis: {{url: \"{}\"}}}}
+shards: {{lease: {}ms}}
+limits: {{heartbeat: 300ms}}
+accounts: {{default: {{usd: 1000, per: total}}}}
+tasks: {{retries: 4, deadline: 170s, agent_timeout: 100s}}",
+                wire.address(),
+                brokers.iter().map(|b| format!("\"{b}\"")).collect::<Vec<_>>().join(", "),
+                brokers.len() == 1,
+                redis.url(),
+                LEASE.as_millis(),
+            ));
+            router.launch();
+            (routers.push(router), wires.push(wire));
+        }
+        let fleet = Self { routers, wires, redis, topic, brokers };
+        fleet.owner();
+        fleet
+    }
+
+    /// The one that serves.
+    fn owner(&self) -> usize {
+        wait_for("a router to serve", || self.routers.iter().position(Router::is_ready))
+    }
+
+    fn addresses(&self) -> Vec<SocketAddr> {
+        self.wires.iter().map(Relay::address).collect()
+    }
+
+    fn dispatches(&self) -> BTreeMap<String, u32> {
+        let mut all = BTreeMap::new();
+        for (call, times) in self.wires.iter().flat_map(Relay::dispatches) {
+            *all.entry(call).or_default() += times;
+        }
+        all
+    }
+
+    fn log(&self) -> String {
+        format!("kafka://{}/{}", self.brokers.join(","), self.topic)
+    }
+}
+
+/// Puts a load through a fleet while `faults` happen to it, and checks what came of it.
+fn through(mut fleet: Fleet, faults: impl FnOnce(&mut Fleet)) {
+    let addresses = fleet.addresses();
+    let dir = tempfile::tempdir().expect("a directory");
+    let agents: Vec<Scripted> = (0..2)
+        .map(|n| {
+            // Not all of them know the same router first.
+            let mut routers = addresses.clone();
+            routers.rotate_left(n);
+            Scripted::start_at(dir.path(), &format!("steady-{n}"), &routers, SCRIPT)
+        })
+        .collect();
+    let owner = fleet.owner();
+    fleet.routers[owner].has_agent("steady-0");
+    let (over, next) = (AtomicBool::new(false), AtomicU64::new(0));
+    let client = || {
+        let mut all = Vec::new();
+        while !over.load(Ordering::Relaxed) {
+            let n = next.fetch_add(1, Ordering::Relaxed);
+            let task = Submit { task: format!("task {n}"), ..Submit::default() };
+            let begun = Instant::now();
+            all.push((load::follow_any(&addresses, &format!("key-{n}"), &task), begun.elapsed()));
+        }
+        all
+    };
+    let told: Vec<(Told, Duration)> = std::thread::scope(|scope| {
+        let clients: Vec<_> = (0..CLIENTS).map(|_| scope.spawn(client)).collect();
+        let caught = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| faults(&mut fleet)));
+        over.store(true, Ordering::Relaxed);
+        let told = clients.into_iter().flat_map(|client| client.join().expect("a client")).collect();
+        caught.unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+        told
+    });
+
+    let owner = fleet.owner();
+    fleet.routers[owner].settled();
+    let verified = atp_tests::blackbox::atp::run_json(&["verify", "--log", &fleet.log()]);
+    assert_eq!(verified["ok"], true, "{verified:#}");
+    let twice: Vec<_> = fleet.dispatches().into_iter().filter(|(_, times)| *times > 1).collect();
+    assert_eq!(twice, [], "calls that were dispatched again");
+    let mut took: Vec<Duration> = told.iter().map(|(_, took)| *took).collect();
+    took.sort();
+    let at = |percent: usize| took[(took.len() - 1) * percent / 100].as_millis();
+    println!("{} tasks; from submit to bill p50 {} ms, p99 {} ms, max {} ms", took.len(), at(50), at(99), at(100));
+    let told: Vec<Told> = told.into_iter().map(|(told, _)| told).collect();
+    for told in &told {
+        let answer = told.answer();
+        assert_eq!((answer.state, &answer.error), (TaskState::Done, &None), "{}", told.stream);
+    }
+    let truth = true_bill(agents.iter().map(Scripted::meter));
+    let bills: Vec<_> = told.iter().map(Told::bill).collect();
+    for (id, call) in billed(&bills) {
+        match call.state {
+            CallState::Void => assert!(!truth.contains_key(&id), "{id} is void and was called"),
+            CallState::Settled => {
+                assert_eq!(call.source, Some(Source::Reported), "{id}: its agent lived: {call:?}");
+                assert_eq!(call.actual.usd_micros.0, truth[&id].usd_micros, "{id}: billed as charged");
+            }
+            other => panic!("{id} is {other:?} on a bill whose task is done"),
+        }
+    }
+}
+
+/// Time for some tasks, with whatever owner there is.
+fn work(fleet: &Fleet) {
+    let frames = |fleet: &Fleet| fleet.wires.iter().map(Relay::frames).sum::<u64>();
+    let before = frames(fleet);
+    wait_for("work to go on", || (frames(fleet) > before + 300).then_some(()));
+}
+
+#[test]
+fn one_of_three_routers_serves_and_the_next_takes_over() {
+    through(Fleet::start(kafka("1")), |fleet| {
+        work(fleet);
+        // SIGKILL: the lease has to lapse.
+        let owner = fleet.owner();
+        let begun = Instant::now();
+        fleet.routers[owner].kill();
+        let next = fleet.owner();
+        println!("taken over {} ms after SIGKILL", begun.elapsed().as_millis());
+        assert_ne!(next, owner);
+        fleet.routers[owner].launch();
+        work(fleet);
+
+        // SIGTERM: handed over at once.
+        let owner = fleet.owner();
+        let begun = Instant::now();
+        fleet.routers[owner].stop();
+        let next = fleet.owner();
+        println!("taken over {} ms after SIGTERM", begun.elapsed().as_millis());
+        assert_ne!(next, owner);
+        fleet.routers[owner].launch();
+        work(fleet);
+
+        // SIGSTOP past the lease: another one owns the shard, and the old owner finds out and ends.
+        let owner = fleet.owner();
+        fleet.routers[owner].signal("STOP");
+        wait_for("another router to serve", || {
+            fleet.routers.iter().enumerate().find(|(n, r)| *n != owner && r.is_ready()).map(|_| ())
+        });
+        work(fleet);
+        fleet.routers[owner].signal("CONT");
+        assert!(!fleet.routers[owner].ended(), "fenced: it says so by its exit code");
+        assert!(fleet.routers[owner].stderr().contains("another"), "{}", fleet.routers[owner].stderr());
+        fleet.routers[owner].launch();
+
+        // Redis is flushed: whoever owns the shard goes on.
+        let owner = fleet.owner();
+        let _ = fleet.redis.ask(&["FLUSHALL"]);
+        work(fleet);
+        assert!(fleet.routers[owner].is_ready(), "the owner goes on");
+    });
+}
