@@ -151,7 +151,11 @@ async fn what_is_not_renewed_is_forgotten<S: StateStore>(store: &mut S) {
     let old = Batch { ttl: brief, agents: vec![agent("old")], ..batch(1, vec![row("old", 1)]) };
     store.write(&old).await.unwrap();
     let ended = StreamRow { state: TaskState::Done, ..row("ended", 1) };
-    store.write(&Batch { ended_ttl: brief, ..batch(1, vec![ended]) }).await.unwrap();
+    store.write(&Batch { ended_ttl: brief, ..batch(1, vec![ended.clone()]) }).await.unwrap();
+    let at_once = StreamRow { stream: StreamId::new("s0"), ..ended };
+    store.write(&batch(1, vec![row("s0", 1)])).await.unwrap();
+    store.write(&Batch { ended_ttl: Duration::ZERO, ..batch(1, vec![at_once]) }).await.unwrap();
+    assert!(find(&read(store).await.streams, "stream", "s0").is_none());
     store.write(&Batch { agents: vec![agent("new")], ..batch(2, vec![row("new", 1)]) }).await.unwrap();
     let all = loop {
         let all = read(store).await;
@@ -171,6 +175,23 @@ async fn a_page_of_rows_is_one_write<S: StateStore>(store: &mut S) {
     store.write(&Batch { agents, ..batch(1, streams) }).await.unwrap();
     let all = read(store).await;
     assert_eq!((all.streams.len(), all.agents.len()), (2_000, 1_000));
+}
+
+async fn one_holds_a_lease<S: StateStore>(store: &mut S) {
+    let (long, brief) = (Duration::from_secs(60), Duration::from_millis(50));
+    assert_eq!(store.lease(0, "r1", long).await, Ok(None));
+    assert_eq!(store.lease(0, "r1", long).await, Ok(None), "asked again, because the answer was lost");
+    assert_eq!(store.lease(0, "r2", long).await, Ok(Some("r1".into())));
+    assert_eq!(store.lease(1, "r2", long).await, Ok(None), "each shard has its own");
+    store.release(0, "r2").await.unwrap();
+    assert_eq!(store.lease(0, "r2", long).await, Ok(Some("r1".into())), "nobody gives back another's");
+    store.release(0, "r1").await.unwrap();
+    store.release(0, "r1").await.unwrap();
+    assert_eq!(store.lease(0, "r2", brief).await, Ok(None));
+    while store.lease(0, "r1", long).await.unwrap().is_some() {
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    assert_eq!(store.lease(0, "r2", long).await, Ok(Some("r1".into())), "it had lapsed");
 }
 
 macro_rules! suite {
@@ -198,6 +219,7 @@ suite!(
     another_log_is_refused,
     what_is_not_renewed_is_forgotten,
     a_page_of_rows_is_one_write,
+    one_holds_a_lease,
 );
 
 fn away(result: Result<Option<u64>, StoreError>) -> String {

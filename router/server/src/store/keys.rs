@@ -7,6 +7,7 @@ use atp_core::projection::StreamRow;
 /// {PREFIX}:router:ID                hash         a router's entry; expires 15 s after its last sign of life
 /// {PREFIX}:shards                   sorted set   shard -> last seen
 /// {PREFIX:SHARD}:shard              hash         log, watermark, owner of a shard; never expires
+/// {PREFIX:SHARD}:lease              string       who tries to own the shard; expires with the lease
 /// {PREFIX:SHARD}:streams            sorted set   TENANT:STREAM -> last written
 /// {PREFIX:SHARD}:stream:TENANT:ID   hash         a stream; expires 5 min after it was last written, 1 min after its end
 /// {PREFIX:SHARD}:agents             sorted set   agent handle -> last written
@@ -32,6 +33,9 @@ impl Keys {
     }
     pub(super) fn shard(&self, shard: u32) -> String {
         format!("{{{}:{shard}}}:shard", self.prefix)
+    }
+    pub(super) fn lease(&self, shard: u32) -> String {
+        format!("{{{}:{shard}}}:lease", self.prefix)
     }
     pub(super) fn streams(&self, shard: u32) -> String {
         format!("{{{}:{shard}}}:streams", self.prefix)

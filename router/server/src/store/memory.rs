@@ -7,6 +7,7 @@ use atp_core::projection::StreamRow;
 use atp_core::view::AgentView;
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::time::Duration;
 use tokio::time::Instant;
 
 /// Rows by name, each with its end. What a row was written with stands beside it once for all rows of a batch.
@@ -26,6 +27,7 @@ struct Shard {
 pub struct MemoryStore {
     shards: BTreeMap<u32, Shard>,
     routers: BTreeMap<String, (Instant, Beat)>,
+    leases: BTreeMap<u32, (Instant, String)>,
 }
 
 impl MemoryStore {
@@ -58,7 +60,12 @@ impl StateStore for MemoryStore {
         let (log, router) = (batch.log.clone(), batch.router.clone());
         let head = Arc::new(Batch { log, router, streams: Vec::new(), agents: Vec::new(), ..*batch });
         for one in &batch.streams {
-            shard.streams.insert(member(one), (now + batch.ttl_of(one), head.clone(), one.clone()));
+            let ttl = batch.ttl_of(one);
+            if ttl.is_zero() {
+                shard.streams.remove(&member(one));
+            } else {
+                shard.streams.insert(member(one), (now + ttl, head.clone(), one.clone()));
+            }
         }
         for one in &batch.agents {
             shard.agents.insert(one.name.to_string(), (ends, head.clone(), one.clone()));
@@ -80,6 +87,22 @@ impl StateStore for MemoryStore {
     async fn watermark(&mut self, shard: u32) -> Result<Option<Watermark>, StoreError> {
         let batch = self.shards.get(&shard).and_then(|s| s.batch.as_ref());
         Ok(batch.map(|b| Watermark { log: b.log.clone(), position: b.position, router: b.router.to_string() }))
+    }
+
+    async fn lease(&mut self, shard: u32, holder: &str, ttl: Duration) -> Result<Option<String>, StoreError> {
+        let now = Instant::now();
+        if let Some((_, other)) = self.leases.get(&shard).filter(|(ends, of)| *ends > now && of != holder) {
+            return Ok(Some(other.clone()));
+        }
+        self.leases.insert(shard, (now + ttl, holder.to_owned()));
+        Ok(None)
+    }
+
+    async fn release(&mut self, shard: u32, holder: &str) -> Result<(), StoreError> {
+        if self.leases.get(&shard).is_some_and(|(_, of)| of == holder) {
+            self.leases.remove(&shard);
+        }
+        Ok(())
     }
 
     async fn read(&mut self) -> Result<Snapshot, StoreError> {

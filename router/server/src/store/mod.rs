@@ -45,7 +45,8 @@ pub struct Batch {
     pub router: Arc<str>,
     /// Wall clock, Unix milliseconds.
     pub at_ms: u64,
-    /// How long a row lives that isn't written again, and that of a stream that has ended.
+    /// How long a row lives that isn't written again, and that of a stream that has ended (zero: it is
+    /// forgotten at once).
     pub ttl: Duration,
     pub ended_ttl: Duration,
     pub streams: Vec<StreamRow>,
@@ -119,6 +120,16 @@ pub trait StateStore: Send + 'static {
     fn beat(&mut self, beat: &Beat) -> impl Future<Output = Result<(), StoreError>> + Send;
     /// How far a shard has been shown.
     fn watermark(&mut self, shard: u32) -> impl Future<Output = Result<Option<Watermark>, StoreError>> + Send;
+    /// Takes a shard's lease for `ttl`, or keeps it; gives the holder if that is another one. A lease spares contention and
+    /// proves nothing: the log alone decides who owns a shard.
+    fn lease(
+        &mut self,
+        shard: u32,
+        holder: &str,
+        ttl: Duration,
+    ) -> impl Future<Output = Result<Option<String>, StoreError>> + Send;
+    /// Gives the lease back, if it is still this holder's.
+    fn release(&mut self, shard: u32, holder: &str) -> impl Future<Output = Result<(), StoreError>> + Send;
     /// Reads everything of the shards that routers in the directory have named.
     fn read(&mut self) -> impl Future<Output = Result<Snapshot, StoreError>> + Send;
 }

@@ -38,6 +38,18 @@ redis.call('ZREMRANGEBYSCORE', KEYS[2], '-inf', gone)
 redis.call('ZREMRANGEBYSCORE', KEYS[3], '-inf', gone)
 return was
 ";
+/// KEYS: the lease. ARGV: holder, time to live (ms). Gives another holder, or nothing when it is taken or kept.
+const LEASE: &str = r"
+local holder = redis.call('GET', KEYS[1])
+if holder and holder ~= ARGV[1] then return holder end
+redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
+return false
+";
+/// KEYS: the lease. ARGV: holder.
+const RELEASE: &str = r"
+if redis.call('GET', KEYS[1]) == ARGV[1] then redis.call('DEL', KEYS[1]) end
+return false
+";
 const STREAMS: u32 = 1;
 const AGENTS: u32 = 2;
 
@@ -72,7 +84,9 @@ pub struct RedisStore {
     client: Client,
     connection: Option<MultiplexedConnection>,
     keys: Keys,
-    script: Script,
+    write: Script,
+    lease: Script,
+    release: Script,
 }
 
 /// What a person may read of an error: the library's own words name hosts and reasons, never credentials.
@@ -109,7 +123,8 @@ impl RedisStore {
     /// The URL can't be used.
     pub fn new(config: &RedisConfig) -> Result<Self, StoreError> {
         let client = Client::open(config.url.as_str()).map_err(|e| away(&e))?;
-        Ok(Self { client, connection: None, keys: Keys::new(&config.prefix), script: Script::new(WRITE) })
+        let [write, lease, release] = [WRITE, LEASE, RELEASE].map(Script::new);
+        Ok(Self { client, connection: None, keys: Keys::new(&config.prefix), write, lease, release })
     }
 
     /// Takes the connection: one that isn't put back after success is dropped.
@@ -151,7 +166,7 @@ impl StateStore for RedisStore {
     async fn write(&mut self, batch: &Batch) -> Result<Option<u64>, StoreError> {
         let mut connection = self.connect().await?;
         let (keys, shard) = (&self.keys, batch.shard);
-        let mut call = self.script.prepare_invoke();
+        let mut call = self.write.prepare_invoke();
         call.key(keys.shard(shard)).key(keys.streams(shard)).key(keys.agents(shard));
         call.arg(&batch.log).arg(batch.position).arg(batch.at_ms).arg(millis(batch.ttl));
         let mut put = |list: u32, name: &str, ttl: Duration, row: Row| {
@@ -205,6 +220,23 @@ impl StateStore for RedisStore {
         let (log, position, router) = read.query_async(&mut connection).await.map_err(|e| away(&e))?;
         self.connection = Some(connection);
         Ok(watermark(log, position, router))
+    }
+
+    async fn lease(&mut self, shard: u32, holder: &str, ttl: Duration) -> Result<Option<String>, StoreError> {
+        let mut connection = self.connect().await?;
+        let mut call = self.lease.key(self.keys.lease(shard));
+        call.arg(holder).arg(millis(ttl));
+        let other = call.invoke_async(&mut connection).await.map_err(|e| away(&e))?;
+        self.connection = Some(connection);
+        Ok(other)
+    }
+
+    async fn release(&mut self, shard: u32, holder: &str) -> Result<(), StoreError> {
+        let mut connection = self.connect().await?;
+        let mut call = self.release.key(self.keys.lease(shard));
+        let _: Option<String> = call.arg(holder).invoke_async(&mut connection).await.map_err(|e| away(&e))?;
+        self.connection = Some(connection);
+        Ok(())
     }
 
     async fn read(&mut self) -> Result<Snapshot, StoreError> {
