@@ -6,7 +6,8 @@
 #   ops/test.sh PART...  only these parts: fmt build clippy test doc-test docs simulation local-llm redis mutants
 #
 # Needs: a Rust toolchain, a C compiler; for the local model Python 3.10 or newer with venv (installed here when this may
-# be done: root on a Debian-like system; else it says what to install); redis-server 6.2 or newer, or apt-get to fetch it.
+# be done: root on a Debian-like system; else it says what to install); libfaketime, in the same way; redis-server 6.2 or newer,
+# or apt-get to fetch it.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -45,6 +46,11 @@ set_up() {
     if ! python3 -c 'import venv, ensurepip' >/dev/null 2>&1; then
         may_install || die "python3 with venv is missing; install it (Debian, Ubuntu: apt install python3 python3-venv)"
         apt-get update -qq && apt-get install -y -qq python3 python3-venv >/dev/null
+    fi
+    # Tests let a router's clock jump.
+    if ! compgen -G '/usr/lib/*/faketime/libfaketime.so.1' >/dev/null && [ ! -e /usr/lib/faketime/libfaketime.so.1 ]; then
+        may_install || die "libfaketime is missing; install it (Debian, Ubuntu: apt install libfaketime)"
+        apt-get update -qq && apt-get install -y -qq libfaketime >/dev/null
     fi
 }
 

@@ -2,6 +2,6 @@
 
 mod crash;
 mod disk;
-mod load;
+mod faults;
 mod money;
 mod store;

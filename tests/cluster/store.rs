@@ -1,10 +1,10 @@
 //! The state store fails in every way while tasks run: each task ends, the bill is the ledger, and what the store shows is
 //! whole again afterwards. And a log that has lost what the store saw acknowledged isn't served.
 
-use crate::load::{self, Told};
 use atp_core::clock::rfc3339;
 use atp_proto::content::Submit;
 use atp_tests::blackbox::history::{billed, true_bill};
+use atp_tests::blackbox::load::{self, Told};
 use atp_tests::blackbox::process::{Router, Scripted};
 use atp_tests::blackbox::redis::{Redis, Wire};
 use atp_tests::blackbox::{atp, wait_for};

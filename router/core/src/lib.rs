@@ -11,6 +11,7 @@ pub mod policy;
 pub mod price;
 pub mod projection;
 pub mod record;
+pub mod registry;
 pub mod replay;
 pub mod said;
 pub mod score;

@@ -4,6 +4,7 @@ mod accounts;
 mod policy;
 mod read;
 mod reference;
+mod registry;
 mod store;
 mod table;
 mod tools;
