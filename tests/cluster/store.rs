@@ -133,9 +133,10 @@ fn check(router: &Router, redis: &Redis, agents: &[Scripted], told: &[Told]) {
     for told in told.iter().filter(|t| recent.contains(&t.stream)) {
         wait_for(&format!("stream {} in Redis", told.stream), || shows(redis, told));
     }
+    let position = report["position"].to_string();
     let shard = wait_for("the watermark", || {
         let shard = redis.hash("{atp:0}:shard");
-        (shard["position"] == report["position"].to_string()).then_some(shard)
+        (shard["position"].as_str() == Some(&position)).then_some(shard)
     });
     assert_eq!((&shard["owner"], &shard["epoch"]), (&json!("r1"), &json!("1")));
     for agent in ["steady-0", "steady-1"] {

@@ -151,7 +151,11 @@ async fn what_is_not_renewed_is_forgotten<S: StateStore>(store: &mut S) {
     let old = Batch { ttl: brief, agents: vec![agent("old")], ..batch(1, vec![row("old", 1)]) };
     store.write(&old).await.unwrap();
     let ended = StreamRow { state: TaskState::Done, ..row("ended", 1) };
-    store.write(&Batch { ended_ttl: brief, ..batch(1, vec![ended]) }).await.unwrap();
+    store.write(&Batch { ended_ttl: brief, ..batch(1, vec![ended.clone()]) }).await.unwrap();
+    let at_once = StreamRow { stream: StreamId::new("s0"), ..ended };
+    store.write(&batch(1, vec![row("s0", 1)])).await.unwrap();
+    store.write(&Batch { ended_ttl: Duration::ZERO, ..batch(1, vec![at_once]) }).await.unwrap();
+    assert!(find(&read(store).await.streams, "stream", "s0").is_none());
     store.write(&Batch { agents: vec![agent("new")], ..batch(2, vec![row("new", 1)]) }).await.unwrap();
     let all = loop {
         let all = read(store).await;

@@ -302,7 +302,6 @@ fn a_store_has_an_address_that_is_never_repeated() {
     assert!(shown.contains("store.redis.url") && !shown.contains("hunter2"), "{shown}");
 }
 
-#[test]
 #[cfg(feature = "kafka")]
 #[test]
 fn a_log_in_kafka_has_brokers_and_a_topic() {

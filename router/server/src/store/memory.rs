@@ -60,7 +60,12 @@ impl StateStore for MemoryStore {
         let (log, router) = (batch.log.clone(), batch.router.clone());
         let head = Arc::new(Batch { log, router, streams: Vec::new(), agents: Vec::new(), ..*batch });
         for one in &batch.streams {
-            shard.streams.insert(member(one), (now + batch.ttl_of(one), head.clone(), one.clone()));
+            let ttl = batch.ttl_of(one);
+            if ttl.is_zero() {
+                shard.streams.remove(&member(one));
+            } else {
+                shard.streams.insert(member(one), (now + ttl, head.clone(), one.clone()));
+            }
         }
         for one in &batch.agents {
             shard.agents.insert(one.name.to_string(), (ends, head.clone(), one.clone()));

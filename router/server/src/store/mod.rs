@@ -45,7 +45,8 @@ pub struct Batch {
     pub router: Arc<str>,
     /// Wall clock, Unix milliseconds.
     pub at_ms: u64,
-    /// How long a row lives that isn't written again, and that of a stream that has ended.
+    /// How long a row lives that isn't written again, and that of a stream that has ended (zero: it is
+    /// forgotten at once).
     pub ttl: Duration,
     pub ended_ttl: Duration,
     pub streams: Vec<StreamRow>,

@@ -1,11 +1,15 @@
 //! Opens the store that the configuration names, before the router serves, and starts the task that writes to it.
 
-use super::{Identity, MemoryStore, Projector, RedisStore, StateStore, StoreConfig, StoreHealth, same_log};
+use super::{Identity, MemoryStore, Projector, RedisStore, StoreConfig, StoreHealth, same_log};
 use crate::inbox::Inbox;
 use crate::time::Clocks;
+use std::time::Duration;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
+
+/// How long others see a stream after its end.
+const ENDED_TTL: Duration = Duration::from_secs(60);
 
 pub(crate) enum Opened {
     Memory(MemoryStore),
@@ -45,21 +49,16 @@ impl Opened {
     ) -> watch::Receiver<StoreHealth> {
         let (health, shown) = watch::channel(StoreHealth::default());
         match self {
-            Self::Memory(store) => spawn(store, inbox, identity, clocks, health, stop, tasks),
-            Self::Redis(store) => spawn(*store, inbox, identity, clocks, health, stop, tasks),
+            // Nobody looks into this process for what has ended.
+            Self::Memory(store) => {
+                let projector = Projector::new(store, inbox, identity, clocks, Duration::ZERO, health);
+                tasks.spawn(projector.run(stop));
+            }
+            Self::Redis(store) => {
+                let projector = Projector::new(*store, inbox, identity, clocks, ENDED_TTL, health);
+                tasks.spawn(projector.run(stop));
+            }
         }
         shown
     }
-}
-
-fn spawn<S: StateStore>(
-    store: S,
-    inbox: Inbox,
-    identity: Identity,
-    clocks: Clocks,
-    health: watch::Sender<StoreHealth>,
-    stop: CancellationToken,
-    tasks: &TaskTracker,
-) {
-    tasks.spawn(Projector::new(store, inbox, identity, clocks, health).run(stop));
 }

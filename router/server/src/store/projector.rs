@@ -26,8 +26,6 @@ const PAGE: usize = 256;
 /// How long a row outlives its router, and how often all are written again: what the store lost by itself comes back.
 const ROW_TTL: Duration = Duration::from_secs(300);
 const RENEW: Duration = Duration::from_secs(100);
-/// How long a stream is seen after its end.
-const ENDED_TTL: Duration = Duration::from_secs(60);
 /// How long a router's own entry outlives it.
 const ROUTER_TTL: Duration = Duration::from_secs(15);
 
@@ -65,6 +63,8 @@ pub(crate) struct Projector<S> {
     identity: Identity,
     clocks: Clocks,
     since_ms: u64,
+    /// How long a stream is seen after its end.
+    ended_ttl: Duration,
     health: watch::Sender<StoreHealth>,
     /// Everything is to be shown from the beginning.
     all: bool,
@@ -85,6 +85,7 @@ impl<S: StateStore> Projector<S> {
         inbox: Inbox,
         identity: Identity,
         clocks: Clocks,
+        ended_ttl: Duration,
         health: watch::Sender<StoreHealth>,
     ) -> Self {
         let now = Instant::now();
@@ -94,6 +95,7 @@ impl<S: StateStore> Projector<S> {
             identity,
             clocks,
             since_ms: clocks.now().wall_ms,
+            ended_ttl,
             health,
             all: true,
             wrote: None,
@@ -188,7 +190,7 @@ impl<S: StateStore> Projector<S> {
             router: self.identity.router.clone(),
             at_ms: self.clocks.now().wall_ms,
             ttl: ROW_TTL,
-            ended_ttl: ENDED_TTL,
+            ended_ttl: self.ended_ttl,
             streams: projection.streams,
             agents,
         };
