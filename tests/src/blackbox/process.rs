@@ -90,10 +90,10 @@ impl Router {
         self.dir.path()
     }
 
-    /// `local:DIR` of its log.
+    /// Its log, wherever its configuration puts it.
     #[must_use]
     pub fn log(&self) -> String {
-        format!("local:{}", self.dir.path().join("data").join("log").display())
+        format!("config:{}", self.config().display())
     }
 
     /// One HTTP request; status and document.
