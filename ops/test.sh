@@ -3,10 +3,10 @@
 #
 #   ops/test.sh          within 20 minutes from a warm cache
 #   ops/test.sh --all    also what is long: every mutant, 100,000 schedules, wide sweeps
-#   ops/test.sh PART...  only these parts: fmt build clippy test doc-test docs simulation local-llm mutants
+#   ops/test.sh PART...  only these parts: fmt build clippy local-llm kafka test doc-test docs simulation kafka-tls mutants
 #
-# Needs: a Rust toolchain, a C compiler; for the local model Python 3.10 or newer with venv (installed here when this may
-# be done: root on a Debian-like system; else it says what to install).
+# Needs: a Rust toolchain, a C compiler; for the local model Python 3.10 or newer with venv, for Kafka Java 17 and Maven
+# (installed here when this may be done: root on a Debian-like system; else it says what to install).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -16,7 +16,7 @@ for argument in "$@"; do
     case $argument in
         --all) all=yes ;;
         -h|--help) sed -n '2,9s/^# \{0,1\}//p' "$0"; exit 0 ;;
-        fmt|build|clippy|test|doc-test|docs|simulation|local-llm|mutants) only+=("$argument") ;;
+        fmt|build|clippy|local-llm|kafka|test|doc-test|docs|simulation|kafka-tls|mutants) only+=("$argument") ;;
         *) echo "test.sh: unknown argument '$argument'; see --help" >&2; exit 2 ;;
     esac
 done
@@ -45,6 +45,10 @@ set_up() {
     if ! python3 -c 'import venv, ensurepip' >/dev/null 2>&1; then
         may_install || die "python3 with venv is missing; install it (Debian, Ubuntu: apt install python3 python3-venv)"
         apt-get update -qq && apt-get install -y -qq python3 python3-venv >/dev/null
+    fi
+    if ! command -v java >/dev/null 2>&1 || ! command -v mvn >/dev/null 2>&1; then
+        may_install || die "java or mvn is missing; install them (Debian, Ubuntu: apt install openjdk-17-jre-headless maven)"
+        apt-get update -qq && apt-get install -y -qq openjdk-17-jre-headless maven >/dev/null
     fi
 }
 
@@ -98,6 +102,14 @@ local_llm() {
     echo "local model at $ATP_LOCAL_LLM_URL"
 }
 
+# Brokers for every test of this run; they end with this process.
+kafka() {
+    local count
+    for count in 1 3; do tests/parts/kafka.sh start --brokers $count --owner $$ || return 1; done
+}
+
+kafka_tls() { cargo check --quiet --locked -p atp --features kafka-tls; }
+
 simulation() {
     local schedules=20000
     [ -n "$all" ] && schedules=100000
@@ -109,10 +121,14 @@ part fmt 60 cargo fmt --all --check
 part build 2400 build
 part clippy 420 cargo clippy --locked --workspace --all-targets --quiet -- -D warnings
 part local-llm 180 local_llm
+part kafka 120 kafka
 part test "$([ -n "$all" ] && echo 1500 || echo 720)" cargo test --locked --workspace --lib --bins --tests
 part doc-test 180 cargo test --locked --workspace --doc
 part docs 240 docs
 part simulation "$([ -n "$all" ] && echo 900 || echo 300)" simulation
+if [ -n "$all" ] || [[ " ${only[*]:-} " == *" kafka-tls "* ]]; then
+    part kafka-tls 600 kafka_tls
+fi
 if [ -n "$all" ] || [[ " ${only[*]:-} " == *" mutants "* ]]; then
     part mutants 1500 tests/simulation/mutants/run.sh
 fi

@@ -195,6 +195,21 @@ fn agents_are_killed_at_random_instants() {
 }
 
 #[test]
+fn a_router_whose_shard_was_taken_over_ends_and_says_by_whom() {
+    let log = Brokers::start(1).log();
+    let mut first = Router::start(&format!("router: {{id: first}}\n{CONFIG}\n{log}"));
+    let second = Router::start(&format!("router: {{id: second}}\n{CONFIG}\n{log}"));
+    assert_eq!(first.ended(), Some(1));
+    let words = first.stderr();
+    assert!(words.contains("router second (incarnation ") && words.contains("has taken over shard 0"), "{words}");
+    let report = second.verify();
+    assert_eq!(report["log"], atp_tests::blackbox::atp::run_json(&["verify", "--log", &second.log()])["log"]);
+    // Started again it is the one that takes over.
+    first.restart();
+    first.verify();
+}
+
+#[test]
 fn each_of_three_brokers_is_killed_once() {
     let brokers = Brokers::start(3);
     let router = Router::start(&format!("{CONFIG}\n{}", brokers.log()));

@@ -73,6 +73,17 @@ impl Router {
         child.wait().expect("a child");
     }
 
+    /// Waits until the process has ended by itself; its exit code.
+    ///
+    /// # Panics
+    /// When it goes on.
+    pub fn ended(&mut self) -> Option<i32> {
+        let child = self.child.as_mut().expect("it runs");
+        let status = wait_for("the router's end", || child.try_wait().expect("a child"));
+        self.child = None;
+        status.code()
+    }
+
     /// What the process wrote to its standard error since the last start.
     #[must_use]
     pub fn stderr(&self) -> String {
