@@ -6,7 +6,8 @@
 #   ops/test.sh PART...  only these parts: fmt build clippy local-llm kafka test doc-test docs simulation kafka-tls mutants
 #
 # Needs: a Rust toolchain, a C compiler; for the local model Python 3.10 or newer with venv, for Kafka Java 17 and Maven
-# (installed here when this may be done: root on a Debian-like system; else it says what to install).
+# (installed here when this may be done: root on a Debian-like system; else it says what to install); libfaketime, in the
+# same way.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -49,6 +50,11 @@ set_up() {
     if ! command -v java >/dev/null 2>&1 || ! command -v mvn >/dev/null 2>&1; then
         may_install || die "java or mvn is missing; install them (Debian, Ubuntu: apt install openjdk-17-jre-headless maven)"
         apt-get update -qq && apt-get install -y -qq openjdk-17-jre-headless maven >/dev/null
+    fi
+    # Tests let a router's clock jump.
+    if ! compgen -G '/usr/lib/*/faketime/libfaketime.so.1' >/dev/null && [ ! -e /usr/lib/faketime/libfaketime.so.1 ]; then
+        may_install || die "libfaketime is missing; install it (Debian, Ubuntu: apt install libfaketime)"
+        apt-get update -qq && apt-get install -y -qq libfaketime >/dev/null
     fi
 }
 

@@ -81,6 +81,21 @@ pub(crate) struct IdleRow {
     pub(crate) bytes_per_stream: f64,
 }
 
+/// One JSON document, or what `text` makes of it.
+///
+/// # Errors
+/// When stdout is closed.
+pub(crate) fn print<R: Serialize>(report: &R, json: bool, text: impl Fn(&R) -> String) -> anyhow::Result<()> {
+    let mut out = std::io::stdout().lock();
+    if json {
+        serde_json::to_writer(&mut out, report)?;
+        writeln!(out)?;
+    } else {
+        out.write_all(text(report).as_bytes())?;
+    }
+    Ok(())
+}
+
 impl Report {
     pub(crate) fn new(args: &BenchArgs, rows: Rows) -> Self {
         Self {
@@ -103,14 +118,7 @@ impl Report {
     /// # Errors
     /// When stdout is closed.
     pub(crate) fn print(&self, json: bool) -> anyhow::Result<()> {
-        let mut out = std::io::stdout().lock();
-        if json {
-            serde_json::to_writer(&mut out, self)?;
-            writeln!(out)?;
-        } else {
-            out.write_all(self.text().as_bytes())?;
-        }
-        Ok(())
+        print(self, json, Self::text)
     }
 
     fn text(&self) -> String {

@@ -6,7 +6,7 @@ use crate::failure::{Exit, Failure, Outcome};
 use crate::screen::Screen;
 use crate::submit::interrupt;
 use atp_agent::config::{AgentConfig, ConfigError, Kind, Prices, Secret, Span, Usd};
-use atp_sdk::{AgentHandle, AgentOptions, Dialer, Error, serve};
+use atp_sdk::{AgentHandle, AgentOptions, Error, serve};
 use serde_json::json;
 use std::time::Duration;
 
@@ -17,10 +17,7 @@ pub(crate) async fn run(global: &Global, screen: Screen, args: &cli::Agent) -> O
     // A faulty flag shows before a router is asked.
     let (capabilities, handler) = atp_agent::build(config(args)?).map_err(|e| of_config(&e))?;
     let (name, adapter) = (capabilities.agent.clone(), capabilities.adapter.clone());
-    let dialer = tokio::select! {
-        dialer = patient_dialer(global) => dialer?,
-        () = interrupt() => return Err(Failure::interrupted()),
-    };
+    let dialer = connect::dialer(global)?;
     let options = AgentOptions { token: global.token.clone(), ..AgentOptions::default() };
     let address = dialer.to_string();
     let agent = serve(dialer, capabilities, handler, options);
@@ -46,19 +43,6 @@ pub(crate) async fn run(global: &Global, screen: Screen, args: &cli::Agent) -> O
         }
     }
     Err(agent.last_error().map_or_else(|| Failure::new(Exit::Task, "the agent has ended"), |e| connect::failure(&e)))
-}
-
-/// The router may still be starting.
-async fn patient_dialer(global: &Global) -> Result<Dialer, Failure> {
-    let end = tokio::time::Instant::now() + FIRST;
-    loop {
-        match connect::dialer(global).await {
-            Err(failure) if failure.exit == Exit::Unreachable && tokio::time::Instant::now() < end => {
-                tokio::time::sleep(Duration::from_millis(250)).await;
-            }
-            other => return other,
-        }
-    }
 }
 
 async fn first_connection(agent: &AgentHandle) -> Result<(), Failure> {

@@ -4,15 +4,16 @@ use crate::cli::Global;
 use crate::failure::{Exit, Failure};
 use atp_core::view::{AccountView, AgentView, StreamView};
 use atp_proto::content::{Bill, TaskState};
+use reqwest::Method;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use std::time::Duration;
 
-/// A router seen over HTTP.
+/// A router seen over HTTP; of several the first that can be reached.
 #[derive(Debug)]
 pub(crate) struct Api {
-    base: String,
+    bases: Vec<String>,
     token: Option<String>,
     client: reqwest::Client,
 }
@@ -47,35 +48,39 @@ pub(crate) struct Fleet {
 
 impl Api {
     /// # Errors
-    /// Usage: the URL isn't an HTTP one.
+    /// Usage: a URL isn't an HTTP one.
     pub(crate) fn new(global: &Global) -> Result<Self, Failure> {
-        let base = global.url.trim_end_matches('/');
-        let Some(host) = base.strip_prefix("http://") else {
-            return Err(Failure::usage(format!(
-                "--url: `{}` is not an http:// URL; this command asks the router's HTTP port, e.g. http://127.0.0.1:7080",
-                global.url
-            )));
-        };
-        if host.is_empty() || host.contains(['/', ' ', '@']) {
-            return Err(Failure::usage(format!("--url: `{}` is not of the form http://HOST:PORT", global.url)));
+        let mut bases = Vec::new();
+        for url in &global.url {
+            let base = url.trim_end_matches('/');
+            let Some(host) = base.strip_prefix("http://") else {
+                return Err(Failure::usage(format!(
+                    "--url: `{url}` is not an http:// URL; this command asks the router's HTTP port, e.g. \
+                     http://127.0.0.1:7080"
+                )));
+            };
+            if host.is_empty() || host.contains(['/', ' ', '@']) {
+                return Err(Failure::usage(format!("--url: `{url}` is not of the form http://HOST:PORT")));
+            }
+            bases.push(base.to_owned());
         }
-        Ok(Self { base: base.into(), token: global.token.clone(), client: plain_client()? })
+        Ok(Self { bases, token: global.token.clone(), client: plain_client()? })
     }
 
     pub(crate) async fn fetch<T: DeserializeOwned>(&self, path: &str) -> Result<T, Failure> {
-        self.ask(self.client.get(format!("{}{path}", self.base))).await
+        self.ask(Method::GET, path, None).await
     }
 
     pub(crate) async fn post<T: DeserializeOwned>(&self, path: &str) -> Result<T, Failure> {
-        self.ask(self.client.post(format!("{}{path}", self.base))).await
+        self.ask(Method::POST, path, None).await
     }
 
     pub(crate) async fn post_json<T: DeserializeOwned>(&self, path: &str, body: &Value) -> Result<T, Failure> {
-        self.ask(self.client.post(format!("{}{path}", self.base)).json(body)).await
+        self.ask(Method::POST, path, Some(body)).await
     }
 
     pub(crate) async fn delete<T: DeserializeOwned>(&self, path: &str) -> Result<T, Failure> {
-        self.ask(self.client.delete(format!("{}{path}", self.base))).await
+        self.ask(Method::DELETE, path, None).await
     }
 
     pub(crate) async fn bill(&self, stream: &str) -> Result<Bill, Failure> {
@@ -113,40 +118,50 @@ impl Api {
         struct Head {
             state: TaskState,
         }
-        let request = self.client.get(format!("{}/v1/streams/{stream}", self.base));
-        let (status, body) = self.send(request).await?;
+        let (status, body) = self.send(Method::GET, &format!("/v1/streams/{stream}"), None).await?;
         if status == 404 {
             return Ok(None);
         }
-        Ok(Some(self.read::<Head>(status, &body)?.state))
+        Ok(Some(read::<Head>(status, &body)?.state))
     }
 
-    async fn ask<T: DeserializeOwned>(&self, request: reqwest::RequestBuilder) -> Result<T, Failure> {
-        let (status, body) = self.send(request).await?;
-        self.read(status, &body)
+    async fn ask<T: DeserializeOwned>(&self, method: Method, path: &str, body: Option<&Value>) -> Result<T, Failure> {
+        let (status, body) = self.send(method, path, body).await?;
+        read(status, &body)
     }
 
-    async fn send(&self, request: reqwest::RequestBuilder) -> Result<(u16, Vec<u8>), Failure> {
-        let request = match &self.token {
-            Some(token) => request.bearer_auth(token),
-            None => request,
-        };
-        let unreachable = |e: reqwest::Error| {
-            Failure::new(Exit::Unreachable, format!("no router answers at {}: {}", self.base, root_cause(&e)))
-        };
-        let response = request.send().await.map_err(unreachable)?;
-        let status = response.status().as_u16();
-        Ok((status, response.bytes().await.map_err(unreachable)?.to_vec()))
-    }
-
-    fn read<T: DeserializeOwned>(&self, status: u16, body: &[u8]) -> Result<T, Failure> {
-        if (200..300).contains(&status) {
-            return serde_json::from_slice(body).map_err(|e| {
-                Failure::new(Exit::Unreachable, format!("{} doesn't answer like an ATP router: {e}", self.base))
-            });
+    /// A router that can't be connected to has heard nothing: the next one is asked.
+    async fn send(&self, method: Method, path: &str, body: Option<&Value>) -> Result<(u16, Vec<u8>), Failure> {
+        let mut failed = Vec::new();
+        for base in &self.bases {
+            let mut request = self.client.request(method.clone(), format!("{base}{path}"));
+            if let Some(token) = &self.token {
+                request = request.bearer_auth(token);
+            }
+            if let Some(body) = body {
+                request = request.json(body);
+            }
+            let unreachable = |e: &reqwest::Error| format!("no router answers at {base}: {}", root_cause(e));
+            match request.send().await {
+                Ok(response) => {
+                    let status = response.status().as_u16();
+                    let bytes = response.bytes().await.map_err(|e| Failure::new(Exit::Unreachable, unreachable(&e)))?;
+                    return Ok((status, bytes.to_vec()));
+                }
+                Err(e) if e.is_connect() => failed.push(unreachable(&e)),
+                Err(e) => return Err(Failure::new(Exit::Unreachable, unreachable(&e))),
+            }
         }
-        Err(refused(status, body))
+        Err(Failure::new(Exit::Unreachable, failed.join("; ")))
     }
+}
+
+fn read<T: DeserializeOwned>(status: u16, body: &[u8]) -> Result<T, Failure> {
+    if (200..300).contains(&status) {
+        let wrong = |e| Failure::new(Exit::Unreachable, format!("--url: this doesn't answer like an ATP router: {e}"));
+        return serde_json::from_slice(body).map_err(wrong);
+    }
+    Err(refused(status, body))
 }
 
 /// A client for plain HTTP that reads no certificate store and no proxy setting.

@@ -21,9 +21,17 @@ pub(crate) struct Cli {
 
 #[derive(Clone, Debug, Args)]
 pub(crate) struct Global {
-    /// The router: `http://HOST:PORT`, or `atp://HOST:PORT` for commands that speak the native protocol
-    #[arg(long, global = true, env = "ATP_URL", default_value = "http://127.0.0.1:7080", value_name = "URL")]
-    pub(crate) url: String,
+    /// The router: `http://HOST:PORT`, or `atp://HOST:PORT` for commands that speak the native protocol; of several, with
+    /// commas between, the first that answers, and the next one when it is lost
+    #[arg(
+        long,
+        global = true,
+        env = "ATP_URL",
+        default_value = "http://127.0.0.1:7080",
+        value_name = "URL",
+        value_delimiter = ','
+    )]
+    pub(crate) url: Vec<String>,
     /// Credential for the router
     #[arg(long, global = true, env = "ATP_TOKEN", hide_env_values = true, value_name = "TOKEN")]
     pub(crate) token: Option<String>,
@@ -364,7 +372,7 @@ pub(crate) struct Verify {
 
 #[derive(Debug, Args)]
 #[command(
-    after_help = "Examples:\n  atp replay --log local:./atp-data/log --stream k-6f1d2a.1\n  atp replay --log local:./atp-data/log --from 100 --until 200 --json\n  atp replay --log local:./atp-data/log --state\n  atp replay --log kafka://127.0.0.1:9092/atp.frames --from 100"
+    after_help = "Examples:\n  atp replay --log local:./atp-data/log --stream k-6f1d2a.1\n  atp replay --log local:./atp-data/log --from 100 --until 200 --json\n  atp replay --log local:./atp-data/log --state\n  atp replay --log local:./atp-data/log --state --until 200   the state as it was then\n  atp replay --log kafka://127.0.0.1:9092/atp.frames --from 100"
 )]
 pub(crate) struct Replay {
     /// `local:DIR`, `kafka://HOST:PORT/TOPIC`, or `config:FILE` for the log that a configuration names
@@ -373,13 +381,13 @@ pub(crate) struct Replay {
     /// Only records of this stream
     #[arg(long, value_name = "S", value_parser = id)]
     pub(crate) stream: Option<String>,
-    /// First position
+    /// First position, from 1
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u64).range(1..))]
     pub(crate) from: u64,
-    /// Last position
-    #[arg(long, value_name = "N")]
+    /// Last position; with --state: fold up to here
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
     pub(crate) until: Option<u64>,
-    /// Rebuild the state and print its hash
+    /// Rebuild the state, and print its hash and accounts instead of records
     #[arg(long, conflicts_with_all = ["stream", "from"])]
     pub(crate) state: bool,
 }

@@ -6,34 +6,48 @@ use crate::failure::{Exit, Failure};
 use atp_proto::WireError;
 use atp_proto::code::Code;
 use atp_sdk::{Backoff, Client, ClientOptions, Dialer, Endpoint, Error, parse_url};
+use std::sync::Arc;
 use std::time::Duration;
 
 /// How long a command waits for a router that has gone, before it gives up with exit 3.
 const GIVE_UP: Duration = Duration::from_secs(60);
 
-/// A dialer for the URL's own address under `atp://`, else for what the router at the `http://` URL names.
-pub(crate) async fn dialer(global: &Global) -> Result<Dialer, Failure> {
-    let endpoint = parse_url(&global.url).map_err(|e| Failure::usage(format!("--{e}")))?;
-    match endpoint {
-        Endpoint::Atp(address) => Ok(Dialer::tcp(address)),
-        Endpoint::Http(_) => {
-            let named = Api::new(global)?.native().await?;
-            let url = if named.contains("://") { named } else { format!("atp://{named}") };
-            match parse_url(&url) {
-                Ok(Endpoint::Atp(address)) => Ok(Dialer::tcp(address)),
-                _ => Err(Failure::new(
-                    Exit::Unreachable,
-                    format!("the router at {} names `{url}` as its native address", global.url),
-                )),
+/// A dialer for each URL in turn: for its own address under `atp://`, else for what the router at the `http://` URL names
+/// whenever it is dialled.
+///
+/// # Errors
+/// Usage: a URL of another form.
+pub(crate) fn dialer(global: &Global) -> Result<Dialer, Failure> {
+    let mut each = Vec::new();
+    for url in &global.url {
+        match parse_url(url).map_err(|e| Failure::usage(format!("--{e}")))? {
+            Endpoint::Atp(address) => each.push(Dialer::tcp(address)),
+            Endpoint::Http(_) => {
+                let api = Arc::new(Api::new(&Global { url: vec![url.clone()], ..global.clone() })?);
+                let dialer = Dialer::new(move || {
+                    let api = api.clone();
+                    async move { native(&api).await?.dial().await }
+                });
+                each.push(dialer.named(url));
             }
         }
+    }
+    Ok(Dialer::any(each))
+}
+
+async fn native(api: &Api) -> std::io::Result<Dialer> {
+    let named = api.native().await.map_err(|failure| std::io::Error::other(failure.text))?;
+    let url = if named.contains("://") { named } else { format!("atp://{named}") };
+    match parse_url(&url) {
+        Ok(Endpoint::Atp(address)) => Ok(Dialer::tcp(address)),
+        _ => Err(std::io::Error::other(format!("the router names `{url}` as its native address"))),
     }
 }
 
 pub(crate) async fn client(global: &Global) -> Result<Client, Failure> {
     let reconnect = Backoff { give_up: Some(GIVE_UP), ..Backoff::default() };
     let options = ClientOptions { token: global.token.clone(), reconnect, ..ClientOptions::default() };
-    Client::connect(dialer(global).await?, options).await.map_err(|e| failure(&e))
+    Client::connect(dialer(global)?, options).await.map_err(|e| failure(&e))
 }
 
 /// What the SDK says, as an exit code and a sentence.

@@ -58,6 +58,9 @@ impl From<std::io::Error> for Failure {
 
 impl From<serde_json::Error> for Failure {
     fn from(error: serde_json::Error) -> Self {
+        if error.io_error_kind() == Some(std::io::ErrorKind::BrokenPipe) {
+            return Self::silent(Exit::Task);
+        }
         Self::new(Exit::Task, format!("JSON: {error}"))
     }
 }

@@ -38,7 +38,19 @@ pub(crate) fn entries(
 }
 
 pub(crate) fn run(screen: Screen, args: &cli::Replay) -> Outcome {
+    if let Some(until) = args.until.filter(|until| *until < args.from) {
+        let what = format!("--until: {until} lies before --from {}; positions count from 1", args.from);
+        return Err(Failure::usage(what));
+    }
     if args.state { state(screen, args) } else { records(screen, args) }
+}
+
+/// A range that the log doesn't reach is an error that says how far it goes.
+fn reached(last: u64, wanted: u64, flag: &str) -> Outcome {
+    if last >= wanted {
+        return Ok(());
+    }
+    Err(Failure::usage(format!("{flag}: {wanted} lies behind the log's last position, {last}")))
 }
 
 fn state(screen: Screen, args: &cli::Replay) -> Outcome {
@@ -47,7 +59,11 @@ fn state(screen: Screen, args: &cli::Replay) -> Outcome {
         let (position, entry) = item?;
         records += entry.records.len() as u64;
         state.apply(position, &entry).map_err(|e| Failure::new(Exit::Difference, e))?;
+        if args.until == Some(position) {
+            break;
+        }
     }
+    reached(state.position(), args.until.unwrap_or(0), "--until")?;
     let view = state.verify_view();
     if screen.json {
         return Ok(screen
@@ -63,14 +79,17 @@ fn state(screen: Screen, args: &cli::Replay) -> Outcome {
 
 fn records(screen: Screen, args: &cli::Replay) -> Outcome {
     let mut out = BufWriter::new(std::io::stdout().lock());
+    let (mut last, mut shown_any) = (args.from - 1, false);
     for item in entries(&args.log, args.from, args.until)? {
         let (position, entry) = item?;
+        last = position;
         for record in &entry.records {
             let record = record.record.as_ref();
             let stream = record.and_then(Record::key).map(|key| key.stream.as_str());
             if args.stream.is_some() && args.stream.as_deref() != stream {
                 continue;
             }
+            shown_any = true;
             let kind = record.map_or("unknown", Record::kind);
             let value = record.map_or(Value::Null, shown);
             let at = rfc3339(entry.at_ms);
@@ -85,8 +104,23 @@ fn records(screen: Screen, args: &cli::Replay) -> Outcome {
                 writeln!(out, "{position:>8} {at} {kind:<10} {} {}", escape(stream), escape(&text))?;
             }
         }
+        if args.until == Some(position) {
+            break;
+        }
     }
-    Ok(out.flush()?)
+    out.flush()?;
+    if last < args.from {
+        let end = entries(&args.log, 1, None)?.last().transpose()?.map_or(0, |(position, _)| position);
+        reached(end, args.from, "--from")?;
+    }
+    reached(last, args.until.unwrap_or(0), "--until")?;
+    match &args.stream {
+        Some(stream) if !shown_any => Err(Failure::new(
+            Exit::Task,
+            format!("--stream: the log has no record of stream `{stream}` here; without --stream all are shown"),
+        )),
+        _ => Ok(()),
+    }
 }
 
 /// A record's fields; a frame with its JSON view and the checksum of the logged body.

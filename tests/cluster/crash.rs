@@ -1,11 +1,11 @@
 //! SIGKILL at random instants of a load: first the router, then its agents. Nothing that was acknowledged is lost, nothing is
 //! called twice, and what an agent lived through ends with its answer.
 
-use crate::load::{self, Told};
 use atp_proto::content::{CallState, Effects, Source, Submit, TaskState};
 use atp_proto::{AgentName, Code};
 use atp_tests::blackbox::history::{billed, records, state_hash, true_bill};
 use atp_tests::blackbox::kafka::Brokers;
+use atp_tests::blackbox::load::{self, Told};
 use atp_tests::blackbox::process::{Router, Scripted};
 use atp_tests::blackbox::relay::Relay;
 use atp_tests::blackbox::seed;

@@ -1,10 +1,10 @@
 //! A disk that another fills at random moments: a small tmpfs of the test's own under the router's data. New tasks are
 //! refused and nothing else is: what runs is settled, the router lives, and goes on when there is room again.
 
-use crate::load::{self, Told};
 use atp_proto::content::{CallState, Source, Submit};
 use atp_proto::{Code, WireError};
 use atp_tests::blackbox::history::{billed, state_hash, true_bill};
+use atp_tests::blackbox::load::{self, Told};
 use atp_tests::blackbox::process::{Router, Scripted};
 use atp_tests::blackbox::relay::Relay;
 use atp_tests::blackbox::{seed, wait_for};

@@ -2,5 +2,5 @@
 
 mod crash;
 mod disk;
-mod load;
+mod faults;
 mod money;

@@ -1,9 +1,9 @@
 //! Money from outside: 200 clients, one account, agents that cost ten times what they say. The providers' true bill decides.
 
-use crate::load;
 use atp_proto::content::{CallState, Source, Submit, TaskState};
 use atp_proto::{Code, Limit, UsdMicros};
 use atp_tests::blackbox::history::{billed, true_bill, true_sum};
+use atp_tests::blackbox::load;
 use atp_tests::blackbox::process::{Router, Scripted};
 use std::collections::BTreeMap;
 

@@ -85,7 +85,7 @@ pub fn run(seed: u64, trace: bool) -> Outcome {
     if plan.tasks.len() > 3 && rng.percent(30) {
         crowd::gather(&mut rng, &mut plan);
     }
-    if seed % QUEUE_EVERY == 0 {
+    if seed.is_multiple_of(QUEUE_EVERY) {
         crowd::queue_up(&mut rng, &mut plan);
     }
     let mut s = Sched::new(rng, plan.wall0_ms, plan.faults.clone(), trace);

@@ -5,8 +5,14 @@ use std::fmt;
 use std::future::Future;
 use std::io;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpStream;
+use tokio::time::timeout;
+
+/// How long one of several routers may take to be reached before the next is tried.
+const EACH: Duration = Duration::from_secs(2);
 
 /// Any ordered byte stream in both directions.
 pub trait Io: AsyncRead + AsyncWrite + Unpin + Send {}
@@ -22,6 +28,7 @@ type Dial = dyn Fn() -> BoxFuture<'static, io::Result<BoxedIo>> + Send + Sync;
 pub struct Dialer {
     dial: Arc<Dial>,
     name: Arc<str>,
+    routers: usize,
 }
 
 impl Dialer {
@@ -38,7 +45,7 @@ impl Dialer {
                 Ok(Box::new(stream) as BoxedIo)
             })
         };
-        Self { dial: Arc::new(dial), name }
+        Self { dial: Arc::new(dial), name, routers: 1 }
     }
 
     /// Dials with a closure: an in-memory stream, a proxy, a test.
@@ -48,7 +55,44 @@ impl Dialer {
         F: Fn() -> R + Send + Sync + 'static,
         R: Future<Output = io::Result<BoxedIo>> + Send + 'static,
     {
-        Self { dial: Arc::new(move || Box::pin(dial())), name: "in-memory".into() }
+        Self { dial: Arc::new(move || Box::pin(dial())), name: "in-memory".into(), routers: 1 }
+    }
+
+    /// As errors and logs call it.
+    #[must_use]
+    pub fn named(self, name: &str) -> Self {
+        Self { name: name.into(), ..self }
+    }
+
+    /// Dials one of several routers, each by its own dialer: the first one first, after a loss the one behind it, in a
+    /// circle. One that isn't reached within 2 s is passed over. Without any it dials nothing.
+    #[must_use]
+    pub fn any(of: impl IntoIterator<Item = Self>) -> Self {
+        let of: Arc<[Self]> = of.into_iter().collect();
+        let name = of.iter().map(|dialer| &*dialer.name).collect::<Vec<_>>().join(", ").into();
+        let (routers, next) = (of.len(), Arc::new(AtomicUsize::new(0)));
+        let dial = move || -> BoxFuture<'static, io::Result<BoxedIo>> {
+            let (of, next) = (Arc::clone(&of), Arc::clone(&next));
+            Box::pin(async move {
+                let mut failed = Vec::new();
+                for _ in 0..of.len() {
+                    let one = &of[next.fetch_add(1, Ordering::Relaxed) % of.len()];
+                    match timeout(EACH, one.dial()).await {
+                        Ok(Ok(io)) => return Ok(io),
+                        Ok(Err(e)) => failed.push(format!("{one}: {e}")),
+                        Err(_) => failed.push(format!("{one}: not reached within {} s", EACH.as_secs())),
+                    }
+                }
+                let why = if failed.is_empty() { "no router is named".to_owned() } else { failed.join("; ") };
+                Err(io::Error::other(why))
+            })
+        };
+        Self { dial: Arc::new(dial), name, routers }
+    }
+
+    /// How many routers it knows.
+    pub(crate) const fn routers(&self) -> usize {
+        self.routers
     }
 
     /// One attempt.

@@ -123,7 +123,12 @@ pub(crate) async fn open(
     within: Duration,
 ) -> Result<(Wire, HelloAck), Error> {
     let attempt = async {
-        let io = dialer.dial().await.map_err(|e| Error::Unreachable(format!("{dialer}: {e}")))?;
+        // Of several routers the error names each.
+        let unreachable = |e| match dialer.routers() {
+            1 => Error::Unreachable(format!("{dialer}: {e}")),
+            _ => Error::Unreachable(format!("{e}")),
+        };
+        let io = dialer.dial().await.map_err(unreachable)?;
         let mut wire = Wire::new(io);
         let hello = Hello { minor_max: 1, role, token: token.map(str::to_owned) };
         wire.push(&Frame::json("", 0, Flags::SYN, kind::HELLO, &hello));

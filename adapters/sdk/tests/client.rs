@@ -3,11 +3,12 @@
 
 mod fake;
 
+use atp_proto::code::Fatal;
 use atp_proto::content::{Resume, Submit, TaskState};
 use atp_proto::frame::kind;
 use atp_proto::id::stream_of_key;
 use atp_proto::{Code, Flags, Frame, StreamId, WireError};
-use atp_sdk::{Backoff, Client, ClientOptions, Error, EventKind, Retry, SubmitRequest, TaskStream};
+use atp_sdk::{Backoff, Client, ClientOptions, Dialer, Error, EventKind, Retry, SubmitRequest, TaskStream};
 use fake::{Listener, Peer, accepted, bill, final_, listen, partial};
 use std::time::Duration;
 use tokio::task::JoinHandle;
@@ -332,4 +333,40 @@ async fn closing_ends_what_is_open() {
     client.close().await;
     assert_eq!(reading.await.unwrap().unwrap_err(), Error::Closed);
     assert!(peer.any().await.is_none());
+}
+
+/// Of several routers the next one is asked when a connection is lost, refused or can't be had.
+#[tokio::test(start_paused = true)]
+async fn several_routers_take_turns_and_the_stream_goes_on() {
+    let ((a, mut at_a), (b, mut at_b)) = (listen(), listen());
+    let nowhere = Dialer::new(|| async { Err(std::io::Error::from(std::io::ErrorKind::ConnectionRefused)) });
+    let silent = Dialer::new(std::future::pending);
+    let connecting = tokio::spawn(Client::connect(Dialer::any([nowhere, silent, a, b]), ClientOptions::default()));
+    // The first one that is reached says no.
+    let mut peer = at_a.accept_silent().await;
+    peer.expect(kind::HELLO).await;
+    let no = WireError { fatal: Fatal::Connection, ..WireError::new(Code::Draining, "this router is stopping") };
+    peer.send(&Frame::json("", 0, Flags::RST, kind::ERROR, &no)).await;
+    let mut peer = at_b.accept().await;
+    let client = connecting.await.unwrap().unwrap();
+    let stream = running(&client, &mut peer).await;
+    peer.send(&partial("s", 2, "one")).await;
+    let reading = tokio::spawn(texts(stream));
+    tokio::time::sleep(Duration::from_millis(10)).await;
+    drop(peer);
+    // In a circle: nobody, silence, and then the first that answers. Message 2 was read; what follows is asked for.
+    let mut peer = at_a.accept().await;
+    assert_eq!(after(&peer.expect(kind::RESUME).await), 2);
+    peer.send(&final_("s", 3, "two")).await;
+    peer.send(&bill("s", 4)).await;
+    assert_eq!(reading.await.unwrap(), ["accepted", "one", "two", "bill"]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn without_any_router_the_error_names_each() {
+    let nowhere = || Dialer::tcp("127.0.0.1:1");
+    let error = Client::connect(Dialer::any([nowhere(), nowhere()]), ClientOptions::default()).await.unwrap_err();
+    assert_eq!(error.to_string().matches("127.0.0.1:1: ").count(), 2, "{error}");
+    let error = Client::connect(Dialer::any([]), ClientOptions::default()).await.unwrap_err();
+    assert!(matches!(error, Error::Unreachable(_)), "{error}");
 }

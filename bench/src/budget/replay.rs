@@ -212,11 +212,17 @@ mod tests {
     use super::*;
 
     /// Gives every task the same grant at once.
-    struct Granting(Option<u64>, Vec<Order>);
+    /// Grants every task the same, or (`Silent`) never says a word.
+    enum Simple {
+        Granting(Option<u64>, Vec<Order>),
+        Silent,
+    }
 
-    impl Policy for Granting {
+    impl Policy for Simple {
         fn submit(&mut self, _now_ms: u64, task: usize) {
-            self.1.push(Order::Start { task, grant: self.0 });
+            if let Self::Granting(grant, orders) = self {
+                orders.push(Order::Start { task, grant: *grant });
+            }
         }
         fn heard(&mut self, _now_ms: u64, _task: usize, _out_tokens: u64) {}
         fn ended(&mut self, _now_ms: u64, _task: usize, _out_tokens: u64, _whole: bool) {}
@@ -225,14 +231,17 @@ mod tests {
         }
         fn wake(&mut self, _now_ms: u64) {}
         fn order(&mut self) -> Option<Order> {
-            self.1.pop()
+            match self {
+                Self::Granting(_, orders) => orders.pop(),
+                Self::Silent => None,
+            }
         }
     }
 
     #[test]
     fn an_answer_takes_its_time_and_costs_its_tokens() {
         let tasks = [Task { at_ms: 0, in_tokens: 100, out_tokens: 40, model: 0 }];
-        let outcome = replay(&tasks, &mut Granting(None, Vec::new())).expect("ends");
+        let outcome = replay(&tasks, &mut Simple::Granting(None, Vec::new())).expect("ends");
         let expected = Outcome { finished: 1, billed: 900, in_flight: 1, ended_ms: 940, ..Outcome::default() };
         assert_eq!(outcome, expected);
     }
@@ -241,7 +250,7 @@ mod tests {
     fn a_call_exceeds_its_grant_by_its_reach_at_most() {
         let tasks = [Task { at_ms: 0, in_tokens: 100, out_tokens: 160, model: 0 }];
         // The second chunk is one token's price too many.
-        let cut = |grant| replay(&tasks, &mut Granting(Some(grant), Vec::new())).expect("ends");
+        let cut = |grant| replay(&tasks, &mut Simple::Granting(Some(grant), Vec::new())).expect("ends");
         assert_eq!((cut(540).billed, cut(540).cut, cut(540).finished), (540 + REACH_USD_MICROS, 1, 0));
         assert_eq!((cut(779).billed, cut(780).billed), (1_020, 1_260));
         assert_eq!((cut(2_700).billed, cut(2_700).finished), (2_700, 1));
@@ -249,20 +258,7 @@ mod tests {
 
     #[test]
     fn a_policy_that_forgets_a_task_is_told() {
-        struct Silent;
-        impl Policy for Silent {
-            fn submit(&mut self, _now_ms: u64, _task: usize) {}
-            fn heard(&mut self, _now_ms: u64, _task: usize, _out_tokens: u64) {}
-            fn ended(&mut self, _now_ms: u64, _task: usize, _out_tokens: u64, _whole: bool) {}
-            fn due(&self) -> Option<u64> {
-                None
-            }
-            fn wake(&mut self, _now_ms: u64) {}
-            fn order(&mut self) -> Option<Order> {
-                None
-            }
-        }
         let tasks = [Task { at_ms: 5, in_tokens: 1, out_tokens: 1, model: 0 }];
-        assert!(replay(&tasks, &mut Silent).is_err());
+        assert!(replay(&tasks, &mut Simple::Silent).is_err());
     }
 }

@@ -2,10 +2,9 @@
 
 use super::replay::{Outcome, REACH_USD_MICROS};
 use crate::plot::{Curve, Picture, Points};
-use crate::report::{cells, names, table};
+use crate::report::{cells, names, print, table};
 use serde::Serialize;
 use std::fmt::Write as _;
-use std::io::Write as _;
 
 #[derive(Debug, Serialize)]
 pub(crate) struct Report {
@@ -93,14 +92,7 @@ impl Report {
     /// # Errors
     /// When stdout is closed.
     pub(crate) fn print(&self, json: bool) -> anyhow::Result<()> {
-        let mut out = std::io::stdout().lock();
-        if json {
-            serde_json::to_writer(&mut out, self)?;
-            writeln!(out)?;
-        } else {
-            out.write_all(self.text().as_bytes())?;
-        }
-        Ok(())
+        print(self, json, Self::text)
     }
 
     pub(crate) fn text(&self) -> String {

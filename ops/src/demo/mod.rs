@@ -191,7 +191,7 @@ async fn submit(
 /// Result, bill, and what the log says of it.
 async fn show(screen: Screen, router: &Router, end: &End) -> Outcome {
     let global =
-        Global { url: format!("http://{}", router.http_addr()), token: None, json: screen.json, log_level: None };
+        Global { url: vec![format!("http://{}", router.http_addr())], token: None, json: screen.json, log_level: None };
     let verified: Value = Api::new(&global)?.post("/v1/verify").await?;
     if screen.json {
         screen.document(&json!({"stream_id": end.stream_id, "state": end.final_.state, "result": end.final_.result,

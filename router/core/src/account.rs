@@ -11,11 +11,13 @@ use std::collections::BTreeMap;
 /// One account: every window that is open or may still be adjusted.
 #[derive(Clone, PartialEq, Message)]
 pub struct Account {
+    /// `minute`, `hour`, `day`, `month` or `total`.
     #[prost(string, tag = "1")]
     pub per: String,
     /// The window in which new calls are reserved.
     #[prost(string, tag = "2")]
     pub current: String,
+    /// By id of the window.
     #[prost(btree_map = "string, message", tag = "3")]
     pub windows: BTreeMap<String, AccountWindow>,
     /// The newest authorisation to go faster than the account's pace.
@@ -25,12 +27,16 @@ pub struct Account {
 
 #[derive(Clone, PartialEq, Message)]
 pub struct AccountWindow {
+    /// The newest one.
     #[prost(message, required, tag = "1")]
     pub limit: LimitPb,
+    /// Unix ms; absent: never.
     #[prost(uint64, optional, tag = "2")]
     pub ends_ms: Option<u64>,
+    /// What ended calls cost.
     #[prost(message, required, tag = "3")]
     pub settled: AmountPb,
+    /// What open calls may still cost.
     #[prost(message, required, tag = "4")]
     pub held: AmountPb,
 }

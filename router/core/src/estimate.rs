@@ -1,6 +1,7 @@
 //! What a call may cost before it runs: mean, deviation, guard band, in integers (ATP-7). Rounds up, never reads a float.
 
 use crate::price::{Price, PriceBook};
+use crate::registry::RunCost;
 use crate::settings::WindowSettings;
 use crate::statistics::Figures;
 use atp_proto::content::{Capabilities, EstimateFigures, EstimateMode, Stop};
@@ -23,6 +24,8 @@ pub enum Source {
     Preflight = 1,
     /// What such calls really cost.
     Statistics = 2,
+    /// What the operator's registry says of them.
+    Registry = 3,
     /// What the agent's capabilities say.
     Declared = 4,
     ClassDefault = 5,
@@ -34,6 +37,7 @@ impl Source {
         match self {
             Self::Preflight => "preflight",
             Self::Statistics => "statistics",
+            Self::Registry => "registry",
             Self::Declared => "declared",
             Self::ClassDefault => "class_default",
         }
@@ -42,7 +46,7 @@ impl Source {
     /// Of a Reserve; what another version wrote counts as a class default.
     #[must_use]
     pub fn of(text: &str) -> Self {
-        let known = [Self::Preflight, Self::Statistics, Self::Declared];
+        let known = [Self::Preflight, Self::Statistics, Self::Registry, Self::Declared];
         known.into_iter().find(|s| s.as_str() == text).unwrap_or(Self::ClassDefault)
     }
 }
@@ -58,6 +62,8 @@ pub struct Ask<'a> {
     pub preflight: Option<&'a EstimateFigures>,
     /// The statistics of (agent, model, task type).
     pub learned: Option<Figures>,
+    /// The registry's figures of (agent, model).
+    pub registered: Option<&'a RunCost>,
 }
 
 /// An estimate of one call on one agent.
@@ -163,6 +169,33 @@ fn learned(f: &Figures, prompt: u64, price: Price) -> Result<Basis, OutOfRange> 
     })
 }
 
+/// What the registry says, never less than the prompt. All tokens count at the dearer rate unless it says how many are the
+/// prompt's.
+fn registered(cost: &RunCost, prompt: u64, price: Price) -> Result<Basis, OutOfRange> {
+    let priced = |tokens: u64| match cost.in_ppm {
+        Some(ppm) => {
+            let of_prompt = u128::from(tokens) * u128::from(ppm.min(1_000_000)) / 1_000_000;
+            let of_prompt = u64::try_from(of_prompt).map_err(|_| OutOfRange)?;
+            price.cost(Tokens(of_prompt), Tokens(tokens - of_prompt))
+        }
+        None if price.in_usd_micros_per_mtok > price.out_usd_micros_per_mtok => {
+            price.cost(Tokens(tokens), Tokens::ZERO)
+        }
+        None => price.cost(Tokens::ZERO, Tokens(tokens)),
+    };
+    let (mean, sigma) = (cost.mean.max(prompt), cost.deviation());
+    let sigma_usd = priced(sigma)?;
+    let input = Amount { tokens: Tokens(prompt), usd_micros: price.cost(Tokens(prompt), Tokens::ZERO)? };
+    Ok(Basis {
+        mean: Amount { tokens: Tokens(mean), usd_micros: priced(mean)? },
+        input,
+        variance: (u128::from(sigma).pow(2), u128::from(sigma_usd.0).pow(2)),
+        p95: (None, None),
+        source: Source::Registry,
+        samples: cost.runs,
+    })
+}
+
 /// A guess; half of what it says beyond the prompt is its deviation.
 fn guessed(category: &str, prompt: u64, price: Price) -> Result<Basis, OutOfRange> {
     let out = class_tokens(category).map_or(CLASS_DEFAULT_OUT_TOKENS, |all| all.saturating_sub(prompt).max(1));
@@ -206,12 +239,13 @@ pub fn estimate(
         .as_ref()
         .filter(|e| e.mode == EstimateMode::Declared || e.figures.out_tokens.0 > 0 || e.figures.usd_micros.is_some());
     let nothing = EstimateFigures::default();
-    let basis = match (ask.preflight, &ask.learned, declared) {
+    let basis = match (ask.preflight, &ask.learned, ask.registered, declared) {
         (Some(figures), ..) => stated(figures, Source::Preflight, prompt, price)?,
-        (None, Some(figures), _) => learned(figures, prompt, price)?,
-        (None, None, Some(d)) => stated(&d.figures, Source::Declared, prompt, price)?,
-        (None, None, None) if model.is_some() => guessed(ask.category, prompt, price)?,
-        (None, None, None) => stated(&nothing, Source::Declared, prompt, price)?,
+        (None, Some(figures), ..) => learned(figures, prompt, price)?,
+        (None, None, Some(cost), _) => registered(cost, prompt, price)?,
+        (None, None, None, Some(d)) => stated(&d.figures, Source::Declared, prompt, price)?,
+        (None, None, None, None) if model.is_some() => guessed(ask.category, prompt, price)?,
+        (None, None, None, None) => stated(&nothing, Source::Declared, prompt, price)?,
     };
     let k2 = ask.qos.k_squared_ppm();
     let band = |mean: u64, variance: u128, p95: Option<u64>| -> Option<u64> {
@@ -362,6 +396,7 @@ mod tests {
             Amount::new(9_900, 9_900)
         );
     }
+
     #[test]
     fn the_best_source_that_there_is_counts() {
         let window = WindowSettings::default();
@@ -381,7 +416,21 @@ mod tests {
             prompt_tokens: 100,
             latency_ms: 10,
         };
-        let learned = Ask { learned: Some(figures), ..plain };
+        // 1,100 tokens at the dearer rate; sigma = ceil(300,000 / 1,282) = 235 tokens.
+        let cost = RunCost { mean: 1_100, p90: 1_400, runs: 7, preliminary: false, in_ppm: None };
+        let registered = Ask { registered: Some(&cost), ..plain };
+        let as_registered = (Source::Registry, 7, Amount::new(1_100, 4_400), Amount::new(1_335, 5_340));
+        assert_eq!(run(&declared, &registered), as_registered);
+        // 1,100 at 600,000 ppm: 660 of the prompt, 440 of the answer; 235: 141 and 94.
+        let split = RunCost { in_ppm: Some(600_000), ..cost };
+        let split = Ask { registered: Some(&split), ..plain };
+        assert_eq!(
+            run(&declared, &split),
+            (Source::Registry, 7, Amount::new(1_100, 660 + 4 * 440), Amount::new(1_335, 2_420 + 141 + 4 * 94))
+        );
+        // Never less than the prompt.
+        assert_eq!(run(&declared, &Ask { prompt_tokens: 2_000, ..registered }).2, Amount::new(2_000, 8_000));
+        let learned = Ask { learned: Some(figures), ..registered };
         // sqrt(70,000) = 264.58
         let as_learned = (Source::Statistics, 3, Amount::new(1_100, 4_000), Amount::new(1_365, 5_000));
         assert_eq!(run(&declared, &learned), as_learned);

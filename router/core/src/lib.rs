@@ -10,6 +10,7 @@ pub mod pacing;
 pub mod policy;
 pub mod price;
 pub mod record;
+pub mod registry;
 pub mod replay;
 pub mod said;
 pub mod score;

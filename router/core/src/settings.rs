@@ -4,6 +4,7 @@ use crate::ladder::OnLimit;
 use crate::pacing::Mode;
 use crate::policy::Policy;
 use crate::price::PriceBook;
+use crate::registry::Registry;
 use crate::tool::ToolSettings;
 use atp_proto::{Limit, TenantId};
 use std::collections::BTreeMap;
@@ -74,6 +75,7 @@ pub struct Settings {
     pub agent_timeout_ms: u64,
     pub retries: u32,
     pub prices: Arc<PriceBook>,
+    pub registry: Arc<Registry>,
     pub policy: Arc<Policy>,
     pub tools: ToolSettings,
     pub limits: Limits,
@@ -162,6 +164,7 @@ impl Default for Settings {
             agent_timeout_ms: 60_000,
             retries: 1,
             prices: Arc::new(PriceBook::default()),
+            registry: Arc::default(),
             policy: Arc::new(Policy::default()),
             tools: ToolSettings::default(),
             limits: Limits::default(),

@@ -39,9 +39,10 @@ pub struct Run {
     pub out_tokens: u64,
     #[prost(uint64, tag = "3")]
     pub usd_micros: u64,
-    /// The mean that the Reserve stated, tokens and micro-USD.
+    /// The mean that the Reserve stated, in tokens.
     #[prost(uint64, tag = "4")]
     pub estimated_tokens: u64,
+    /// The same in micro-USD.
     #[prost(uint64, tag = "5")]
     pub estimated_usd_micros: u64,
     /// The prompt as it was counted beforehand.
@@ -125,6 +126,7 @@ pub struct Day {
     /// Unix day.
     #[prost(uint64, tag = "1")]
     pub day: u64,
+    /// Measured runs of that day.
     #[prost(uint64, tag = "2")]
     pub runs: u64,
     /// Sum of the runs' errors in ppm.
@@ -507,8 +509,10 @@ impl Statistics {
 pub(crate) struct LearnedImage {
     #[prost(string, tag = "1")]
     agent: String,
+    /// One for each model and task type.
     #[prost(message, repeated, tag = "2")]
     rows: Vec<RowImage>,
+    /// How far its estimates are trusted.
     #[prost(message, required, tag = "3")]
     standing: Standing,
 }
@@ -517,14 +521,19 @@ pub(crate) struct LearnedImage {
 struct RowImage {
     #[prost(string, tag = "1")]
     model: String,
+    /// The tasks' type.
     #[prost(string, tag = "2")]
     task_type: String,
+    /// Runs so far, those that are forgotten included.
     #[prost(uint64, tag = "3")]
     count: u64,
+    /// The newest runs, oldest first.
     #[prost(message, repeated, tag = "4")]
     runs: Vec<Run>,
+    /// The newest days, oldest first.
     #[prost(message, repeated, tag = "5")]
     days: Vec<Day>,
+    /// Logged time of the last run, Unix ms.
     #[prost(uint64, tag = "6")]
     last_ms: u64,
 }

@@ -11,10 +11,13 @@ use prost::Message;
 /// One task's stream, from its Accept or Deny until 24 h after its end.
 #[derive(Clone, PartialEq, Message)]
 pub struct Stream {
+    /// The Accept; of a refused stream what the Deny says.
     #[prost(message, required, tag = "1")]
     pub accept: Accept,
+    /// Unix ms.
     #[prost(uint64, tag = "2")]
     pub accepted_at: u64,
+    /// Unix ms of its last record.
     #[prost(uint64, tag = "3")]
     pub last_at: u64,
     /// The entries of this stream begin behind this position.
@@ -23,8 +26,10 @@ pub struct Stream {
     /// Content of `task.submit`; empty once the stream is closed.
     #[prost(bytes = "bytes", tag = "5")]
     pub submit: Bytes,
+    /// What its ended calls cost.
     #[prost(message, required, tag = "6")]
     pub settled: AmountPb,
+    /// What its open calls may still cost.
     #[prost(message, required, tag = "7")]
     pub held: AmountPb,
     /// Lane n stands at index n - 1.
@@ -33,18 +38,22 @@ pub struct Stream {
     /// The last msg_seq that was given to the client.
     #[prost(uint64, tag = "9")]
     pub out_seq: u64,
+    /// Its client has asked to stop.
     #[prost(bool, tag = "10")]
     pub cancel: bool,
     /// `TaskState` once it is closed or refused; empty before.
     #[prost(string, tag = "11")]
     pub closed: String,
+    /// Of its Close.
     #[prost(string, tag = "12")]
     pub code: String,
+    /// Of its Close.
     #[prost(bytes = "bytes", tag = "13")]
     pub result_hash: Bytes,
     /// `control.error` of a refusal, JSON.
     #[prost(bytes = "bytes", tag = "14")]
     pub error: Bytes,
+    /// Unix ms; 0 while it runs.
     #[prost(uint64, tag = "15")]
     pub ended_at: u64,
     /// `meta.tool_permissions` of the submit.
@@ -55,16 +64,19 @@ pub struct Stream {
 /// One call: a dispatch to one agent, or money held for one.
 #[derive(Clone, PartialEq, Message)]
 pub struct Call {
+    /// As it was reserved.
     #[prost(message, required, tag = "1")]
     pub reserve: ReserveCall,
     /// What is held now: the grant.
     #[prost(message, required, tag = "2")]
     pub hold: AmountPb,
+    /// Unix ms.
     #[prost(uint64, tag = "3")]
     pub reserved_at: u64,
     /// The newest one.
     #[prost(message, optional, tag = "4")]
     pub intent: Option<Intent>,
+    /// Unix ms of the newest Intent.
     #[prost(uint64, tag = "5")]
     pub intent_at: u64,
     /// The epoch that wrote the newest Intent.
@@ -76,30 +88,40 @@ pub struct Call {
     /// The running total that is booked so far.
     #[prost(message, required, tag = "8")]
     pub booked: CostPb,
+    /// The most that one message of its agent added.
     #[prost(message, required, tag = "9")]
     pub largest_chunk: AmountPb,
+    /// How many.
     #[prost(uint32, tag = "10")]
     pub extends: u32,
+    /// Where it stands.
     #[prost(enumeration = "Phase", tag = "11")]
     pub phase: i32,
+    /// What is booked once it has ended.
     #[prost(message, required, tag = "12")]
     pub actual: CostPb,
+    /// What the agent itself said; 0: nothing.
     #[prost(uint64, tag = "13")]
     pub stated_usd_micros: u64,
+    /// Of `actual`.
     #[prost(enumeration = "crate::record::SourcePb", tag = "14")]
     pub source: i32,
+    /// Unix ms.
     #[prost(uint64, tag = "15")]
     pub settled_at: u64,
+    /// Of each Adjust.
     #[prost(string, repeated, tag = "16")]
     pub evidence: Vec<String>,
     /// `complete`, `grant`, `cancelled`, or a code; empty while it runs.
     #[prost(string, tag = "17")]
     pub ended: String,
+    /// What it has said, up to the bound of a result.
     #[prost(string, tag = "18")]
     pub text: String,
     /// Findings as JSON documents.
     #[prost(string, repeated, tag = "19")]
     pub findings: Vec<String>,
+    /// Text or findings were cut at that bound.
     #[prost(bool, tag = "20")]
     pub truncated: bool,
     /// The highest total that was reported (not counted); it never falls.
@@ -117,6 +139,7 @@ pub struct Call {
     /// Bytes of `findings`.
     #[prost(uint64, tag = "25")]
     pub findings_bytes: u64,
+    /// What it asked of tools.
     #[prost(message, optional, boxed, tag = "40")]
     pub tools: Option<Box<CallTools>>,
     /// Of its final, in ppm plus one; 0: none.

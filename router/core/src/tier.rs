@@ -18,6 +18,7 @@ pub struct Standing {
     /// Steps below gold: 0, 1, 2.
     #[prost(uint32, tag = "1")]
     steps: u32,
+    /// Its errors since it was given.
     #[prost(message, repeated, tag = "2")]
     since: Vec<Day>,
 }

@@ -39,6 +39,7 @@ pub struct CallTools {
     /// The newest requests of the newest attempt, oldest first.
     #[prost(message, repeated, tag = "1")]
     pub asked: Vec<Asked>,
+    /// By tool; what the task doesn't name is under `other`.
     #[prost(btree_map = "string, message", tag = "2")]
     pub totals: BTreeMap<String, Totals>,
     /// What mediated tools cost: part of the call's hold, never of its agent's grant.
@@ -49,12 +50,16 @@ pub struct CallTools {
 /// One request.
 #[derive(Clone, PartialEq, Message)]
 pub struct Asked {
+    /// The agent's message that asked.
     #[prost(uint64, tag = "1")]
     pub msg_seq: u64,
+    /// The tool's name.
     #[prost(string, tag = "2")]
     pub tool: String,
+    /// What was decided.
     #[prost(enumeration = "ToolVerdict", tag = "3")]
     pub verdict: i32,
+    /// What is held for it.
     #[prost(message, required, tag = "4")]
     pub cost: AmountPb,
     /// A refusal's `control.error`, JSON.
@@ -65,8 +70,10 @@ pub struct Asked {
 /// One tool in one call.
 #[derive(Clone, PartialEq, Message)]
 pub struct Totals {
+    /// Requests that were.
     #[prost(uint32, tag = "1")]
     pub allowed: u32,
+    /// Requests that were.
     #[prost(uint32, tag = "2")]
     pub refused: u32,
     /// Booked by the router.

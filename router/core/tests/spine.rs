@@ -6,6 +6,7 @@ use atp_core::agent::Agent;
 use atp_core::clock::Now;
 use atp_core::message::{AgentEffect, AgentInput, Answer, Effect, FromAgent, Input, Machine, Query, ToAgent};
 use atp_core::record::{Entry, Genesis, Record, Tier};
+use atp_core::registry::RunCost;
 use atp_core::replay::StreamReplay;
 use atp_core::settings::Settings;
 use atp_core::shard::Shard;
@@ -40,7 +41,11 @@ fn received(frame: Frame) -> Received {
 
 impl House {
     fn new() -> Self {
-        let settings = Arc::new(Settings::default());
+        Self::with(Settings::default())
+    }
+
+    fn with(settings: Settings) -> Self {
+        let settings = Arc::new(settings);
         let now = Now { mono_ms: 0, wall_ms: 1_700_000_000_000 };
         let genesis = Genesis { log_id: vec![7; 16].into(), format: 1, shards: 1, hash_seed: 0 };
         let shard = Shard::recover(settings.clone(), State::default(), now, "i1", Some(genesis));
@@ -456,4 +461,25 @@ fn atp_8_13_no_slot_is_asked_for_a_call_that_would_be_cut_off() {
     // A short task is tried all the same.
     house.submit("s4", &within(1_000));
     assert_eq!(house.agent.running(), 2);
+}
+
+#[test]
+fn the_registry_speaks_of_runs_that_the_router_has_not_seen() {
+    let mut settings = Settings::default();
+    let cost = RunCost { mean: 1_500, p90: 1_800, runs: 9, preliminary: false, in_ppm: None };
+    Arc::make_mut(&mut settings.registry).add("plugin:a", "m1", cost);
+    let mut house = House::with(settings);
+    house.connect(vec![]);
+    let mut seen = Vec::new();
+    for n in 1..=4 {
+        house.submit(&format!("s{n}"), &task("hi"));
+        let call = house.dispatched();
+        house.says(last(&call, 1, 1_500));
+        let bill: Bill = house.to_client.last().unwrap().read().unwrap();
+        let e = &bill.calls[0].estimate;
+        seen.push((e.source.clone(), e.samples, e.tokens.0, e.usd_micros.0));
+        house.to_agent.clear();
+    }
+    assert_eq!(seen[2], ("registry".into(), 9, 1_500, 6_000));
+    assert_eq!((seen[3].0.as_str(), seen[3].1), ("statistics", 3));
 }

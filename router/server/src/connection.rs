@@ -325,20 +325,23 @@ impl<R: AsyncRead + Unpin> Connection<R> {
     /// True for what a client may send; what only agents or routers send is answered with RST EPROTO here.
     fn is_for_clients(&self, frame: &Frame) -> bool {
         match &*frame.kind {
-            kind::TASK_SUBMIT | kind::TASK_CANCEL | kind::RESUME | kind::TASK_ANSWER | "" => true,
-            kind::ERROR => true,
-            known if is_known(known) => {
-                let message = format!("payload.type: {known} isn't sent by a client (this connection's role)");
-                self.reset(&frame.stream_id, message);
-                false
-            }
-            // An unknown type takes its place in the order if it has a number; the shard counts and skips it.
-            _ if frame.msg_seq > 0 => true,
-            _ => {
-                metric::dropped("unknown_type");
-                false
-            }
+            kind::TASK_SUBMIT | kind::TASK_CANCEL | kind::RESUME | kind::TASK_ANSWER | kind::ERROR | "" => true,
+            _ => self.may_be_skipped(frame, "a client"),
         }
+    }
+
+    /// Of a type that `who` doesn't send: a known one is refused; an unknown one takes its place in the order if it has a
+    /// number (true), the shard counts and skips it.
+    fn may_be_skipped(&self, frame: &Frame, who: &str) -> bool {
+        if is_known(&frame.kind) {
+            let message = format!("payload.type: {} isn't sent by {who} (this connection's role)", &*frame.kind);
+            self.reset(&frame.stream_id, message);
+            return false;
+        }
+        if frame.msg_seq == 0 {
+            metric::dropped("unknown_type");
+        }
+        frame.msg_seq > 0
     }
 
     fn reset(&self, stream_id: &str, message: String) {
@@ -471,16 +474,7 @@ impl<R: AsyncRead + Unpin> Connection<R> {
             | kind::AGENT_LOG
             | kind::ERROR
             | "" => true,
-            known if is_known(known) => {
-                let message = format!("payload.type: {known} isn't sent by an agent (this connection's role)");
-                self.reset(&frame.stream_id, message);
-                false
-            }
-            _ if frame.msg_seq > 0 => true,
-            _ => {
-                metric::dropped("unknown_type");
-                false
-            }
+            _ => self.may_be_skipped(frame, "an agent"),
         }
     }
 

@@ -67,7 +67,10 @@ pub(crate) enum ToShard {
         reply: oneshot::Sender<Answer>,
     },
     Settings(Arc<Settings>),
-    Drain,
+    /// Nothing new; `over` once no stream is open.
+    Drain {
+        over: oneshot::Sender<()>,
+    },
 }
 
 /// The sending half.
@@ -160,16 +163,18 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn n_bytes_fit_and_one_more_waits() {
         let (inbox, mut taking) = inbox(1000);
-        inbox.send(999, ToShard::Drain).await.expect("open");
-        inbox.send(1, ToShard::Drain).await.expect("open");
+        inbox.send(999, ToShard::Settings(Arc::default())).await.expect("open");
+        inbox.send(1, ToShard::Settings(Arc::default())).await.expect("open");
         assert_eq!(taking.bytes(), 1000);
-        let more = tokio::time::timeout(std::time::Duration::from_secs(1), inbox.send(1, ToShard::Drain)).await;
+        let more =
+            tokio::time::timeout(std::time::Duration::from_secs(1), inbox.send(1, ToShard::Settings(Arc::default())))
+                .await;
         assert!(more.is_err(), "byte 1001 waits");
         let mut taken = Vec::new();
         assert_eq!(taking.take(&mut taken, 10).await, 2);
         taking.release(taken.iter().map(|(w, _)| *w as usize).sum());
-        inbox.send(1001, ToShard::Drain).await.expect("a larger message takes the whole inbox");
+        inbox.send(1001, ToShard::Settings(Arc::default())).await.expect("a larger message takes the whole inbox");
         drop(taking);
-        assert!(inbox.send(1, ToShard::Drain).await.is_err());
+        assert!(inbox.send(1, ToShard::Settings(Arc::default())).await.is_err());
     }
 }

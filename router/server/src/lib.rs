@@ -5,6 +5,7 @@ mod catch_up;
 mod clients;
 pub mod config;
 mod connection;
+mod descriptors;
 mod http;
 mod identity;
 mod inbox;

@@ -3,6 +3,7 @@
 use crate::agent_task::Agents;
 use crate::config::{Config, LogPlace, Problem};
 use crate::connection::Shared;
+use crate::descriptors::Connections;
 use crate::inbox::{Inbox, ToShard, inbox};
 use crate::listen::{self, Doors};
 use crate::log::{self, Guarantee, LocalLog, Log, LogError, Source};
@@ -10,11 +11,9 @@ use crate::shard_task::{Begin, Health, ShardTask};
 use crate::time::Clocks;
 use crate::tool::Tools;
 use crate::{http, metric};
-use atp_core::message::{Answer, Query};
 use atp_core::record::Genesis;
 use atp_core::shard::Shard;
 use atp_core::state::{FORMAT, State};
-use atp_proto::TenantId;
 use bytes::Bytes;
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -86,6 +85,8 @@ impl Router {
             return Err(StartError::Config(problems));
         }
         let prometheus = metric::install();
+        let (native, http) = (config.limits.connections, config.limits.http_connections);
+        let connections = Connections::within_limits(Connections { native, http });
         // The addresses first: two routers started by mistake should not both touch the log.
         let atp = bind("atp", config.listen.atp).await?;
         let http = bind("http", config.listen.http).await?;
@@ -144,7 +145,7 @@ impl Router {
         let doors = Doors {
             shared: shared.clone(),
             next_conn: Arc::new(AtomicU64::new(1)),
-            connections_max: config.limits.connections,
+            connections_max: connections.native,
         };
         let settings = watch::Sender::new(Arc::new(config));
         let router = Self {
@@ -163,12 +164,7 @@ impl Router {
         router.serving().await?;
         tasks.spawn(listen::native(atp, router.doors.clone(), router.stop_listening.clone()));
         let site = http::Site::new(&router, prometheus, source);
-        tasks.spawn(listen::http(
-            http,
-            http::routes(site),
-            router.stop_listening.clone(),
-            router.settings.borrow().limits.http_connections,
-        ));
+        tasks.spawn(listen::http(http, http::routes(site), router.stop_listening.clone(), connections.http));
         Ok(router)
     }
 
@@ -220,17 +216,10 @@ impl Router {
 
     /// Refuses new work with EDRAINING and returns when the running streams have ended.
     pub async fn drain(&self) {
-        if self.shared.inbox.send(64, ToShard::Drain).await.is_err() {
-            return;
-        }
-        let tenant = TenantId::new(crate::identity::DEFAULT_TENANT);
-        while let Some(Answer::Streams(streams)) =
-            self.shared.inbox.ask(Query::Streams { tenant: tenant.clone() }).await
-        {
-            if streams.iter().all(|s| s.state.is_closed()) {
-                return;
-            }
-            tokio::time::sleep(Duration::from_millis(50)).await;
+        let (over, none_open) = oneshot::channel();
+        if self.shared.inbox.send(64, ToShard::Drain { over }).await.is_ok() {
+            // A shard that has stopped has none either.
+            let _ = none_open.await;
         }
     }
 

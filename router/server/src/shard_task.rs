@@ -70,6 +70,8 @@ pub(crate) struct ShardTask {
     clients: Clients,
     asked: BTreeMap<u64, oneshot::Sender<Answer>>,
     next_ask: u64,
+    /// Who waits until no stream is open.
+    draining: Vec<oneshot::Sender<()>>,
     appends: Vec<QueuedEntry>,
     /// Last position and time of each append that isn't durable yet.
     in_flight: VecDeque<(u64, Instant)>,
@@ -107,6 +109,7 @@ impl ShardTask {
             stop: begin.stop,
             asked: BTreeMap::new(),
             next_ask: 1,
+            draining: Vec::new(),
             appends: Vec::new(),
             in_flight: VecDeque::new(),
             to_agents: BTreeMap::new(),
@@ -180,6 +183,11 @@ impl ShardTask {
                 self.taking.release(weight);
             }
             self.drain().await?;
+            if self.shard.streams_open() == 0 {
+                for over in self.draining.drain(..) {
+                    let _ = over.send(());
+                }
+            }
         }
     }
 
@@ -283,7 +291,10 @@ impl ShardTask {
                 let agents = self.agents.clone();
                 tokio::spawn(async move { agents.set_settings(&settings).await });
             }
-            ToShard::Drain => self.shard.handle(now, Input::Drain),
+            ToShard::Drain { over } => {
+                self.draining.push(over);
+                self.shard.handle(now, Input::Drain);
+            }
         }
     }
 

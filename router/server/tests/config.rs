@@ -1,5 +1,6 @@
 //! The configuration, black box: defaults, every kind of mistake with line, field and fix, and the generated pages.
 
+use atp_core::registry::RunCost;
 use atp_proto::{Limit, TenantId, Tokens, UsdMicros};
 use atp_router::config::{Durability, Problem, check, parse, policy_schema, reference, schema};
 use atp_router::{Anonymous, Config};
@@ -289,4 +290,36 @@ fn credentials_for_the_brokers_are_whole_and_never_shown() {
         let fields: Vec<String> = problems(&whole).into_iter().map(|p| p.field).collect();
         assert_eq!(fields, ["log.kafka.tls", "log.kafka.sasl"]);
     }
+}
+
+#[test]
+fn a_registry_is_a_catalogue_of_which_the_figures_of_runs_count() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("registry.yaml");
+    let text = "version: '1.0'\ncapability_vocabulary: [domain_review]\nagents:\n  \
+        fd-safety:\n    source: plug\n    models:\n      preferred: big\n      supported: [big, small]\n      \
+        big: {mean: 1100, p50: 1000, p90: 1400, runs: 3, in_ppm: 850000}\n      small: {mean: 1100, preliminary: true}\n";
+    std::fs::write(&file, text).unwrap();
+    assert_eq!(check(text), []);
+    let config = format!("registry: {}", file.display());
+    let registry = parse(&config, |_| None).unwrap().settings.registry;
+    let big = RunCost { mean: 1_100, p90: 1_400, runs: 3, preliminary: false, in_ppm: Some(850_000) };
+    assert_eq!(registry.cost("fd-safety", "big"), Some(&big));
+    assert_eq!(registry.cost("fd-safety", "small").map(RunCost::deviation), Some(550));
+    assert_eq!(registry.cost("fd-safety", "supported"), None);
+
+    let wrong = |figures: &str| {
+        let text = format!("agents:\n  a:\n    models:\n      m: {figures}\n");
+        std::fs::write(&file, &text).unwrap();
+        let problem = parse(&config, |_| None).unwrap_err().remove(0);
+        assert_eq!((problem.line, problem.field.as_str()), (1, "registry"));
+        let own = check(&text).remove(0);
+        assert!(problem.message.ends_with(&format!(":{}:{}: {}: {}", own.line, own.column, own.field, own.message)));
+        (own.column, own.field, own.fix)
+    };
+    assert_eq!(wrong("{p90: 1}").1, "agents.a.models.m");
+    assert_eq!(wrong("{mean: 1, p9O: 1}").2, "did you mean `p90`?");
+    assert_eq!(wrong("{mean: 1000000000001}").0, 17);
+    assert_eq!(wrong("{mean: 1, in_ppm: 1000001}").1, "agents.a.models.m.in_ppm");
+    assert_eq!(check("agents: {a: {models: {m: {mean: 1000000000000, in_ppm: 1000000}}}}"), []);
 }

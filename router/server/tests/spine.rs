@@ -134,6 +134,32 @@ async fn a_task_goes_from_submit_to_bill_and_survives_a_restart() {
 }
 
 #[tokio::test]
+async fn draining_refuses_what_is_new_and_ends_with_the_last_stream() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let router = Router::start(config(dir.path())).await.expect("starts");
+    let mut agent = agent(&router, "slow").await;
+    let (mut client, _) = Peer::hello(&router, Role::Client).await;
+    client.send(submit("s1", "slow")).await;
+    client.expect(kind::ACCEPTED).await;
+    let call = agent.expect(kind::DISPATCH).await.stream_id;
+    let drain = router.drain();
+    tokio::pin!(drain);
+    // One poll says it; the next submit comes behind it.
+    assert!(tokio::time::timeout(Duration::ZERO, &mut drain).await.is_err());
+    client.send(submit("s2", "slow")).await;
+    let refused: WireError = client.expect(kind::ERROR).await.read().expect("an error");
+    assert_eq!(refused.code, Code::Draining, "{refused}");
+    assert!(tokio::time::timeout(Duration::from_millis(20), &mut drain).await.is_err(), "s1 still runs");
+    let last = AgentFinal { cost: Cost { out_tokens: Tokens(1), ..Cost::default() }, ..AgentFinal::default() };
+    agent.send(Frame::json(&*call, 1, Flags::FIN, kind::RESULT_FINAL, &last)).await;
+    drain.await;
+    for wanted in [kind::RESULT_PARTIAL, kind::RESULT_FINAL, kind::BILL] {
+        client.expect(wanted).await;
+    }
+    router.stop().await.expect("seals");
+}
+
+#[tokio::test]
 async fn a_data_dir_in_use_is_named() {
     let dir = tempfile::tempdir().expect("a directory");
     let router = Router::start(config(dir.path())).await.expect("starts");

@@ -44,9 +44,14 @@ impl Queue {
 
     /// Whether a wish that lapsed and comes again keeps its place depends on when the keeper looked.
     fn lapse(&mut self, now_ms: u64) {
-        for (call, _) in self.waiting.extract_if(.., |_, w| now_ms >= w.until) {
-            self.known.insert(call);
-        }
+        let known = &mut self.known;
+        self.waiting.retain(|call, w| {
+            let waits = now_ms < w.until;
+            if !waits {
+                known.insert(*call);
+            }
+            waits
+        });
     }
 
     /// A higher epoch was seen: what a former owner wanted is no more.

@@ -25,7 +25,15 @@ fn build() -> PathBuf {
         Some(name) => name,
     };
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
-    let output = Command::new(cargo)
+    let mut command = Command::new(cargo);
+    // What the outer cargo says of this package would have build scripts run again, here and in the next outer cargo.
+    for (name, _) in std::env::vars_os() {
+        let text = name.to_string_lossy();
+        if text.starts_with("CARGO_PKG_") || text.starts_with("CARGO_MANIFEST_") {
+            command.env_remove(name);
+        }
+    }
+    let output = command
         .args(["build", "--package", "atp", "--message-format", "json-render-diagnostics", "--profile", name])
         .arg("--target-dir")
         .arg(target)

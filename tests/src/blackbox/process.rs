@@ -7,7 +7,7 @@ use std::fmt::Write as _;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicU16, Ordering};
 use std::time::Duration;
 
@@ -17,6 +17,8 @@ pub struct Router {
     child: Option<Child>,
     atp: SocketAddr,
     http: SocketAddr,
+    /// Of the process, beside this one's.
+    env: Vec<(&'static str, PathBuf)>,
 }
 
 impl Router {
@@ -26,13 +28,31 @@ impl Router {
     /// When it doesn't serve.
     #[must_use]
     pub fn start(yaml: &str) -> Self {
-        let dir = tempfile::tempdir().expect("a directory");
-        let mut router = Self { dir, child: None, atp: free_address(), http: free_address() };
-        let mut text = format!("listen: {{atp: {}, http: {}}}\n", router.atp, router.http);
-        let _ = writeln!(text, "data_dir: {}\n{yaml}", router.dir.path().join("data").display());
-        std::fs::write(router.config(), text).expect("a configuration");
+        let mut router = Self::prepare(yaml);
         router.restart();
         router
+    }
+
+    /// A router that doesn't run yet: a log may be laid into `data/log` of its directory first.
+    ///
+    /// # Panics
+    /// When its configuration can't be written.
+    #[must_use]
+    pub fn prepare(yaml: &str) -> Self {
+        let dir = tempfile::tempdir().expect("a directory");
+        let router = Self { dir, child: None, atp: free_address(), http: free_address(), env: Vec::new() };
+        router.configure(yaml);
+        router
+    }
+
+    /// What it reads at its next start.
+    ///
+    /// # Panics
+    /// When that can't be written.
+    pub fn configure(&self, yaml: &str) {
+        let mut text = format!("listen: {{atp: {}, http: {}}}\n", self.atp, self.http);
+        let _ = writeln!(text, "data_dir: {}\n{yaml}", self.dir.path().join("data").display());
+        std::fs::write(self.config(), text).expect("a configuration");
     }
 
     fn config(&self) -> PathBuf {
@@ -49,6 +69,7 @@ impl Router {
         let config = self.config();
         let mut child = atp::command(&["router", "--json", "--config"])
             .arg(&config)
+            .envs(self.env.iter().map(|(name, value)| (*name, value)))
             .stdout(Stdio::piped())
             .stderr(err)
             .spawn()
@@ -84,6 +105,36 @@ impl Router {
         status.code()
     }
 
+    /// Sends a signal by its name: STOP, CONT, HUP.
+    ///
+    /// # Panics
+    /// When it doesn't run.
+    pub fn signal(&self, name: &str) {
+        signal(self.child.as_ref(), name);
+    }
+
+    /// From the next start on.
+    pub fn set_env(&mut self, name: &'static str, value: PathBuf) {
+        self.env.push((name, value));
+    }
+
+    /// Where its HTTP port is.
+    #[must_use]
+    pub fn http_addr(&self) -> SocketAddr {
+        self.http
+    }
+
+    /// SIGTERM, and waits for its end.
+    ///
+    /// # Panics
+    /// When it doesn't end well.
+    pub fn stop(&mut self) {
+        let mut child = self.child.take().expect("it runs");
+        signal(Some(&child), "TERM");
+        let status = child.wait().expect("a child");
+        assert!(status.success(), "{status}\n{}", self.stderr());
+    }
+
     /// What the process wrote to its standard error since the last start.
     #[must_use]
     pub fn stderr(&self) -> String {
@@ -93,6 +144,12 @@ impl Router {
     #[must_use]
     pub fn atp(&self) -> SocketAddr {
         self.atp
+    }
+
+    /// Of its HTTP port, for commands.
+    #[must_use]
+    pub fn url(&self) -> String {
+        format!("http://{}", self.http)
     }
 
     /// A directory for what belongs to this router's test: scripts, meters.
@@ -240,6 +297,14 @@ impl Scripted {
         child.wait().expect("a child");
     }
 
+    /// Sends a signal by its name.
+    ///
+    /// # Panics
+    /// When it doesn't run.
+    pub fn signal(&self, name: &str) {
+        signal(self.child.as_ref(), name);
+    }
+
     /// Where its provider's charges stand.
     #[must_use]
     pub fn meter(&self) -> &Path {
@@ -257,6 +322,12 @@ impl Drop for Scripted {
             let _ = child.wait();
         }
     }
+}
+
+fn signal(child: Option<&Child>, name: &str) {
+    let pid = child.expect("it runs").id().to_string();
+    let sent = Command::new("kill").args(["-s", name, &pid]).status().expect("`kill` is there");
+    assert!(sent.success(), "{name} reaches {pid}");
 }
 
 /// How long a look at a condition on the wire lasts.

@@ -26,7 +26,7 @@ const COMMANDS_MAX: usize = 64;
 #[derive(Clone, Debug)]
 pub struct ClientOptions {
     pub token: Option<String>,
-    /// After a loss; the first connection is tried once.
+    /// After a loss; the first connection is tried once at each router.
     pub reconnect: Backoff,
     /// Dial and hello.
     pub connect_timeout: Duration,
@@ -51,12 +51,20 @@ pub(crate) struct LineHandle {
 }
 
 impl Client {
-    /// Connects and says hello, once; later losses are mended by `options.reconnect`. Needs a running tokio runtime.
+    /// Connects and says hello, once at each router until one takes it; later losses are mended by `options.reconnect`. Needs a running tokio runtime.
     ///
     /// # Errors
     /// `Unreachable`, `Auth`, `Refused` (the router is full or draining), `Protocol`.
     pub async fn connect(dialer: Dialer, options: ClientOptions) -> Result<Self, Error> {
-        let (wire, hello) = open(&dialer, Role::Client, options.token.as_deref(), options.connect_timeout).await?;
+        let mut left = dialer.routers();
+        let (wire, hello) = loop {
+            left = left.saturating_sub(1);
+            match open(&dialer, Role::Client, options.token.as_deref(), options.connect_timeout).await {
+                Ok(opened) => break opened,
+                Err(error) if left == 0 || matches!(error, Error::Auth(_)) => return Err(error),
+                Err(_) => {}
+            }
+        };
         let (commands, inbox) = mpsc::channel(COMMANDS_MAX);
         let shared = Arc::new(LineShared::default());
         tokio::spawn(Line::new(dialer, options, inbox, Arc::clone(&shared)).run(wire, hello));

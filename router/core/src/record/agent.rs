@@ -9,6 +9,7 @@ use prost::Message;
 /// An earliest time that moves by less says nothing new.
 const MOVED_MS: u64 = 1_000;
 
+/// An agent's or an operator's word on how the agent stands: all of it, as it is from here on.
 #[derive(Clone, PartialEq, Message)]
 pub struct AgentRecord {
     #[prost(string, tag = "1")]
@@ -19,15 +20,19 @@ pub struct AgentRecord {
     /// READY, BUSY, PAUSE, DRAINING; empty: never said.
     #[prost(string, tag = "3")]
     pub status: String,
+    /// Its own words for its status.
     #[prost(string, optional, tag = "4")]
     pub reason: Option<String>,
     /// True where it suggests a window, whose absent components have no limit.
     #[prost(bool, tag = "5")]
     pub suggests: bool,
+    /// Of the window that it suggests: calls at once.
     #[prost(uint32, optional, tag = "6")]
     pub max_parallel: Option<u32>,
+    /// Of that window: tokens.
     #[prost(uint64, optional, tag = "7")]
     pub max_tokens: Option<u64>,
+    /// Of that window: micro-USD.
     #[prost(uint64, optional, tag = "8")]
     pub max_usd_micros: Option<u64>,
     /// Logged time before which a pause isn't over, Unix milliseconds.

@@ -3,6 +3,7 @@
 
 mod agent;
 mod amount;
+mod call;
 mod json;
 mod tool;
 
@@ -10,6 +11,7 @@ pub use agent::AgentRecord;
 pub use amount::{AmountPb, CostPb, LimitPb};
 use atp_proto::{CallId, StreamId, TenantId};
 use bytes::Bytes;
+pub use call::{Adjust, Ended, Extend, Intent, ProofPb, Reserve, ReserveCall, Settle, SourcePb, Void, WindowRef};
 use prost::Message;
 pub use tool::{Tool, ToolVerdict};
 
@@ -19,11 +21,12 @@ pub struct Entry {
     /// Logged time, Unix milliseconds.
     #[prost(uint64, tag = "1")]
     pub at_ms: u64,
+    /// In the order in which they count.
     #[prost(message, repeated, tag = "2")]
     pub records: Vec<AnyRecord>,
 }
 
-/// One record; `None` was written by a newer version.
+/// One record. Without one it is of a kind that a newer version wrote.
 #[derive(Clone, PartialEq, Message)]
 pub struct AnyRecord {
     #[prost(oneof = "Record", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 20, 21, 30")]
@@ -73,13 +76,16 @@ pub enum Record {
 /// First record of a shard.
 #[derive(Clone, PartialEq, Message)]
 pub struct Genesis {
+    /// 16 bytes; the blocks carry the same.
     #[prost(bytes = "bytes", tag = "1")]
     pub log_id: Bytes,
     /// Version of the record format.
     #[prost(uint32, tag = "2")]
     pub format: u32,
+    /// Number of shards, for ever.
     #[prost(uint32, tag = "3")]
     pub shards: u32,
+    /// Of the hash from stream to shard, for ever.
     #[prost(uint64, tag = "4")]
     pub hash_seed: u64,
 }
@@ -87,12 +93,16 @@ pub struct Genesis {
 /// A new owner; its position is the epoch.
 #[derive(Clone, PartialEq, Message)]
 pub struct Epoch {
+    /// Genesis's.
     #[prost(bytes = "bytes", tag = "1")]
     pub log_id: Bytes,
+    /// From 0.
     #[prost(uint32, tag = "2")]
     pub shard: u32,
+    /// `router.id`.
     #[prost(string, tag = "3")]
     pub owner: String,
+    /// Random, new for each run of the owner.
     #[prost(string, tag = "4")]
     pub incarnation: String,
 }
@@ -102,13 +112,16 @@ pub struct Epoch {
 pub struct Window {
     #[prost(string, tag = "1")]
     pub account: String,
+    /// Its id: the calendar time at which it begins (`2024-02-29T12`), or `total`.
     #[prost(string, tag = "2")]
     pub window: String,
+    /// From here on.
     #[prost(message, required, tag = "3")]
     pub limit: LimitPb,
     /// Unix ms; absent: never.
     #[prost(uint64, optional, tag = "4")]
     pub ends_ms: Option<u64>,
+    /// `minute`, `hour`, `day`, `month` or `total`.
     #[prost(string, tag = "5")]
     pub per: String,
 }
@@ -132,8 +145,10 @@ pub struct Faster {
 /// The stream that a record belongs to: one task per stream.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Message)]
 pub struct Key {
+    /// Whose it is.
     #[prost(string, tag = "1")]
     pub tenant: String,
+    /// The stream's id, which the client chose.
     #[prost(string, tag = "2")]
     pub stream: String,
 }
@@ -157,6 +172,7 @@ pub struct Accept {
     /// SHA-256 of content, agents, budget, QoS and deadline.
     #[prost(bytes = "bytes", tag = "2")]
     pub payload_hash: Bytes,
+    /// The client's; empty: none.
     #[prost(string, tag = "3")]
     pub idempotency_key: String,
     #[prost(string, tag = "4")]
@@ -164,15 +180,19 @@ pub struct Accept {
     /// The stream's own limit: the task's budget under the stream window.
     #[prost(message, required, tag = "5")]
     pub limit: LimitPb,
+    /// Calls at once; absent: no limit of its own.
     #[prost(uint32, optional, tag = "6")]
     pub max_parallel: Option<u32>,
+    /// A duration, counted anew by each owner.
     #[prost(uint64, tag = "7")]
     pub deadline_ms: u64,
     /// 1 gold, 2 silver, 3 bronze.
     #[prost(uint32, tag = "8")]
     pub qos: u32,
+    /// `meta.task_type`.
     #[prost(string, tag = "9")]
     pub task_type: String,
+    /// `router.id` of the router that took it.
     #[prost(string, tag = "10")]
     pub host: String,
     /// Its agents must be in one of these; empty: any agent.
@@ -181,6 +201,7 @@ pub struct Accept {
     /// What the task names beside its type, for the choice of agents: at most 16 languages.
     #[prost(string, repeated, tag = "24")]
     pub languages: Vec<String>,
+    /// `meta.category`.
     #[prost(string, tag = "25")]
     pub category: String,
     /// The policy rule that the task fell under, from 1; 0: none.
@@ -189,9 +210,10 @@ pub struct Accept {
     /// Of that rule: no ladder step below this model.
     #[prost(string, tag = "32")]
     pub floor: String,
-    /// Of that rule: triggers, and agents in the order in which they are asked.
+    /// Of that rule: triggers.
     #[prost(string, repeated, tag = "33")]
     pub escalate_on: Vec<String>,
+    /// Of that rule: agents in the order in which they are asked.
     #[prost(string, repeated, tag = "34")]
     pub escalate_to: Vec<String>,
 }
@@ -201,183 +223,15 @@ pub struct Accept {
 pub struct Deny {
     #[prost(message, required, tag = "1")]
     pub key: Key,
+    /// As in Accept.
     #[prost(bytes = "bytes", tag = "2")]
     pub payload_hash: Bytes,
+    /// As in Accept.
     #[prost(string, tag = "3")]
     pub idempotency_key: String,
     /// `control.error` as it is sent, JSON.
     #[prost(bytes = "bytes", tag = "4")]
     pub error: Bytes,
-}
-
-/// Money for calls, all of them or none.
-#[derive(Clone, PartialEq, Message)]
-pub struct Reserve {
-    #[prost(message, required, tag = "1")]
-    pub key: Key,
-    #[prost(message, repeated, tag = "2")]
-    pub calls: Vec<ReserveCall>,
-}
-
-#[derive(Clone, PartialEq, Message)]
-pub struct ReserveCall {
-    #[prost(uint32, tag = "1")]
-    pub lane: u32,
-    /// The lane that this one replaces; 0: none.
-    #[prost(uint32, tag = "2")]
-    pub retry_of: u32,
-    #[prost(string, tag = "3")]
-    pub agent: String,
-    #[prost(string, tag = "4")]
-    pub model: String,
-    #[prost(message, required, tag = "5")]
-    pub mean: AmountPb,
-    #[prost(message, required, tag = "6")]
-    pub sd: AmountPb,
-    #[prost(string, tag = "7")]
-    pub source: String,
-    #[prost(uint64, tag = "8")]
-    pub samples: u64,
-    #[prost(uint64, tag = "9")]
-    pub k_ppm: u64,
-    #[prost(message, required, tag = "10")]
-    pub guarded: AmountPb,
-    #[prost(message, required, tag = "11")]
-    pub hold: AmountPb,
-    /// The window of each account above the stream that the hold stands in.
-    #[prost(message, repeated, tag = "12")]
-    pub windows: Vec<WindowRef>,
-    /// A duration, counted anew by each owner.
-    #[prost(uint64, tag = "13")]
-    pub deadline_ms: u64,
-    #[prost(string, tag = "14")]
-    pub price_version: String,
-    #[prost(uint64, tag = "15")]
-    pub in_price: u64,
-    #[prost(uint64, tag = "16")]
-    pub out_price: u64,
-    #[prost(string, tag = "17")]
-    pub rule: String,
-    /// The prompt as it was counted.
-    #[prost(uint64, tag = "24")]
-    pub prompt_tokens: u64,
-    /// The p95 overage factor of such estimates, 1,000,000 without one: what the call may still need beside its hold.
-    #[prost(uint64, tag = "25")]
-    pub overage_ppm: u64,
-}
-
-#[derive(Clone, PartialEq, Eq, Message)]
-pub struct WindowRef {
-    #[prost(string, tag = "1")]
-    pub account: String,
-    #[prost(string, tag = "2")]
-    pub window: String,
-}
-
-/// Durable before the dispatch leaves. What a new owner must know of the agent stands here too.
-#[derive(Clone, PartialEq, Message)]
-pub struct Intent {
-    #[prost(message, required, tag = "1")]
-    pub key: Key,
-    #[prost(uint32, tag = "2")]
-    pub lane: u32,
-    #[prost(string, tag = "3")]
-    pub agent: String,
-    #[prost(string, tag = "4")]
-    pub incarnation: String,
-    #[prost(string, tag = "5")]
-    pub upstream_key: String,
-    #[prost(message, required, tag = "6")]
-    pub reach: AmountPb,
-    /// True: `effects: external`.
-    #[prost(bool, tag = "7")]
-    pub external: bool,
-    #[prost(uint64, tag = "8")]
-    pub idempotent_for_ms: u64,
-    /// True where the hold may grow in slices.
-    #[prost(bool, tag = "9")]
-    pub slices: bool,
-    #[prost(uint64, tag = "10")]
-    pub counted_up_ppm: u64,
-    #[prost(string, tag = "11")]
-    pub host: String,
-    /// The agent counts on its way, so it is told this much less than its hold.
-    #[prost(uint64, tag = "12")]
-    pub margin_ppm: u64,
-}
-
-/// The hold grows; `hold` is the new total.
-#[derive(Clone, PartialEq, Message)]
-pub struct Extend {
-    #[prost(message, required, tag = "1")]
-    pub key: Key,
-    #[prost(uint32, tag = "2")]
-    pub lane: u32,
-    #[prost(message, required, tag = "3")]
-    pub hold: AmountPb,
-}
-
-/// How a lane's output ended, and as which message the client is told.
-#[derive(Clone, PartialEq, Message)]
-pub struct Ended {
-    /// `complete`, `grant`, `cancelled`, or a code.
-    #[prost(string, tag = "1")]
-    pub how: String,
-    /// msg_seq of the client's `agent.result.partial` that says so; 0: the stream had ended, nobody is told.
-    #[prost(uint64, tag = "2")]
-    pub out_seq: u64,
-}
-
-/// One per call.
-#[derive(Clone, PartialEq, Message)]
-pub struct Settle {
-    #[prost(message, required, tag = "1")]
-    pub key: Key,
-    #[prost(uint32, tag = "2")]
-    pub lane: u32,
-    #[prost(message, required, tag = "3")]
-    pub actual: CostPb,
-    /// What the agent itself said; 0: nothing.
-    #[prost(uint64, tag = "4")]
-    pub stated_usd_micros: u64,
-    #[prost(enumeration = "SourcePb", tag = "5")]
-    pub source: i32,
-    #[prost(message, required, tag = "6")]
-    pub ended: Ended,
-    /// The agent's confidence in ppm plus one; 0: none.
-    #[prost(uint32, tag = "7")]
-    pub confidence_ppm_plus_1: u32,
-}
-
-/// Proof that a call had no effect; its hold comes back.
-#[derive(Clone, PartialEq, Message)]
-pub struct Void {
-    #[prost(message, required, tag = "1")]
-    pub key: Key,
-    #[prost(uint32, tag = "2")]
-    pub lane: u32,
-    #[prost(enumeration = "ProofPb", tag = "3")]
-    pub proof: i32,
-    #[prost(message, required, tag = "4")]
-    pub ended: Ended,
-}
-
-/// A later and better figure for a settled call: the new total. The same evidence counts once.
-#[derive(Clone, PartialEq, Message)]
-pub struct Adjust {
-    #[prost(message, required, tag = "1")]
-    pub key: Key,
-    #[prost(uint32, tag = "2")]
-    pub lane: u32,
-    #[prost(string, tag = "3")]
-    pub evidence: String,
-    #[prost(message, required, tag = "4")]
-    pub actual: CostPb,
-    #[prost(enumeration = "SourcePb", tag = "5")]
-    pub source: i32,
-    /// The call's own final said `complete`: a measured run.
-    #[prost(bool, tag = "6")]
-    pub complete: bool,
 }
 
 /// An agent's estimates were too low too often, or good again: its QoS tier is another one now.
@@ -388,9 +242,10 @@ pub struct Tier {
     /// 1 gold, 2 silver, 3 bronze.
     #[prost(uint32, tag = "2")]
     pub tier: u32,
-    /// The errors that decided: runs since the last change, and their share more than 20 % above the estimate.
+    /// The errors that decided: runs since the last change.
     #[prost(uint64, tag = "3")]
     pub runs: u64,
+    /// Share of them that cost over 20 % more than estimated.
     #[prost(uint64, tag = "4")]
     pub under_ppm: u64,
 }
@@ -403,14 +258,16 @@ pub struct Close {
     /// `done`, `provisional`, `failed`, `cancelled`.
     #[prost(string, tag = "2")]
     pub state: String,
+    /// Why it isn't `done`, a code of the protocol; empty: none.
     #[prost(string, tag = "3")]
     pub code: String,
     /// SHA-256 of the final's content.
     #[prost(bytes = "bytes", tag = "4")]
     pub result_hash: Bytes,
-    /// Content of `agent.result.final` and of `control.bill`, JSON.
+    /// Content of `agent.result.final`, JSON.
     #[prost(bytes = "bytes", tag = "5")]
     pub result: Bytes,
+    /// Content of `control.bill`, JSON.
     #[prost(bytes = "bytes", tag = "6")]
     pub bill: Bytes,
     /// msg_seq of the final; the bill's is the next.
@@ -429,6 +286,7 @@ pub struct FrameRecord {
     /// Of the sender on its stream.
     #[prost(uint64, tag = "3")]
     pub msg_seq: u64,
+    /// Of each fragment the encoded `Body`, as `docs/protocol.md` has it.
     #[prost(bytes = "bytes", repeated, tag = "4")]
     pub bodies: Vec<Bytes>,
     /// An agent's chunk: what is booked for the call so far.
@@ -448,50 +306,33 @@ pub struct FrameRecord {
 /// One piece of the fold up to `position`; the pieces follow each other without a gap.
 #[derive(Clone, PartialEq, Message)]
 pub struct Checkpoint {
+    /// Genesis's.
     #[prost(bytes = "bytes", tag = "1")]
     pub log_id: Bytes,
+    /// From 0.
     #[prost(uint32, tag = "2")]
     pub shard: u32,
     /// The fold stands for all entries up to here: the one before the first piece.
     #[prost(uint64, tag = "3")]
     pub position: u64,
+    /// The newest one at `position`.
     #[prost(uint64, tag = "4")]
     pub epoch: u64,
+    /// Version of the fold, its image and its hash.
     #[prost(uint32, tag = "5")]
     pub fold_version: u32,
     /// State hash at `position`.
     #[prost(bytes = "bytes", tag = "6")]
     pub hash: Bytes,
+    /// From 0.
     #[prost(uint32, tag = "7")]
     pub piece: u32,
+    /// How many there are.
     #[prost(uint32, tag = "8")]
     pub pieces: u32,
+    /// This piece of the Image.
     #[prost(bytes = "bytes", tag = "9")]
     pub data: Bytes,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq, prost::Enumeration)]
-#[repr(i32)]
-pub enum SourcePb {
-    Reported = 0,
-    Counted = 1,
-    UnknownAtHold = 2,
-    Expired = 3,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq, prost::Enumeration)]
-#[repr(i32)]
-pub enum ProofPb {
-    /// The owner that wrote the Intent (or none) never handed the dispatch over.
-    NeverSent = 0,
-    /// The agent's router answered `unsent`.
-    Unsent = 1,
-    /// The agent refused before it called its provider.
-    NotCalled = 2,
-    /// The provider's 4xx before any output.
-    Rejected = 3,
-    /// The agent's incarnation, asked under the new epoch, never got the call.
-    NotListed = 4,
 }
 
 impl From<Record> for AnyRecord {
@@ -548,31 +389,6 @@ impl Record {
             | Self::Agent(_)
             | Self::Tier(_)
             | Self::Faster(_) => None,
-        }
-    }
-}
-
-impl SourcePb {
-    #[must_use]
-    pub const fn name(self) -> &'static str {
-        match self {
-            Self::Reported => "reported",
-            Self::Counted => "counted",
-            Self::UnknownAtHold => "unknown_at_hold",
-            Self::Expired => "expired",
-        }
-    }
-}
-
-impl ProofPb {
-    #[must_use]
-    pub const fn name(self) -> &'static str {
-        match self {
-            Self::NeverSent => "never_sent",
-            Self::Unsent => "unsent",
-            Self::NotCalled => "not_called",
-            Self::Rejected => "rejected",
-            Self::NotListed => "not_listed",
         }
     }
 }

@@ -14,8 +14,10 @@ pub struct Tool {
     /// The agent's message that asked. `Reported`: the one that said so.
     #[prost(uint64, tag = "3")]
     pub msg_seq: u64,
+    /// Its name.
     #[prost(string, tag = "4")]
     pub tool: String,
+    /// What was decided, or what happened.
     #[prost(enumeration = "ToolVerdict", tag = "5")]
     pub verdict: i32,
     /// `Allowed`: what the hold grows by. `Reported`: the agent's running total for this tool.
@@ -30,9 +32,10 @@ pub struct Tool {
     /// `Done`: it did what was asked.
     #[prost(bool, tag = "9")]
     pub ok: bool,
-    /// `Done`: length and SHA-256 of the data that the agent was sent, JSON.
+    /// `Done`: length of the data that the agent was sent, JSON.
     #[prost(uint64, tag = "10")]
     pub bytes: u64,
+    /// `Done`: SHA-256 of that data.
     #[prost(bytes = "bytes", tag = "11")]
     pub hash: Bytes,
 }
@@ -44,6 +47,7 @@ pub enum ToolVerdict {
     Allowed = 0,
     /// The agent may run its own tool.
     Own = 1,
+    /// `error` says why.
     Refused = 2,
     /// A mediated tool has ended.
     Done = 3,

@@ -88,6 +88,7 @@ impl Shard {
             category: request.task.category,
             preflight,
             learned: row.and_then(Row::figures),
+            registered: self.settings.registry.cost(agent.as_str(), model),
         };
         estimate(&seat.capabilities, &ask, &self.settings.prices, &self.settings.stream_window).ok().flatten()
     }

@@ -263,6 +263,12 @@ impl Shard {
         &self.state
     }
 
+    /// Streams without a Close.
+    #[must_use]
+    pub fn streams_open(&self) -> usize {
+        self.live.len()
+    }
+
     #[must_use]
     pub fn epoch(&self) -> u64 {
         self.epoch

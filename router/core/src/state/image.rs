@@ -15,20 +15,28 @@ use std::collections::BTreeMap;
 /// A checkpoint's content: the state without its indexes.
 #[derive(Clone, PartialEq, Message)]
 struct Image {
+    /// Logged time of the last entry, Unix ms.
     #[prost(uint64, tag = "1")]
     logged_ms: u64,
+    /// As it was logged.
     #[prost(message, required, tag = "2")]
     genesis: Genesis,
+    /// By name.
     #[prost(btree_map = "string, message", tag = "3")]
     accounts: BTreeMap<String, Account>,
+    /// By number: the n-th Accept or Deny of the log has number n.
     #[prost(btree_map = "uint64, message", tag = "4")]
     streams: BTreeMap<u64, Stream>,
+    /// By name.
     #[prost(btree_map = "string, message", tag = "5")]
     agents: BTreeMap<String, AgentTotals>,
+    /// Accepts and Denies so far.
     #[prost(uint64, tag = "6")]
     next_no: u64,
+    /// One for each agent.
     #[prost(message, repeated, tag = "20")]
     statistics: Vec<LearnedImage>,
+    /// By the agent's name.
     #[prost(btree_map = "string, message", tag = "7")]
     standings: BTreeMap<String, AgentRecord>,
 }

@@ -40,6 +40,7 @@ pub struct Corrupt {
 /// What the log remembers of an agent across its incarnations.
 #[derive(Clone, Copy, PartialEq, Message)]
 pub struct AgentTotals {
+    /// Of all its settled calls, in micro-USD.
     #[prost(uint64, tag = "1")]
     pub spent_usd_micros: u64,
     /// The largest overshoot of a grant; it raises the declared reach.

@@ -5,6 +5,7 @@ mod kafka;
 mod policy;
 mod read;
 mod reference;
+mod registry;
 mod table;
 mod tools;
 mod tree;

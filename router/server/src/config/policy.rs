@@ -40,25 +40,32 @@ impl Walk<'_> {
         }
         let file = self.text(node, path)?;
         let fix = "name a readable policy file, or write the policy here";
-        let text = match std::fs::read_to_string(&file) {
+        self.of_file(node.mark, path, &file, fix, |walk, root| walk.policy(root, ""))
+    }
+
+    /// Reads another YAML file, named at `mark`; what is wrong in it is told with its own place.
+    pub(super) fn of_file<T>(
+        &mut self,
+        mark: Mark,
+        path: &str,
+        file: &str,
+        fix: &str,
+        read: impl FnOnce(&mut Walk<'_>, &Node) -> T,
+    ) -> Option<T> {
+        let text = match std::fs::read_to_string(file) {
             Ok(text) => text,
             Err(e) => {
-                self.problem(node.mark, path, format!("{file}: {e}"), fix);
+                self.problem(mark, path, format!("{file}: {e}"), fix);
                 return None;
             }
         };
         let mut inner = Walk::new(self.env);
-        let policy = match tree::parse(&text) {
-            Ok(root) => inner.policy(&root, ""),
-            Err(problem) => {
-                inner.problems.push(problem);
-                Policy::default()
-            }
-        };
+        let found =
+            tree::parse(&text).map(|root| read(&mut inner, &root)).map_err(|problem| inner.problems.push(problem));
         for Problem { line, column, field, message, fix } in inner.problems {
-            self.problem(node.mark, path, format!("{file}:{line}:{column}: {field}: {message}"), fix);
+            self.problem(mark, path, format!("{file}:{line}:{column}: {field}: {message}"), fix);
         }
-        Some(policy)
+        found.ok()
     }
 
     /// Reads a whole policy; what is wrong stands in `problems`.
@@ -277,7 +284,12 @@ impl Walk<'_> {
     // ---- pieces of the tree -----------------------------------------------------------------------------------------
 
     /// The pairs of a map; with `known`, any other name is a problem.
-    fn entries<'n>(&mut self, node: &'n Node, path: &str, known: Option<&[&str]>) -> Vec<(String, String, &'n Node)> {
+    pub(super) fn entries<'n>(
+        &mut self,
+        node: &'n Node,
+        path: &str,
+        known: Option<&[&str]>,
+    ) -> Vec<(String, String, &'n Node)> {
         if node.is_absent() {
             return Vec::new();
         }

@@ -38,7 +38,7 @@ pub fn load(path: &Path) -> Result<Config, Vec<Problem>> {
     parse(&text, |name| std::env::var(name).ok())
 }
 
-/// All problems of a configuration or policy text (told by its top-level keys); none: it can be used.
+/// All problems of a configuration, policy or registry text (told by its top-level keys); none: it can be used.
 #[must_use]
 pub fn check(text: &str) -> Vec<Problem> {
     let env = |name: &str| std::env::var(name).ok();
@@ -46,6 +46,11 @@ pub fn check(text: &str) -> Vec<Problem> {
         Ok(root) if super::policy::is_policy(&root) => {
             let mut walk = Walk::new(&env);
             walk.policy(&root, "");
+            walk.problems
+        }
+        Ok(root) if super::registry::is_registry(&root) => {
+            let mut walk = Walk::new(&env);
+            walk.registry(&root);
             walk.problems
         }
         _ => parse(text, env).err().unwrap_or_default(),
@@ -174,7 +179,7 @@ impl Walk<'_> {
         self.values.insert(path.into(), read);
     }
 
-    fn read(&mut self, node: &Node, path: &str, takes: Takes) -> Option<Read> {
+    pub(super) fn read(&mut self, node: &Node, path: &str, takes: Takes) -> Option<Read> {
         if takes == Takes::Anything {
             return Some(Read::Anything);
         }
@@ -333,6 +338,12 @@ impl Walk<'_> {
             config.settings.policy = Arc::new(policy);
         }
         self.prices(&mut config);
+        if let Some(file) = self.opt_text("registry") {
+            let fix = "name a readable registry file";
+            let mark = self.mark("registry");
+            let registry = self.of_file(mark, "registry", &file, fix, |walk, root| walk.registry(root));
+            config.settings.registry = Arc::new(registry.unwrap_or_default());
+        }
         self.tools(&mut config);
         self.agents(&mut config);
         self.limits(&mut config);

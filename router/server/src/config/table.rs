@@ -108,6 +108,7 @@ pub(super) const KEYS: &[Key] = &[
     key("tasks.retries", Takes::Whole(0, 16), "1", "new lanes for a failed call"),
     key("policy", Takes::Policy, "", "a policy file (see `docs/policy.md`), or the policy itself"),
     key("prices", Takes::Path, "", "LiteLLM's price map or models.dev's JSON, over the built-in snapshot"),
+    key("registry", Takes::Path, "", "what agents' runs cost, by agent and model: see `docs/choice.md`"),
     key("tools.fs_read.root", Takes::Path, "", "the directory below which `fs.read` reads; empty: no such tool"),
     key("tools.fs_read.usd", Takes::Usd, "", "price of one request; absent: nothing"),
     key("tools.http_get.allow", Takes::Texts, "", "places that `http.get` may ask: `https://host:port/path/`, or a host alone for all of it over https"),

@@ -1,11 +1,11 @@
 //! A client of the load: works through its tasks by idempotency key, over as many connections as it takes, and keeps what it
 //! was told. It believes nothing twice: a number that comes again has to bring the same message.
 
+use super::PATIENCE;
+use super::peer::{Peer, submit_by_key};
 use atp_proto::Frame;
 use atp_proto::content::{Bill, Final, Role, Submit};
 use atp_proto::frame::kind;
-use atp_tests::blackbox::PATIENCE;
-use atp_tests::blackbox::peer::{Peer, submit_by_key};
 use std::collections::BTreeMap;
 use std::io;
 use std::net::SocketAddr;
@@ -14,13 +14,13 @@ use std::time::{Duration, Instant};
 
 /// What a client was told about one task.
 #[derive(Clone, Debug)]
-pub(crate) struct Told {
-    pub(crate) stream: String,
-    pub(crate) frames: BTreeMap<u64, Frame>,
+pub struct Told {
+    pub stream: String,
+    pub frames: BTreeMap<u64, Frame>,
     /// Connections on which `control.accepted` was read and that then broke.
-    pub(crate) broken_after_accept: u32,
+    pub broken_after_accept: u32,
     /// The refusal, where there was no acceptance.
-    pub(crate) refused: Option<atp_proto::WireError>,
+    pub refused: Option<atp_proto::WireError>,
 }
 
 impl Told {
@@ -30,11 +30,16 @@ impl Told {
         found[0].read().expect("the content of its type")
     }
 
-    pub(crate) fn answer(&self) -> Final {
+    /// # Panics
+    /// When there isn't exactly one.
+    #[must_use]
+    pub fn answer(&self) -> Final {
         self.frame(kind::RESULT_FINAL)
     }
 
-    pub(crate) fn bill(&self) -> Bill {
+    /// # Panics
+    /// When there isn't exactly one.
+    pub fn bill(&self) -> Bill {
         self.frame(kind::BILL)
     }
 
@@ -45,7 +50,11 @@ impl Told {
 }
 
 /// Submits one task and follows it to its bill, whatever happens to the connections.
-pub(crate) fn follow(router: SocketAddr, key: &str, content: &Submit) -> Told {
+///
+/// # Panics
+/// When there is no end within three times `PATIENCE`, or something is told in two ways.
+#[must_use]
+pub fn follow(router: SocketAddr, key: &str, content: &Submit) -> Told {
     let syn = submit_by_key(key, 1, content);
     let stream = syn.stream_id.to_string();
     let mut told = Told { stream, frames: BTreeMap::new(), broken_after_accept: 0, refused: None };
@@ -82,7 +91,10 @@ fn session(router: SocketAddr, syn: &Frame, told: &mut Told) -> io::Result<()> {
 }
 
 /// Runs `clients` threads; each takes `task(n)` for the next n until `tasks` are done.
-pub(crate) fn run(router: SocketAddr, clients: u64, tasks: u64, task: impl Fn(u64) -> Submit + Sync) -> Vec<Told> {
+///
+/// # Panics
+/// As `follow`.
+pub fn run(router: SocketAddr, clients: u64, tasks: u64, task: impl Fn(u64) -> Submit + Sync) -> Vec<Told> {
     let next = AtomicU64::new(0);
     let one = || {
         let mut all = Vec::new();
