@@ -3,11 +3,11 @@
 #
 #   ops/test.sh          within 20 minutes from a warm cache
 #   ops/test.sh --all    also what is long: every mutant, 100,000 schedules, wide sweeps
-#   ops/test.sh PART...  only these parts: fmt build clippy test doc-test docs simulation local-llm redis mutants
+#   ops/test.sh PART...  only these parts: fmt build clippy local-llm kafka redis test doc-test docs simulation kafka-tls mutants
 #
-# Needs: a Rust toolchain, a C compiler; for the local model Python 3.10 or newer with venv (installed here when this may
-# be done: root on a Debian-like system; else it says what to install); libfaketime, in the same way; redis-server 6.2 or newer,
-# or apt-get to fetch it.
+# Needs: a Rust toolchain, a C compiler; for the local model Python 3.10 or newer with venv, for Kafka Java 17 and Maven
+# (installed here when this may be done: root on a Debian-like system; else it says what to install); libfaketime, in the
+# same way; redis-server 6.2 or newer, or apt-get to fetch it.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -16,8 +16,8 @@ only=()
 for argument in "$@"; do
     case $argument in
         --all) all=yes ;;
-        -h|--help) sed -n '2,9s/^# \{0,1\}//p' "$0"; exit 0 ;;
-        fmt|build|clippy|test|doc-test|docs|simulation|local-llm|redis|mutants) only+=("$argument") ;;
+        -h|--help) sed -n '2,11s/^# \{0,1\}//p' "$0"; exit 0 ;;
+        fmt|build|clippy|local-llm|kafka|redis|test|doc-test|docs|simulation|kafka-tls|mutants) only+=("$argument") ;;
         *) echo "test.sh: unknown argument '$argument'; see --help" >&2; exit 2 ;;
     esac
 done
@@ -46,6 +46,10 @@ set_up() {
     if ! python3 -c 'import venv, ensurepip' >/dev/null 2>&1; then
         may_install || die "python3 with venv is missing; install it (Debian, Ubuntu: apt install python3 python3-venv)"
         apt-get update -qq && apt-get install -y -qq python3 python3-venv >/dev/null
+    fi
+    if ! command -v java >/dev/null 2>&1 || ! command -v mvn >/dev/null 2>&1; then
+        may_install || die "java or mvn is missing; install them (Debian, Ubuntu: apt install openjdk-17-jre-headless maven)"
+        apt-get update -qq && apt-get install -y -qq openjdk-17-jre-headless maven >/dev/null
     fi
     # Tests let a router's clock jump.
     if ! compgen -G '/usr/lib/*/faketime/libfaketime.so.1' >/dev/null && [ ! -e /usr/lib/faketime/libfaketime.so.1 ]; then
@@ -112,6 +116,14 @@ redis() {
     tests/parts/redis.sh stop --owner $$
 }
 
+# Brokers for every test of this run; they end with this process.
+kafka() {
+    local count
+    for count in 1 3; do tests/parts/kafka.sh start --brokers $count --owner $$ || return 1; done
+}
+
+kafka_tls() { cargo check --quiet --locked -p atp --features kafka-tls; }
+
 simulation() {
     local schedules=20000
     [ -n "$all" ] && schedules=100000
@@ -124,10 +136,14 @@ part build 2400 build
 part clippy 420 cargo clippy --locked --workspace --all-targets --quiet -- -D warnings
 part local-llm 180 local_llm
 part redis 60 redis
+part kafka 120 kafka
 part test "$([ -n "$all" ] && echo 1500 || echo 720)" cargo test --locked --workspace --lib --bins --tests
 part doc-test 180 cargo test --locked --workspace --doc
 part docs 240 docs
 part simulation "$([ -n "$all" ] && echo 900 || echo 300)" simulation
+if [ -n "$all" ] || [[ " ${only[*]:-} " == *" kafka-tls "* ]]; then
+    part kafka-tls 600 kafka_tls
+fi
 if [ -n "$all" ] || [[ " ${only[*]:-} " == *" mutants "* ]]; then
     part mutants 1500 tests/simulation/mutants/run.sh
 fi

@@ -4,6 +4,7 @@
 use atp_proto::content::{CallState, Effects, Source, Submit, TaskState};
 use atp_proto::{AgentName, Code};
 use atp_tests::blackbox::history::{billed, records, state_hash, true_bill};
+use atp_tests::blackbox::kafka::Brokers;
 use atp_tests::blackbox::load::{self, Told};
 use atp_tests::blackbox::process::{Router, Scripted};
 use atp_tests::blackbox::relay::Relay;
@@ -59,9 +60,18 @@ fn check(router: &Router, relay: &Relay, agents: &[Scripted], told: &[Told]) {
 
 #[test]
 fn a_router_is_killed_at_fifty_instants() {
-    const KILLS: u32 = 50;
-    let mut rng = Rng::new(seed(50));
-    let mut router = Router::start(CONFIG);
+    killed(50, "");
+}
+
+#[test]
+fn a_router_with_its_log_in_kafka_is_killed_at_fifteen_instants() {
+    killed(15, &Brokers::start(1).log());
+}
+
+/// `log`: what the configuration says of the log.
+fn killed(kills: u32, log: &str) {
+    let mut rng = Rng::new(seed(u64::from(kills)));
+    let mut router = Router::start(&format!("{CONFIG}\n{log}"));
     let (atp, relay) = (router.atp(), Relay::to(router.atp()));
     let names = ["steady-0", "steady-1", "steady-2"];
     let agents = names.map(|name| Scripted::start(router.dir(), name, relay.address(), &script(Effects::None)));
@@ -80,7 +90,7 @@ fn a_router_is_killed_at_fifty_instants() {
     };
     let told: Vec<Told> = std::thread::scope(|scope| {
         let clients: Vec<_> = (0..CLIENTS).map(|_| scope.spawn(client)).collect();
-        for kill in 0..KILLS {
+        for kill in 0..kills {
             let frames = relay.frames() + if kill % 10 == 0 { 0 } else { rng.below(FRAMES_MAX) };
             relay.wait_for(frames, || false);
             router.kill();
@@ -92,8 +102,8 @@ fn a_router_is_killed_at_fifty_instants() {
 
     check(&router, &relay, &agents, &told);
     let torn: u32 = told.iter().map(|t| t.broken_after_accept).sum();
-    println!("{KILLS} kills, {torn} connections broken behind an acknowledgement");
-    assert!(torn >= KILLS, "the kills met tasks in flight");
+    println!("{kills} kills, {torn} connections broken behind an acknowledgement");
+    assert!(torn >= kills, "the kills met tasks in flight");
     let bills: Vec<_> = told.iter().map(Told::bill).collect();
     let truth = true_bill(agents.iter().map(Scripted::meter));
     for told in &told {
@@ -181,5 +191,63 @@ fn agents_are_killed_at_random_instants() {
             }
             other => panic!("{id} ended as {other:?}"),
         }
+    }
+}
+
+#[test]
+fn a_router_whose_shard_was_taken_over_ends_and_says_by_whom() {
+    let log = Brokers::start(1).log();
+    let mut first = Router::start(&format!("router: {{id: first}}\n{CONFIG}\n{log}"));
+    let second = Router::start(&format!("router: {{id: second}}\n{CONFIG}\n{log}"));
+    assert_eq!(first.ended(), Some(1));
+    let words = first.stderr();
+    assert!(words.contains("router second (incarnation ") && words.contains("has taken over shard 0"), "{words}");
+    let report = second.verify();
+    assert_eq!(report["log"], atp_tests::blackbox::atp::run_json(&["verify", "--log", &second.log()])["log"]);
+    // Started again it is the one that takes over.
+    first.restart();
+    first.verify();
+}
+
+#[test]
+fn each_of_three_brokers_is_killed_once() {
+    let brokers = Brokers::start(3);
+    let router = Router::start(&format!("{CONFIG}\n{}", brokers.log()));
+    let (atp, relay) = (router.atp(), Relay::to(router.atp()));
+    let names = ["steady-0", "steady-1", "steady-2"];
+    let agents = names.map(|name| Scripted::start(router.dir(), name, relay.address(), &script(Effects::None)));
+    names.iter().for_each(|name| router.has_agent(name));
+    let (over, next) = (AtomicBool::new(false), AtomicU64::new(0));
+    let client = || {
+        let mut all = Vec::new();
+        while !over.load(Ordering::Relaxed) {
+            let n = next.fetch_add(1, Ordering::Relaxed);
+            let task = Submit { task: format!("task {n}"), ..Submit::default() };
+            all.push(load::follow(atp, &format!("key-{n}"), &task));
+        }
+        all
+    };
+    let told: Vec<Told> = std::thread::scope(|scope| {
+        let clients: Vec<_> = (0..CLIENTS).map(|_| scope.spawn(client)).collect();
+        // With one of three away the log goes on, and with the next one once the first is back.
+        for broker in 1..=3 {
+            for there in [false, true] {
+                if there {
+                    brokers.revive(broker);
+                } else {
+                    brokers.kill(broker);
+                }
+                relay.wait_for(relay.frames() + 4 * FRAMES_MAX, || false);
+            }
+        }
+        over.store(true, Ordering::Relaxed);
+        clients.into_iter().flat_map(|client| client.join().expect("a client")).collect()
+    });
+    check(&router, &relay, &agents, &told);
+    let ready = router.http("GET", "/readyz").1;
+    assert_eq!(ready["durability"], "replicated", "{ready:#}");
+    for told in &told {
+        assert_eq!(told.answer().state, TaskState::Done, "{}", told.stream);
+        assert_eq!(told.broken_after_accept, 0, "{}: the router went on", told.stream);
     }
 }

@@ -3,6 +3,7 @@
 
 use atp_proto::content::{CallState, Source, Submit, TaskState};
 use atp_tests::blackbox::history::{billed, true_bill};
+use atp_tests::blackbox::kafka::Brokers;
 use atp_tests::blackbox::load::{self, Told};
 use atp_tests::blackbox::process::{Router, Scripted};
 use atp_tests::blackbox::redis::Redis;
@@ -10,7 +11,6 @@ use atp_tests::blackbox::relay::Relay;
 use atp_tests::blackbox::wait_for;
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
-use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
@@ -26,58 +26,38 @@ calls:
     final: {text: \"end\", in_tokens: 80}
 ";
 
-/// A broker, or three, for as long as this process lives.
-fn kafka(brokers: &str) -> Vec<String> {
-    let script = concat!(env!("CARGO_MANIFEST_DIR"), "/parts/kafka.sh");
-    let owner = std::process::id().to_string();
-    let output = Command::new(script)
-        .args(["start", "--brokers", brokers, "--owner", &owner])
-        .stdin(Stdio::null())
-        .stderr(Stdio::inherit())
-        .output()
-        .expect("the script starts");
-    assert!(output.status.success(), "there is no Kafka to test with: {script} start failed");
-    let text = String::from_utf8(output.stdout).expect("text");
-    let urls = text.lines().find_map(|l| l.strip_prefix("ATP_KAFKA=")).expect("its address");
-    urls.split(',').map(str::to_owned).collect()
-}
-
 struct Fleet {
     routers: Vec<Router>,
     /// Each router is known by a wire of its own, also to those who are sent to it.
     wires: Vec<Relay>,
     redis: Redis,
-    topic: String,
-    brokers: Vec<String>,
+    brokers: Brokers,
 }
 
 impl Fleet {
-    fn start(brokers: Vec<String>) -> Self {
-        static NEXT: AtomicU64 = AtomicU64::new(0);
-        let topic = format!("fleet.{}.{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
-        let redis = Redis::start();
+    fn start() -> Self {
+        let (redis, brokers) = (Redis::start(), Brokers::start(3));
+        let log = brokers.log();
         let (mut routers, mut wires) = (Vec::new(), Vec::new());
         for n in 1..=ROUTERS {
             let mut router = Router::prepare("");
             let wire = Relay::to(router.atp());
             router.configure(&format!(
                 "router: {{id: r{n}, advertise: \"{}\"}}
-log: {{kind: kafka, kafka: {{brokers: [{}], topic: {topic}, single_broker: {}}}}}
+{log}
 store: {{kind: redis, redis: {{url: \"{}\"}}}}
 shards: {{lease: {}ms}}
 limits: {{heartbeat: 300ms}}
 accounts: {{default: {{usd: 1000, per: total}}}}
 tasks: {{retries: 4, deadline: 170s, agent_timeout: 100s}}",
                 wire.address(),
-                brokers.iter().map(|b| format!("\"{b}\"")).collect::<Vec<_>>().join(", "),
-                brokers.len() == 1,
                 redis.url(),
                 LEASE.as_millis(),
             ));
             router.launch();
             (routers.push(router), wires.push(wire));
         }
-        let fleet = Self { routers, wires, redis, topic, brokers };
+        let fleet = Self { routers, wires, redis, brokers };
         fleet.owner();
         fleet
     }
@@ -97,10 +77,6 @@ tasks: {{retries: 4, deadline: 170s, agent_timeout: 100s}}",
             *all.entry(call).or_default() += times;
         }
         all
-    }
-
-    fn log(&self) -> String {
-        format!("kafka://{}/{}", self.brokers.join(","), self.topic)
     }
 }
 
@@ -140,7 +116,7 @@ fn through(mut fleet: Fleet, faults: impl FnOnce(&mut Fleet)) {
 
     let owner = fleet.owner();
     fleet.routers[owner].settled();
-    let verified = atp_tests::blackbox::atp::run_json(&["verify", "--log", &fleet.log()]);
+    let verified = atp_tests::blackbox::atp::run_json(&["verify", "--log", &fleet.routers[owner].log()]);
     assert_eq!(verified["ok"], true, "{verified:#}");
     let twice: Vec<_> = fleet.dispatches().into_iter().filter(|(_, times)| *times > 1).collect();
     assert_eq!(twice, [], "calls that were dispatched again");
@@ -176,7 +152,7 @@ fn work(fleet: &Fleet) {
 
 #[test]
 fn one_of_three_routers_serves_and_the_next_takes_over() {
-    through(Fleet::start(kafka("1")), |fleet| {
+    through(Fleet::start(), |fleet| {
         work(fleet);
         // SIGKILL: the lease has to lapse.
         let owner = fleet.owner();
@@ -206,7 +182,7 @@ fn one_of_three_routers_serves_and_the_next_takes_over() {
         });
         work(fleet);
         fleet.routers[owner].signal("CONT");
-        assert!(!fleet.routers[owner].ended(), "fenced: it says so by its exit code");
+        assert_eq!(fleet.routers[owner].ended(), Some(1), "fenced: it says so by its exit code");
         assert!(fleet.routers[owner].stderr().contains("another"), "{}", fleet.routers[owner].stderr());
         fleet.routers[owner].launch();
 
@@ -215,5 +191,11 @@ fn one_of_three_routers_serves_and_the_next_takes_over() {
         let _ = fleet.redis.ask(&["FLUSHALL"]);
         work(fleet);
         assert!(fleet.routers[owner].is_ready(), "the owner goes on");
+
+        // One of three brokers is killed.
+        fleet.brokers.kill(2);
+        work(fleet);
+        fleet.brokers.revive(2);
+        work(fleet);
     });
 }

@@ -3,6 +3,7 @@
 
 pub mod atp;
 pub mod history;
+pub mod kafka;
 pub mod load;
 pub mod peer;
 pub mod process;

@@ -108,15 +108,6 @@ impl Router {
         ask().unwrap_or(false)
     }
 
-    /// Waits until the process has ended by itself; whether it ended well.
-    ///
-    /// # Panics
-    /// When it goes on.
-    pub fn ended(&mut self) -> bool {
-        let mut child = self.child.take().expect("it runs");
-        wait_for("the process to end", || child.try_wait().expect("a child")).success()
-    }
-
     /// SIGKILL: nothing of the process runs any more when this returns.
     ///
     /// # Panics
@@ -127,6 +118,17 @@ impl Router {
         assert!(ended.is_none(), "the router ended by itself: {ended:?}\n{}", self.stderr());
         child.kill().expect("a child");
         child.wait().expect("a child");
+    }
+
+    /// Waits until the process has ended by itself; its exit code.
+    ///
+    /// # Panics
+    /// When it goes on.
+    pub fn ended(&mut self) -> Option<i32> {
+        let child = self.child.as_mut().expect("it runs");
+        let status = wait_for("the router's end", || child.try_wait().expect("a child"));
+        self.child = None;
+        status.code()
     }
 
     /// Sends a signal by its name: STOP, CONT, HUP.
@@ -182,10 +184,10 @@ impl Router {
         self.dir.path()
     }
 
-    /// `local:DIR` of its log.
+    /// Its log, wherever its configuration puts it.
     #[must_use]
     pub fn log(&self) -> String {
-        format!("local:{}", self.dir.path().join("data").join("log").display())
+        format!("config:{}", self.config().display())
     }
 
     /// One HTTP request; status and document.

@@ -1,6 +1,6 @@
 //! The log: entries in one order, durable when it says so; in local files or in Kafka (its own page: `kafka`).
 //! It numbers entries and makes them durable; what is in them it never asks, but for checkpoints, which it can find.
-//! The format, and what damage means: `docs/log-format.md`.
+//! The local format, and what damage means: `docs/log-format.md`.
 
 mod address;
 mod block;

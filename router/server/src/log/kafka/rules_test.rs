@@ -94,7 +94,9 @@ fn an_offset_without_a_message_and_a_newer_version_halt() {
 /// An owner with epoch 5 that sent `n` messages.
 fn owner(n: u64) -> Owner {
     let mut owner = Owner::new(5);
-    (0..n).for_each(|_| drop(owner.send(false)));
+    for _ in 0..n {
+        owner.send(false);
+    }
     owner
 }
 

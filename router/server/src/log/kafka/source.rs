@@ -14,7 +14,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 /// One partition of a topic. Clones share what was learned of where positions stand.
 #[derive(Clone)]
 pub struct KafkaSource {
-    address: KafkaAddress,
+    address: Arc<KafkaAddress>,
     shard: u32,
     marks: Arc<Mutex<Marks>>,
     pool: Pool,
@@ -32,12 +32,12 @@ impl KafkaSource {
     /// The partition of a shard. Connects when it is read.
     #[must_use]
     pub fn new(address: KafkaAddress, shard: u32) -> Self {
-        Self { address, shard, marks: Arc::default(), pool: Pool::default(), end: None }
+        Self { address: Arc::new(address), shard, marks: Arc::default(), pool: Pool::default(), end: None }
     }
 
     /// Where the log is.
     #[must_use]
-    pub const fn address(&self) -> &KafkaAddress {
+    pub fn address(&self) -> &KafkaAddress {
         &self.address
     }
 
@@ -144,7 +144,7 @@ impl KafkaSource {
 
 /// Entries with their positions, in order. An error is the last item.
 pub struct KafkaEntries {
-    address: KafkaAddress,
+    address: Arc<KafkaAddress>,
     messages: Pooled,
     walk: Walk,
     marks: Arc<Mutex<Marks>>,
