@@ -55,7 +55,8 @@ tasks: {{retries: 4, deadline: 170s, agent_timeout: 100s}}",
                 LEASE.as_millis(),
             ));
             router.launch();
-            (routers.push(router), wires.push(wire));
+            routers.push(router);
+            wires.push(wire);
         }
         let fleet = Self { routers, wires, redis, brokers };
         fleet.owner();

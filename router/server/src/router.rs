@@ -6,6 +6,7 @@ use crate::connection::Shared;
 use crate::descriptors::Connections;
 use crate::inbox::{Inbox, ToShard, inbox};
 use crate::listen::{self, Doors};
+use crate::log::offline::Follower;
 use crate::log::{self, Guarantee, LocalLog, Log, LogError, Source};
 use crate::shard_task::{Begin, Health, ShardTask};
 use crate::standby;
@@ -94,7 +95,7 @@ impl Router {
         let (native, http) = (config.limits.connections, config.limits.http_connections);
         let connections = Connections::within_limits(Connections { native, http });
         let incarnation = uuid::Uuid::new_v4().simple().to_string()[..12].to_owned();
-        let lease = standby::wait(&mut config, &incarnation).await?;
+        let (lease, follower) = standby::wait(&mut config, &incarnation).await?.unzip();
         // The addresses first: two routers started by mistake should not both touch the log.
         let atp = bind("atp", config.listen.atp).await?;
         let http = bind("http", config.listen.http).await?;
@@ -106,7 +107,8 @@ impl Router {
 
         let clocks = Clocks::start();
         let (all, name) = (config.clone(), incarnation.clone());
-        let opened = tokio::task::spawn_blocking(move || open(&all, disk, &name, clocks)).await;
+        let follower = follower.flatten();
+        let opened = tokio::task::spawn_blocking(move || open(&all, disk, &name, clocks, follower)).await;
         let Opened { log, source, shard, position, guarantee, serving, report } =
             opened.map_err(|e| StartError::Stopped(e.to_string()))??;
         for fact in &report {
@@ -346,11 +348,18 @@ struct Opened {
     report: Vec<String>,
 }
 
-fn open(config: &Config, disk: Arc<dyn log::Disk>, incarnation: &str, clocks: Clocks) -> Result<Opened, StartError> {
+#[cfg_attr(not(feature = "kafka"), expect(unused_variables))]
+fn open(
+    config: &Config,
+    disk: Arc<dyn log::Disk>,
+    incarnation: &str,
+    clocks: Clocks,
+    follower: Option<Follower>,
+) -> Result<Opened, StartError> {
     match &config.log {
         LogPlace::Local => open_local(config, disk, incarnation, clocks),
         #[cfg(feature = "kafka")]
-        LogPlace::Kafka(place) => open_kafka(config, place, incarnation, clocks),
+        LogPlace::Kafka(place) => open_kafka(config, place, incarnation, clocks, follower),
         #[cfg(not(feature = "kafka"))]
         LogPlace::Kafka(_) => Err(StartError::Config(config.problems())),
     }
@@ -393,10 +402,11 @@ fn open_kafka(
     place: &crate::config::KafkaPlace,
     incarnation: &str,
     clocks: Clocks,
+    follower: Option<Follower>,
 ) -> Result<Opened, StartError> {
     let options = config.kafka_options(place);
     let router = &config.settings.router_id;
-    let opened = log::KafkaLog::open(&options, router, incarnation, clocks.now().wall_ms);
+    let opened = log::KafkaLog::open_behind(&options, router, incarnation, clocks.now().wall_ms, follower);
     let log::Opened { log, source, state, guarantee, report } = opened.map_err(|error| match error {
         LogError::Entry { position, what } => StartError::Fold { log: options.address.to_string(), position, what },
         error => StartError::Kafka(error),

@@ -6,6 +6,8 @@ use crate::config::{Config, LogPlace};
 use crate::connection;
 use crate::http::Problem;
 use crate::listen;
+use crate::log::Source;
+use crate::log::offline::Follower;
 use crate::outbox::connection_error;
 use crate::router::{StartError, address, bind};
 use crate::store::{RedisConfig, RedisStore, StateStore, StoreConfig};
@@ -23,6 +25,7 @@ use std::time::Duration;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
+use tokio::task::JoinHandle;
 use tokio::time::{MissedTickBehavior, interval, timeout};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -33,6 +36,8 @@ const TIMES: u32 = 3;
 const RELEASE: Duration = Duration::from_secs(1);
 /// How long a router that serves may take to say so.
 const ANSWER: Duration = Duration::from_secs(1);
+/// Between two looks at the log of another owner.
+const FOLLOW: Duration = Duration::from_millis(500);
 const RETRY_AFTER_MS: u64 = 1_000;
 const SHARD: u32 = 0;
 
@@ -73,14 +78,18 @@ pub(crate) struct Lease {
     ttl: Duration,
 }
 
-/// Waits for the lease where the configuration asks for one; `None`: nobody else can own this log. Listens meanwhile, and
-/// gives the addresses that it listened on to the configuration.
+/// Waits for the lease where the configuration asks for one; `None`: nobody else can own this log. Listens meanwhile, gives the
+/// addresses that it listened on to the configuration, and follows the log of the owner.
 ///
 /// # Errors
 /// An address that is in use; a store that can't be.
-pub(crate) async fn wait(config: &mut Config, incarnation: &str) -> Result<Option<Lease>, StartError> {
-    let (LogPlace::Kafka(_), StoreConfig::Redis(redis)) = (&config.log, &config.store) else { return Ok(None) };
-    let redis = redis.clone();
+pub(crate) async fn wait(
+    config: &mut Config,
+    incarnation: &str,
+) -> Result<Option<(Lease, Option<Follower>)>, StartError> {
+    let (LogPlace::Kafka(kafka), StoreConfig::Redis(redis)) = (&config.log, &config.store) else { return Ok(None) };
+    let (redis, source) = (redis.clone(), Source::kafka(kafka.address.clone(), SHARD));
+    let source = source.map_err(StartError::Store)?;
     // Held only here: who serves binds them anew.
     let atp = bind("atp", config.listen.atp).await?;
     let http = bind("http", config.listen.http).await?;
@@ -94,6 +103,7 @@ pub(crate) async fn wait(config: &mut Config, incarnation: &str) -> Result<Optio
     let mut lease = Lease::new(&redis, &place, Duration::from_millis(config.limits.lease_ms))?;
     let (told, owner) = watch::channel(Owner::Unknown);
     let (stop, tasks) = (CancellationToken::new(), TaskTracker::new());
+    let mut following: Option<JoinHandle<Option<Follower>>> = None;
     tasks.spawn(send_on(atp, owner.clone(), stop.clone()));
     tasks.spawn(listen::http(http, routes(owner), stop.clone(), config.limits.http_connections));
     let guard = stop.clone().drop_guard();
@@ -117,6 +127,9 @@ pub(crate) async fn wait(config: &mut Config, incarnation: &str) -> Result<Optio
             }
             Err(why) => Owner::Away(why),
         };
+        if last.is_some() && following.is_none() {
+            following = Some(tokio::spawn(follow(source.clone(), stop.clone())));
+        }
         told.send_if_modified(|owner| {
             let news = *owner != found;
             match &found {
@@ -136,7 +149,38 @@ pub(crate) async fn wait(config: &mut Config, incarnation: &str) -> Result<Optio
     tasks.close();
     tasks.wait().await;
     tracing::info!("the lease is this router's; taking the shard");
-    Ok(Some(lease))
+    let follower = match following {
+        Some(following) => following.await.unwrap_or_default(),
+        None => None,
+    };
+    Ok(Some((lease, follower)))
+}
+
+/// Keeps a state up with the log until `stop`; without one a takeover reads it all.
+async fn follow(source: Source, stop: CancellationToken) -> Option<Follower> {
+    let (mut follower, mut failed) = (None, false);
+    loop {
+        let (source, before) = (source.clone(), follower.take());
+        let read = move || match before {
+            Some(mut follower) => Follower::catch_up(&mut follower).map(|()| follower),
+            None => Follower::read(source),
+        };
+        match tokio::task::spawn_blocking(read).await {
+            Ok(Ok(read)) => {
+                metrics::gauge!("atp_standby_position").set(read.position() as f64);
+                (follower, failed) = (Some(read), false);
+            }
+            Ok(Err(error)) if !failed => {
+                tracing::warn!(%error, "standby: can't follow the log; trying again");
+                failed = true;
+            }
+            _ => {}
+        }
+        tokio::select! {
+            () = tokio::time::sleep(FOLLOW) => {}
+            () = stop.cancelled() => return follower,
+        }
+    }
 }
 
 impl Lease {

@@ -33,10 +33,62 @@ pub fn recover_state(source: &Source) -> Result<(State, Report), LogError> {
             .map_err(|corrupt| LogError::Entry { position: corrupt.position, what: corrupt.message })?;
     }
     report.last_position = state.position();
-    for item in source.entries(state.position() + 1)? {
-        apply(&mut state, item?, &mut report)?;
-    }
+    go_on(&mut state, source, &mut report)?;
     Ok((state, report))
+}
+
+fn go_on(state: &mut State, source: &Source, report: &mut Report) -> Result<(), LogError> {
+    for item in source.entries(state.position() + 1)? {
+        apply(state, item?, report)?;
+    }
+    Ok(())
+}
+
+/// A state that is kept up with a log which somebody else writes.
+pub struct Follower {
+    source: Source,
+    state: State,
+    report: Report,
+}
+
+impl Follower {
+    /// Reads what there is.
+    ///
+    /// # Errors
+    /// As [`recover_state`].
+    pub fn read(source: Source) -> Result<Self, LogError> {
+        let (state, report) = recover_state(&source)?;
+        Ok(Self { source, state, report })
+    }
+
+    /// Reads what has come since. After an error it is worth nothing.
+    ///
+    /// # Errors
+    /// As [`recover_state`].
+    pub fn catch_up(&mut self) -> Result<(), LogError> {
+        go_on(&mut self.state, &self.source, &mut self.report)
+    }
+
+    /// The last position that was read.
+    #[must_use]
+    pub fn position(&self) -> u64 {
+        self.state.position()
+    }
+
+    #[must_use]
+    pub fn source(&self) -> &Source {
+        &self.source
+    }
+
+    /// The state at the end of `source`, which is the same log, maybe cut before its end.
+    pub(super) fn finish(mut self, source: &Source) -> Result<(State, Report), LogError> {
+        go_on(&mut self.state, source, &mut self.report)?;
+        Ok((self.state, self.report))
+    }
+
+    pub(super) fn is_of(&self, log_id: &[u8]) -> bool {
+        self.state.log_id()[..] == *log_id
+    }
 }
 
 /// The state from the first entry on, checkpoints apart: what `verify` compares with. `upto`: stop behind this position.

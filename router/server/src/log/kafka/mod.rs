@@ -33,9 +33,10 @@ mod writer;
 
 pub use source::{KafkaEntries, KafkaSource};
 
+use super::offline::{self, Follower};
 use super::queue::Queue;
 use super::status::{Events, Status};
-use super::{Guarantee, KafkaAddress, Log, LogError, LogId, Source, offline};
+use super::{Guarantee, KafkaAddress, Log, LogError, LogId, Source};
 use atp_core::record::{Entry, Epoch, Genesis, Record, hex};
 use atp_core::state::{FORMAT, State};
 use futures_util::future::BoxFuture;
@@ -220,6 +221,20 @@ impl KafkaLog {
     /// # Errors
     /// As [`init`]; `Entry` for an entry that can't be folded; `InUse` if another process has the data_dir.
     pub fn open(options: &KafkaOptions, owner: &str, incarnation: &str, now_ms: u64) -> Result<Opened, LogError> {
+        Self::open_behind(options, owner, incarnation, now_ms, None)
+    }
+
+    /// As `open`; what `follower` has read isn't read again.
+    ///
+    /// # Errors
+    /// As `open`.
+    pub fn open_behind(
+        options: &KafkaOptions,
+        owner: &str,
+        incarnation: &str,
+        now_ms: u64,
+        follower: Option<Follower>,
+    ) -> Result<Opened, LogError> {
         let (address, shard) = (&options.address, options.shard);
         let mut memory = Memory::open(&options.data_dir)?;
         let source = KafkaSource::new(address.clone(), shard);
@@ -228,6 +243,11 @@ impl KafkaLog {
         let reached = Reached { end: end.max(memory.reached(shard).end), ..memory.reached(shard) };
         memory.save(&log_id, &address.topic, shard, reached)?;
 
+        let follower = follower.filter(|f| f.is_of(&log_id));
+        let source = match follower.as_ref().map(Follower::source) {
+            Some(Source::Kafka(followed)) => followed.clone(),
+            _ => source,
+        };
         let sender = Sender::new(address, source.partition())?;
         let record = Epoch {
             log_id: bytes::Bytes::copy_from_slice(&log_id),
@@ -244,13 +264,18 @@ impl KafkaLog {
             report.push(format!("log {} begun in {address}", hex(&log_id)));
         }
         let mut reached = reached;
-        if let Some(mark) = reached.checkpoint
+        if let (Some(mark), None) = (reached.checkpoint, &follower)
             && !source.try_checkpoint(log_id, mark)?
         {
             report.push(format!("no checkpoint behind offset {}; reading from the beginning", mark.offset));
             reached.checkpoint = None;
         }
-        let (state, read) = offline::recover_state(&Source::Kafka(source.upto(epoch + 1)))?;
+        let upto_epoch = Source::Kafka(source.upto(epoch + 1));
+        let followed = follower.as_ref().map(Follower::position);
+        let (state, read) = match follower {
+            Some(follower) => follower.finish(&upto_epoch)?,
+            None => offline::recover_state(&upto_epoch)?,
+        };
         if state.epoch() != state.position() {
             return Err(
                 address.refused(format!("the own Epoch at offset {epoch} isn't the last valid message before it"))
@@ -258,8 +283,12 @@ impl KafkaLog {
         }
         report.push(format!(
             "shard {shard} taken at offset {epoch}; {} entries read{}",
-            read.entries,
-            read.checkpoint.map_or(String::new(), |position| format!(" behind the checkpoint at {position}"))
+            followed.map_or(read.entries, |position| state.position() - position),
+            match (followed, read.checkpoint) {
+                (Some(position), _) => format!(" behind {position}, up to which it was followed"),
+                (None, Some(position)) => format!(" behind the checkpoint at {position}"),
+                (None, None) => String::new(),
+            }
         ));
         let queue = Arc::new(Queue::new(state.position() + 1));
         let (status_sender, status) = watch::channel(Status { durable: state.position(), ..Status::default() });
