@@ -269,13 +269,4 @@ mod tests {
             assert!(Messages::new(&address, 0).is_ok(), "{mechanism}");
         }
     }
-
-    #[test]
-    fn a_certificate_that_cant_be_read_is_named() {
-        let tls = KafkaTls { ca: Some("/no/such/ca.pem".into()), client: None };
-        let brokers = vec!["127.0.0.1:1".into()];
-        let address = KafkaAddress { brokers, topic: "t".into(), tls: Some(tls), sasl: None };
-        let error = Messages::new(&address, 0).map(|_| ()).unwrap_err().to_string();
-        assert!(error.contains("/no/such/ca.pem"), "{error}");
-    }
 }
