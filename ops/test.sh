@@ -5,7 +5,7 @@
 #   ops/test.sh --all    also what is long: every mutant, 100,000 schedules, wide sweeps
 #   ops/test.sh PART...  only these parts: fmt build clippy local-llm kafka redis test doc-test docs simulation kafka-tls mutants
 #
-# Needs: a Rust toolchain, a C compiler; for the local model Python 3.10 or newer with venv, for Kafka Java 17 and Maven
+# Needs: a Rust toolchain, a C compiler with make; for the local model Python 3.10 or newer with venv, for Kafka Java 17 and Maven
 # (installed here when this may be done: root on a Debian-like system; else it says what to install); libfaketime, in the
 # same way; redis-server 6.2 or newer, or apt-get to fetch it.
 set -euo pipefail
@@ -34,8 +34,8 @@ may_install() { [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null 2>&1; }
 
 set_up() {
     need cargo "install Rust from https://rustup.rs (stable, 1.88 or newer)"
-    if ! command -v cc >/dev/null 2>&1; then
-        may_install || die "cc is missing; install a C compiler (Debian, Ubuntu: apt install build-essential)"
+    if ! command -v cc >/dev/null 2>&1 || ! command -v make >/dev/null 2>&1; then
+        may_install || die "cc or make is missing; install a C compiler (Debian, Ubuntu: apt install build-essential)"
         apt-get update -qq && apt-get install -y -qq build-essential >/dev/null
     fi
     for component in rustfmt clippy; do
@@ -122,7 +122,10 @@ kafka() {
     for count in 1 3; do tests/parts/kafka.sh start --brokers $count --owner $$ || return 1; done
 }
 
-kafka_tls() { cargo check --quiet --locked -p atp --features kafka-tls; }
+kafka_tls() {
+    cargo test --quiet --locked -p atp-router --features kafka-tls --lib kafka
+    cargo test --quiet --locked -p atp-router --features kafka-tls --test config
+}
 
 simulation() {
     local schedules=20000

@@ -5,7 +5,7 @@ use crate::agent_task::{AgentMessage, Agents, sleep_until};
 use crate::catch_up::Replay;
 use crate::clients::Clients;
 use crate::inbox::{Inbox, Taking, ToShard};
-use crate::log::{Event, Events, Guarantee, Log, QueuedEntry, Source};
+use crate::log::{Event, Events, Guarantee, Log, LogError, QueuedEntry, Source};
 use crate::metric;
 use crate::time::Clocks;
 use crate::tool::Tools;
@@ -92,6 +92,11 @@ struct Meters {
 async fn close(log: Box<dyn Log>) -> Result<(), String> {
     let closed = tokio::task::spawn_blocking(move || log.close()).await;
     closed.map_err(|e| e.to_string())?.map_err(|e| e.to_string())
+}
+
+/// The same whether an append or the log's news tells it first.
+fn log_failed(why: &LogError) -> String {
+    format!("the log failed, so nothing is acknowledged any more: {why}")
 }
 
 impl ShardTask {
@@ -231,7 +236,7 @@ impl ShardTask {
             }
             Event::NewSegment => self.checkpoint_waits = true,
             Event::Failed(error) => {
-                return Err(format!("the log failed, so nothing is acknowledged any more: {error}"));
+                return Err(log_failed(&error));
             }
         }
         Ok(())
@@ -332,7 +337,10 @@ impl ShardTask {
         if let Some((last, _, _)) = self.appends.last() {
             self.in_flight.push_back((*last, Instant::now()));
             let entries = std::mem::take(&mut self.appends);
-            self.log.append(entries).await.map_err(|e| format!("the log takes no entries: {e}"))?;
+            self.log.append(entries).await.map_err(|error| match error {
+                LogError::Stopped(why) => log_failed(&why),
+                error => format!("the log takes no entries: {error}"),
+            })?;
         }
         self.clients.flush();
         self.tell_agents();

@@ -326,6 +326,7 @@ fn credentials_for_the_brokers_are_whole_and_never_shown() {
     let field = |more: &str| problems(&with(more))[0].field.clone();
     assert_eq!(field("tls: {ca: x.pem}"), "log.kafka.tls.on");
     assert_eq!(field("tls: {on: true, cert: x.pem}"), "log.kafka.tls.cert");
+    assert!(problems(&with("tls: {on: true, ca: /no/such.pem}")).iter().any(|p| p.message.contains("/no/such.pem")));
     assert_eq!(field("sasl: {user: x}"), "log.kafka.sasl.user");
     assert_eq!(field("sasl: {mechanism: plain}"), "log.kafka.sasl.mechanism");
     let whole = with("tls: {on: true}, sasl: {user: ada, password: hush-hush}");

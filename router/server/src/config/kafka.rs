@@ -33,6 +33,15 @@ impl Walk<'_> {
     fn kafka_tls(&mut self) -> Option<KafkaTls> {
         let text = |name: &str| self.opt_text(&format!("log.kafka.tls.{name}"));
         let (ca, certificate, key) = (text("ca"), text("cert"), text("key"));
+        for (name, path) in [("ca", &ca), ("cert", &certificate), ("key", &key)] {
+            if let Some(path) = path
+                && let Err(error) = std::fs::File::open(path)
+            {
+                let field = format!("log.kafka.tls.{name}");
+                let message = format!("cannot read {path}: {error}");
+                self.problem(self.mark(&field), &field, message, "check the path and its permissions");
+            }
+        }
         let on = self.value("log.kafka.tls.on") == Some(Read::Bool(true));
         let any = ca.is_some() || certificate.is_some() || key.is_some();
         if any && !on {

@@ -250,3 +250,23 @@ impl Drop for Pooled {
         }
     }
 }
+
+#[cfg(all(test, feature = "kafka-tls"))]
+mod tests {
+    use super::*;
+    use crate::log::{KafkaSasl, KafkaTls};
+
+    #[test]
+    fn this_build_has_tls_and_scram() {
+        for mechanism in ["SCRAM-SHA-256", "SCRAM-SHA-512"] {
+            let sasl = KafkaSasl { mechanism: mechanism.into(), user: "u".into(), password: "p".into() };
+            let address = KafkaAddress {
+                brokers: vec!["127.0.0.1:1".into()],
+                topic: "t".into(),
+                tls: Some(KafkaTls::default()),
+                sasl: Some(sasl),
+            };
+            assert!(Messages::new(&address, 0).is_ok(), "{mechanism}");
+        }
+    }
+}

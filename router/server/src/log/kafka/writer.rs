@@ -20,7 +20,8 @@ use tokio::sync::watch;
 
 /// How often an idle owner looks at the end of its partition, and a busy one remembers how far it came.
 const LOOK: Duration = Duration::from_secs(1);
-const LOOK_PATIENCE: Duration = Duration::from_secs(5);
+/// Entries that come meanwhile wait for it.
+const LOOK_PATIENCE: Duration = Duration::from_secs(1);
 
 pub(super) struct Writer {
     pub(super) queue: Arc<Queue>,
@@ -66,11 +67,14 @@ impl Writer {
                     self.commit(&batch)?;
                     batch.clear();
                     if self.saved.elapsed() >= LOOK {
-                        self.remember()?;
+                        self.remember();
                     }
                 }
                 Wake::Idle => self.look()?,
-                Wake::Close => return self.remember(),
+                Wake::Close => {
+                    self.remember();
+                    return Ok(());
+                }
             }
         }
     }
@@ -179,7 +183,10 @@ impl Writer {
             return Err(self.source.address().refused(what));
         }
         self.follow(|owner| Ok(owner.looked(end)))?;
-        if self.reached.end <= self.owner.last() { self.remember() } else { Ok(()) }
+        if self.reached.end <= self.owner.last() {
+            self.remember();
+        }
+        Ok(())
     }
 
     fn position(&self) -> u64 {
@@ -200,10 +207,13 @@ impl Writer {
         }
     }
 
-    fn remember(&mut self) -> Result<(), LogError> {
+    /// The ledger doesn't rest on this: a disk that takes no more of it weakens the next start's checks and stops nothing.
+    fn remember(&mut self) {
         self.saved = Instant::now();
         self.reached.end = self.owner.last() + 1;
-        self.memory.save(&self.log_id, &self.source.address().topic, self.shard, self.reached)
+        if let Err(error) = self.memory.save(&self.log_id, &self.source.address().topic, self.shard, self.reached) {
+            tracing::warn!("how far the log reached is not remembered here: {error}");
+        }
     }
 }
 
