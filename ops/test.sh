@@ -2,8 +2,8 @@
 # All tests of the project, with all their set-up. Prints each part's time; a part over its budget fails.
 #
 #   ops/test.sh          within 20 minutes from a warm cache
-#   ops/test.sh --all    also what is long: every mutant, 100,000 schedules, wide sweeps
-#   ops/test.sh PART...  only these parts: fmt build clippy test doc-test docs simulation local-llm mutants
+#   ops/test.sh --all    also what is long: every mutant, 100,000 schedules, every point of the crash sweep
+#   ops/test.sh PART...  only these parts: fmt build clippy test doc-test docs simulation local-llm sweep mutants
 #
 # Needs: a Rust toolchain, a C compiler; for the local model Python 3.10 or newer with venv (installed here when this may
 # be done: root on a Debian-like system; else it says what to install).
@@ -16,7 +16,7 @@ for argument in "$@"; do
     case $argument in
         --all) all=yes ;;
         -h|--help) sed -n '2,9s/^# \{0,1\}//p' "$0"; exit 0 ;;
-        fmt|build|clippy|test|doc-test|docs|simulation|local-llm|mutants) only+=("$argument") ;;
+        fmt|build|clippy|test|doc-test|docs|simulation|local-llm|sweep|mutants) only+=("$argument") ;;
         *) echo "test.sh: unknown argument '$argument'; see --help" >&2; exit 2 ;;
     esac
 done
@@ -42,6 +42,10 @@ set_up() {
         need rustup "install the component $component of your Rust toolchain"
         rustup component add "$component"
     done
+    if ! command -v strace >/dev/null 2>&1; then
+        may_install || die "strace is missing; install it (Debian, Ubuntu: apt install strace)"
+        apt-get update -qq && apt-get install -y -qq strace >/dev/null
+    fi
     if ! python3 -c 'import venv, ensurepip' >/dev/null 2>&1; then
         may_install || die "python3 with venv is missing; install it (Debian, Ubuntu: apt install python3 python3-venv)"
         apt-get update -qq && apt-get install -y -qq python3 python3-venv >/dev/null
@@ -104,6 +108,9 @@ simulation() {
     sim --schedules $schedules
 }
 
+# A router killed before each of its writes, syncs and sends; a sample of them unless all are asked for.
+sweep() { cargo run --quiet --locked -p atp-tests --bin sweep -- ${all:+--all}; }
+
 set_up
 part fmt 60 cargo fmt --all --check
 part build 2400 build
@@ -113,6 +120,7 @@ part test "$([ -n "$all" ] && echo 1500 || echo 720)" cargo test --locked --work
 part doc-test 180 cargo test --locked --workspace --doc
 part docs 240 docs
 part simulation "$([ -n "$all" ] && echo 900 || echo 300)" simulation
+part sweep "$([ -n "$all" ] && echo 900 || echo 180)" sweep
 if [ -n "$all" ] || [[ " ${only[*]:-} " == *" mutants "* ]]; then
     part mutants 1500 tests/simulation/mutants/run.sh
 fi

@@ -7,6 +7,7 @@ pub mod load;
 pub mod peer;
 pub mod process;
 pub mod relay;
+pub mod verdict;
 
 use std::time::{Duration, Instant};
 
