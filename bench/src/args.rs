@@ -130,8 +130,9 @@ impl BenchArgs {
         anyhow::ensure!(!self.rates.is_empty(), "--rates: name at least one rate");
         anyhow::ensure!(!self.budgets.is_empty(), "--budgets: name at least one percentage");
         anyhow::ensure!(
-            self.scenario != Scenario::Recover || (self.router.is_none() && self.streams() <= self.frames),
-            "recover starts and kills routers of its own (no --router), and each stream has a frame (--streams up to --frames)"
+            self.scenario != Scenario::Recover
+                || (self.router.is_none() && self.plot.is_none() && self.streams() <= self.frames),
+            "recover kills routers of its own (no --router), draws nothing (no --plot), and each stream has a frame (--streams up to --frames)"
         );
         let per_connection = self.streams().div_ceil(self.connections);
         anyhow::ensure!(
@@ -167,6 +168,8 @@ mod tests {
         assert!(parsed(&["relay", "--pid", "1"]).is_err(), "a process without its router");
         let args = parsed(&["relay", "--streams", "1025", "--connections", "1"]).expect("parses");
         assert!(args.check().is_err());
+        assert!(parsed(&["recover", "--router", "127.0.0.1:1"]).expect("parses").check().is_err());
+        assert!(parsed(&["recover", "--frames", "1000", "--streams", "1001"]).expect("parses").check().is_err());
         let args = parsed(&["relay", "--streams", "900", "--connections", "1"]).expect("parses");
         assert!(args.check().is_ok());
     }
