@@ -15,6 +15,10 @@ test *ARGS:
 sim *ARGS:
     cargo run --profile sim -p atp-tests --no-default-features --bin sim -- {{ARGS}}
 
+# Every row of tests/cluster/FAULTS.md, or those that hold a text: `just faults Clock`
+faults *ARGS:
+    ops/faults.sh {{ARGS}}
+
 # Every planted fault must be caught
 mutants *ARGS:
     tests/simulation/mutants/run.sh {{ARGS}}

@@ -3,10 +3,11 @@
 #
 #   ops/test.sh          within 20 minutes from a warm cache
 #   ops/test.sh --all    also what is long: every mutant, 100,000 schedules, every point of the crash sweep
-#   ops/test.sh PART...  only these parts: fmt build clippy test doc-test docs simulation local-llm sweep mutants
+#   ops/test.sh PART...  only these parts: fmt build clippy test doc-test docs simulation local-llm redis sweep mutants
 #
 # Needs: a Rust toolchain, a C compiler; for the local model Python 3.10 or newer with venv (installed here when this may
-# be done: root on a Debian-like system; else it says what to install).
+# be done: root on a Debian-like system; else it says what to install); libfaketime and strace, in the same way; redis-server 6.2 or newer,
+# or apt-get to fetch it.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -15,8 +16,8 @@ only=()
 for argument in "$@"; do
     case $argument in
         --all) all=yes ;;
-        -h|--help) sed -n '2,9s/^# \{0,1\}//p' "$0"; exit 0 ;;
-        fmt|build|clippy|test|doc-test|docs|simulation|local-llm|sweep|mutants) only+=("$argument") ;;
+        -h|--help) sed -n '2,10s/^# \{0,1\}//p' "$0"; exit 0 ;;
+        fmt|build|clippy|test|doc-test|docs|simulation|local-llm|redis|sweep|mutants) only+=("$argument") ;;
         *) echo "test.sh: unknown argument '$argument'; see --help" >&2; exit 2 ;;
     esac
 done
@@ -49,6 +50,11 @@ set_up() {
     if ! python3 -c 'import venv, ensurepip' >/dev/null 2>&1; then
         may_install || die "python3 with venv is missing; install it (Debian, Ubuntu: apt install python3 python3-venv)"
         apt-get update -qq && apt-get install -y -qq python3 python3-venv >/dev/null
+    fi
+    # Tests let a router's clock jump.
+    if ! compgen -G '/usr/lib/*/faketime/libfaketime.so.1' >/dev/null && [ ! -e /usr/lib/faketime/libfaketime.so.1 ]; then
+        may_install || die "libfaketime is missing; install it (Debian, Ubuntu: apt install libfaketime)"
+        apt-get update -qq && apt-get install -y -qq libfaketime >/dev/null
     fi
 }
 
@@ -102,6 +108,14 @@ local_llm() {
     echo "local model at $ATP_LOCAL_LLM_URL"
 }
 
+# The tests start servers of their own by the same script; here it is fetched and tried once.
+redis() {
+    local lines
+    lines=$(tests/parts/redis.sh start --owner $$) || return 1
+    echo "Redis ${lines##*ATP_REDIS_VERSION=}"
+    tests/parts/redis.sh stop --owner $$
+}
+
 simulation() {
     local schedules=20000
     [ -n "$all" ] && schedules=100000
@@ -116,6 +130,7 @@ part fmt 60 cargo fmt --all --check
 part build 2400 build
 part clippy 420 cargo clippy --locked --workspace --all-targets --quiet -- -D warnings
 part local-llm 180 local_llm
+part redis 60 redis
 part test "$([ -n "$all" ] && echo 1500 || echo 720)" cargo test --locked --workspace --lib --bins --tests
 part doc-test 180 cargo test --locked --workspace --doc
 part docs 240 docs

@@ -93,6 +93,9 @@ pub(crate) enum Command {
     Verify(Verify),
     /// Print a log's records, or rebuild the state from it
     Replay(Replay),
+    /// What the state store has, also while no router runs
+    #[command(subcommand)]
+    Store(Store),
     /// Ask a stream to stop
     Cancel(StreamName),
     /// Validate a configuration offline
@@ -140,6 +143,20 @@ pub(crate) struct Router {
     /// Configuration file; every key has a default
     #[arg(long, env = "ATP_CONFIG", value_name = "FILE")]
     pub(crate) config: Option<PathBuf>,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Store {
+    /// Routers, shards, agents and streams as the store has them
+    #[command(after_help = "Examples:\n  atp store show --config atp.yaml\n  atp store show --config atp.yaml --json")]
+    Show(StoreShow),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct StoreShow {
+    /// The configuration file that names the store
+    #[arg(long, env = "ATP_CONFIG", value_name = "FILE")]
+    pub(crate) config: PathBuf,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]

@@ -15,6 +15,7 @@ mod replay;
 mod router;
 mod rows;
 mod screen;
+mod store;
 mod submit;
 mod watch;
 
@@ -68,6 +69,7 @@ async fn run(cli: Cli, screen: Screen) -> Outcome {
         Command::Agent(args) => agent::run(global, screen, &args).await,
         Command::Bench(args) => bench(screen, &args),
         Command::Router(args) => router::run(screen, &args).await,
+        Command::Store(cli::Store::Show(args)) => store::show(screen, &args).await,
         Command::Check(args) => check::run(screen, &args),
         Command::Ps => look::ps(global, screen).await,
         Command::Agents => look::agents(global, screen).await,

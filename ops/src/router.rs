@@ -82,7 +82,9 @@ pub(crate) fn listed(path: &Path, problems: &[Problem]) -> String {
 fn start_failure(error: &StartError) -> Failure {
     match error {
         StartError::Config(_) | StartError::Listen { .. } => Failure::usage(error),
-        StartError::Log(_) | StartError::Fold { .. } | StartError::Stopped(_) => Failure::new(Exit::Task, error),
+        StartError::Log(_) | StartError::Fold { .. } | StartError::Store(_) | StartError::Stopped(_) => {
+            Failure::new(Exit::Task, error)
+        }
     }
 }
 

@@ -2,4 +2,6 @@
 
 mod crash;
 mod disk;
+mod faults;
 mod money;
+mod store;

@@ -118,3 +118,22 @@ fn links_in_pages_lead_somewhere() {
     }
     assert_none("links", &complaints);
 }
+
+#[test]
+fn each_row_of_the_fault_table_names_a_test_that_is_there() {
+    let table = std::fs::read_to_string(root().join("tests/cluster/FAULTS.md")).unwrap();
+    let rows: Vec<&str> = table.lines().filter(|l| l.starts_with("| ") && l.contains('`')).collect();
+    assert!(rows.len() >= 50, "{} rows", rows.len());
+    let sources: String =
+        files().iter().filter(|f| has_extension(f, &["rs"])).map(|f| std::fs::read_to_string(f).unwrap()).collect();
+    let mut complaints = Vec::new();
+    for row in rows {
+        let command = row.rsplit('`').nth(1).unwrap();
+        let Some((_, filter)) = command.split_once("cargo test -p ") else { continue };
+        let name = filter.rsplit(' ').next().unwrap().rsplit("::").find(|part| !part.is_empty()).unwrap();
+        if !sources.contains(&format!("fn {name}")) && !sources.contains(&format!("mod {name};")) {
+            complaints.push(format!("no test {name}: {command}"));
+        }
+    }
+    assert_none("rows of the fault table", &complaints);
+}

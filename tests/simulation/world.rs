@@ -22,6 +22,8 @@ const HEALING_MS: u64 = 120_000;
 const QUIET_MS: u64 = 8_000;
 /// More events than this in one schedule: something spins.
 const STEPS_MAX: u64 = 200_000;
+/// Between two questions for what has changed.
+const SHOWN_STEPS: u64 = 32;
 /// Of so many schedules one lets a crowd queue up at one agent.
 const QUEUE_EVERY: u64 = 100;
 
@@ -192,6 +194,9 @@ impl World {
                 }
                 (_, None) => return self.finish(),
             }
+            if self.check.shown.owner != self.router.owner || self.s.steps.is_multiple_of(SHOWN_STEPS) {
+                show(&mut self.router, &mut self.s, &mut self.check, &mut self.processes, false);
+            }
         }
     }
 
@@ -203,6 +208,7 @@ impl World {
 
     fn finish(&mut self) {
         self.router.verified = false;
+        show(&mut self.router, &mut self.s, &mut self.check, &mut self.processes, true);
         self.router.ask(&mut self.s, &mut self.check, &mut self.processes, Query::Verify);
         for _ in 0..1_000 {
             if self.router.verified || self.check.verdict.violation.is_some() {
@@ -365,3 +371,15 @@ const _: fn() = || {
     machine::<atp_core::shard::Shard>();
     machine::<atp_core::agent::Agent>();
 };
+
+/// Asks for what a state store lacks, a few rows at a time; at the end for all of it, and then for the whole.
+fn show(router: &mut Router, s: &mut Sched, check: &mut Check, processes: &mut [Process], end: bool) {
+    if router.shard.is_none() {
+        return;
+    }
+    let (all, max) = (check.shown.is_new(router.owner), if end { usize::MAX } else { 2 });
+    router.ask(s, check, processes, Query::Projection { all, agents: true, max });
+    if end {
+        router.ask(s, check, processes, Query::Projection { all: true, agents: false, max });
+    }
+}

@@ -9,6 +9,7 @@ pub mod message;
 pub mod pacing;
 pub mod policy;
 pub mod price;
+pub mod projection;
 pub mod record;
 pub mod registry;
 pub mod replay;

@@ -4,6 +4,7 @@
 use crate::agent::breaker::BreakerState;
 use crate::agent::queue::Wish;
 use crate::clock::Now;
+use crate::projection::Projection;
 use crate::view::{AccountView, AgentView, StreamView, VerifyView};
 use atp_proto::codec::Received;
 use atp_proto::content::{AgentStatus, Bill, Capabilities, Final};
@@ -84,6 +85,13 @@ pub enum Query {
     Agents,
     /// Position, hash and figures of the live state.
     Verify,
+    /// For a state store: at most `max` streams that have changed since they were last shown, or with `all` every one that
+    /// runs or ended lately, from the first one on; with `agents` how every agent stands.
+    Projection {
+        all: bool,
+        agents: bool,
+        max: usize,
+    },
 }
 
 #[derive(Clone, Debug)]
@@ -98,6 +106,7 @@ pub enum Answer {
     },
     Agents(Vec<AgentView>),
     Verify(Box<VerifyView>),
+    Projection(Box<Projection>),
 }
 
 /// A stream as it stands: its row, its bill, and where its Close stands in the log.

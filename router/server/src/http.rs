@@ -7,6 +7,7 @@ use crate::inbox::{Inbox, ToShard};
 use crate::listen::Peer;
 use crate::router::Router as AtpRouter;
 use crate::shard_task::Health;
+use crate::store::StoreHealth;
 use crate::verify;
 use atp_core::clock::rfc3339;
 use atp_core::message::{Answer, Input, LogRoom, Query, StreamAnswer};
@@ -44,6 +45,7 @@ struct Inner {
     inbox: Inbox,
     agents: Agents,
     health: watch::Receiver<Health>,
+    store: watch::Receiver<StoreHealth>,
     config: watch::Receiver<Arc<Config>>,
     prometheus: PrometheusHandle,
     log_dir: PathBuf,
@@ -57,6 +59,7 @@ impl Site {
             inbox: router.inbox(),
             agents: router.agents(),
             health: router.health(),
+            store: router.store(),
             config: router.config(),
             prometheus,
             log_dir,
@@ -388,9 +391,9 @@ async fn readyz(State(site): State<Site>) -> impl IntoResponse {
         (None, LogRoom::Enough) => "ok".into(),
         (None, LogRoom::Low | LogRoom::Last) => "nearly full: free space on the disk of data_dir".into(),
     };
+    let store = site.0.store.borrow().to_string();
     let status = if ready { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
-    let body =
-        json!({ "ready": ready, "log": log, "durable": health.durable, "wall_clock_minus_logged_ms": health.clock_ms });
+    let body = json!({ "ready": ready, "log": log, "store": store, "durable": health.durable, "wall_clock_minus_logged_ms": health.clock_ms });
     (status, Json(body))
 }
 

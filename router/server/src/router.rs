@@ -3,14 +3,16 @@
 use crate::agent_task::Agents;
 use crate::config::{Config, Durability, Problem};
 use crate::connection::Shared;
+use crate::descriptors::Connections;
 use crate::inbox::{Inbox, ToShard, inbox};
 use crate::listen::{self, Doors};
 use crate::log::{self, LocalLog, LogError};
 use crate::shard_task::{Begin, Health, ShardTask};
+use crate::store::{self, StoreHealth};
 use crate::time::Clocks;
 use crate::tool::Tools;
 use crate::{http, metric};
-use atp_core::record::Genesis;
+use atp_core::record::{Genesis, hex};
 use atp_core::shard::Shard;
 use atp_core::state::{FORMAT, State};
 use bytes::Bytes;
@@ -38,6 +40,8 @@ pub enum StartError {
     Log(#[from] LogError),
     #[error("data_dir: entry {position} of the log in {} can't be folded: {what}; restore the log from a copy", dir.display())]
     Fold { dir: std::path::PathBuf, position: u64, what: String },
+    #[error("store: {0}")]
+    Store(String),
     #[error("the log ended before the router served: {0}")]
     Stopped(String),
 }
@@ -53,6 +57,7 @@ pub struct Router {
     doors: Doors,
     shared: Arc<Shared>,
     health: watch::Receiver<Health>,
+    store: watch::Receiver<StoreHealth>,
     settings: watch::Sender<Arc<Config>>,
     /// Cancelled when the shard's task is to end.
     stop_shard: CancellationToken,
@@ -82,6 +87,8 @@ impl Router {
             return Err(StartError::Config(problems));
         }
         let prometheus = metric::install();
+        let (native, http) = (config.limits.connections, config.limits.http_connections);
+        let connections = Connections::within_limits(Connections { native, http });
         // The addresses first: two routers started by mistake should not both touch the log.
         let atp = bind("atp", config.listen.atp).await?;
         let http = bind("http", config.listen.http).await?;
@@ -102,6 +109,9 @@ impl Router {
         for fact in &report {
             tracing::info!("log: {fact}");
         }
+
+        let log_id = hex(&log.log_id());
+        let store = store::Opened::open(&config.store, &log_id, state.position()).await.map_err(StartError::Store)?;
 
         let incarnation = uuid::Uuid::new_v4().simple().to_string()[..12].to_owned();
         let clocks = Clocks::start();
@@ -152,10 +162,17 @@ impl Router {
             let _ = told.send(outcome);
         });
 
+        let identity = store::Identity {
+            router: config.settings.router_id.clone(),
+            incarnation: shared.incarnation.clone(),
+            atp: config.advertise.clone().unwrap_or_else(|| atp_addr.to_string()),
+            http: http_addr.to_string(),
+        };
+        let store = store.project(inbox, identity, clocks, stop_shard.clone(), &tasks);
         let doors = Doors {
             shared: shared.clone(),
             next_conn: Arc::new(AtomicU64::new(1)),
-            connections_max: config.limits.connections,
+            connections_max: connections.native,
         };
         let settings = watch::Sender::new(Arc::new(config));
         let router = Self {
@@ -164,6 +181,7 @@ impl Router {
             doors,
             shared,
             health,
+            store,
             settings,
             stop_shard,
             stop_listening,
@@ -174,12 +192,7 @@ impl Router {
         router.serving().await?;
         tasks.spawn(listen::native(atp, router.doors.clone(), router.stop_listening.clone()));
         let site = http::Site::new(&router, prometheus, dir);
-        tasks.spawn(listen::http(
-            http,
-            http::routes(site),
-            router.stop_listening.clone(),
-            router.settings.borrow().limits.http_connections,
-        ));
+        tasks.spawn(listen::http(http, http::routes(site), router.stop_listening.clone(), connections.http));
         Ok(router)
     }
 
@@ -291,6 +304,9 @@ impl Router {
     }
     pub(crate) fn health(&self) -> watch::Receiver<Health> {
         self.health.clone()
+    }
+    pub(crate) fn store(&self) -> watch::Receiver<StoreHealth> {
+        self.store.clone()
     }
     pub(crate) fn config(&self) -> watch::Receiver<Arc<Config>> {
         self.settings.subscribe()

@@ -87,7 +87,6 @@ fn every_mistake_is_named_with_its_place() {
 #[test]
 fn what_a_later_version_can_do_is_refused_not_ignored() {
     assert_eq!(only("log: {kind: kafka}"), "1:13 log.kind");
-    assert_eq!(only("store: {kind: redis}"), "1:15 store.kind");
     assert_eq!(only("listen: {tls: {cert: a.pem}}"), "1:22 listen.tls.cert");
     assert_eq!(only("shards: {count: 2}"), "1:17 shards.count");
     assert_eq!(only("auth: {oidc: {issuer: x}}"), "1:23 auth.oidc.issuer");
@@ -255,6 +254,21 @@ fn the_pages_agree_with_the_parser() {
         let found = std::fs::read_to_string(&path).unwrap_or_default();
         assert!(found == text, "docs/{name} is out of date: run this test with ATP_WRITE_DOCS=1");
     }
+}
+
+#[test]
+fn a_store_has_an_address_that_is_never_repeated() {
+    let redis = "store: {kind: redis, redis: {url: 'redis://u:hunter2@127.0.0.1:1/2', prefix: a.b}}";
+    let config = read(redis);
+    let atp_router::store::StoreConfig::Redis(store) = &config.store else { panic!("{:?}", config.store) };
+    assert_eq!(store.prefix, "a.b");
+    assert!(!format!("{config:?}").contains("hunter2"));
+    assert_eq!(read("store: {redis: {url: 'redis://h'}}").store, atp_router::store::StoreConfig::Memory);
+    assert_eq!(only("store: {kind: redis}"), "1:15 store.redis.url");
+    assert_eq!(only("store: {kind: redis, redis: {url: 'redis://h', prefix: 'a{b'}}"), "1:56 store.redis.prefix");
+    assert_eq!(only("store: {kind: redis, redis: {url: 'http://u:hunter2@h'}}"), "1:35 store.redis.url");
+    let shown = format!("{:?}", problems("store: {kind: redis, redis: {url: 'redis://u:hunter2@[h'}}"));
+    assert!(shown.contains("store.redis.url") && !shown.contains("hunter2"), "{shown}");
 }
 
 #[test]

@@ -64,6 +64,7 @@ impl Check {
                     format!("{unknown:?} isn't in the log")
                 });
             }
+            Answer::Projection(projection) => self.projected(projection, acked),
             Answer::Stream(None) | Answer::Bill(None) | Answer::Agents(_) => {}
         }
     }

@@ -8,6 +8,7 @@ pub mod grammar;
 pub mod ledger;
 pub mod order;
 pub mod queue;
+pub mod shown;
 pub mod slots;
 pub mod status;
 pub mod tool;
@@ -61,6 +62,7 @@ pub struct Check {
     pub statuses: status::Statuses,
     pub wire: wire::Wire,
     pub tools: tool::Tools,
+    pub shown: shown::Shown,
     /// How long what an agent says may be on its way.
     pub patience_ms: u64,
 }

@@ -6,6 +6,7 @@ pub mod history;
 pub mod load;
 pub mod peer;
 pub mod process;
+pub mod redis;
 pub mod relay;
 pub mod verdict;
 

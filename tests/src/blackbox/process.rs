@@ -8,7 +8,7 @@ use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicU16, Ordering};
 use std::time::Duration;
 
@@ -18,6 +18,8 @@ pub struct Router {
     child: Option<Child>,
     atp: SocketAddr,
     http: SocketAddr,
+    /// Of the process, beside this one's.
+    env: Vec<(&'static str, PathBuf)>,
 }
 
 impl Router {
@@ -39,7 +41,7 @@ impl Router {
     #[must_use]
     pub fn prepare(yaml: &str) -> Self {
         let dir = tempfile::tempdir().expect("a directory");
-        let router = Self { dir, child: None, atp: free_address(), http: free_address() };
+        let router = Self { dir, child: None, atp: free_address(), http: free_address(), env: Vec::new() };
         router.configure(yaml);
         router
     }
@@ -81,6 +83,7 @@ impl Router {
         let config = self.config();
         let mut child = atp::command_under(wrapper, &["router", "--json", "--config"])
             .arg(&config)
+            .envs(self.env.iter().map(|(name, value)| (*name, value)))
             .stdout(Stdio::piped())
             .stderr(err)
             .spawn()
@@ -127,14 +130,32 @@ impl Router {
         child.wait().expect("a child");
     }
 
+    /// Sends a signal by its name: STOP, CONT, HUP.
+    ///
+    /// # Panics
+    /// When it doesn't run.
+    pub fn signal(&self, name: &str) {
+        signal(self.child.as_ref(), name);
+    }
+
+    /// From the next start on.
+    pub fn set_env(&mut self, name: &'static str, value: PathBuf) {
+        self.env.push((name, value));
+    }
+
+    /// Where its HTTP port is.
+    #[must_use]
+    pub fn http_addr(&self) -> SocketAddr {
+        self.http
+    }
+
     /// SIGTERM, and waits for its end.
     ///
     /// # Panics
     /// When it doesn't end well.
     pub fn stop(&mut self) {
         let mut child = self.child.take().expect("it runs");
-        let asked = std::process::Command::new("kill").arg(child.id().to_string()).status().expect("`kill` is there");
-        assert!(asked.success(), "a child");
+        signal(Some(&child), "TERM");
         let status = child.wait().expect("a child");
         assert!(status.success(), "{status}\n{}", self.stderr());
     }
@@ -301,6 +322,14 @@ impl Scripted {
         child.wait().expect("a child");
     }
 
+    /// Sends a signal by its name.
+    ///
+    /// # Panics
+    /// When it doesn't run.
+    pub fn signal(&self, name: &str) {
+        signal(self.child.as_ref(), name);
+    }
+
     /// Where its provider's charges stand.
     #[must_use]
     pub fn meter(&self) -> &Path {
@@ -318,6 +347,12 @@ impl Drop for Scripted {
             let _ = child.wait();
         }
     }
+}
+
+fn signal(child: Option<&Child>, name: &str) {
+    let pid = child.expect("it runs").id().to_string();
+    let sent = Command::new("kill").args(["-s", name, &pid]).status().expect("`kill` is there");
+    assert!(sent.success(), "{name} reaches {pid}");
 }
 
 /// How long a look at a condition on the wire lasts.

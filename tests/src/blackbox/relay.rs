@@ -8,6 +8,7 @@ use bytes::BytesMut;
 use std::collections::BTreeMap;
 use std::io::{Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::Instant;
 
@@ -22,6 +23,7 @@ struct Seen {
 pub struct Relay {
     address: SocketAddr,
     seen: Arc<(Mutex<Seen>, Condvar)>,
+    silent: Arc<AtomicBool>,
 }
 
 impl Relay {
@@ -33,7 +35,7 @@ impl Relay {
     pub fn to(router: SocketAddr) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
         let address = listener.local_addr().expect("an address");
-        let relay = Self { address, seen: Arc::default() };
+        let relay = Self { address, seen: Arc::default(), silent: Arc::default() };
         let accepting = relay.clone();
         std::thread::spawn(move || {
             for near in listener.incoming().flatten() {
@@ -58,6 +60,9 @@ impl Relay {
         let mut some = [0; 64 * 1024];
         let mut bytes = BytesMut::new();
         while let Ok(n) = from.read(&mut some) {
+            while self.silent.load(Ordering::Relaxed) {
+                std::thread::park_timeout(super::process::LOOK / 50);
+            }
             if n == 0 {
                 break;
             }
@@ -84,6 +89,11 @@ impl Relay {
             }
         }
         changed.notify_all();
+    }
+
+    /// A silent wire passes nothing on and closes nothing: neither end learns of it. What is under way goes on afterwards.
+    pub fn be_silent(&self, silent: bool) {
+        self.silent.store(silent, Ordering::Relaxed);
     }
 
     #[must_use]

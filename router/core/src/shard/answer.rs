@@ -29,6 +29,7 @@ impl Shard {
             Query::Bill { tenant, stream } => Answer::Bill(self.find(&tenant, &stream).map(|s| self.bill(s, false))),
             Query::Accounts => Answer::Accounts { position: self.state.position(), accounts: self.accounts() },
             Query::Agents => Answer::Agents(self.agents()),
+            Query::Projection { all, agents, max } => Answer::Projection(Box::new(self.projection(all, agents, max))),
             Query::Verify => Answer::Verify(Box::new(self.state.verify_view())),
         };
         self.effect(Effect::Answer { id, answer });
@@ -71,16 +72,31 @@ impl Shard {
 
     /// Agents that are or were connected, and those that the log knows.
     fn agents(&self) -> Vec<AgentView> {
-        let known = self.state.agents.keys().chain(self.state.standings.keys()).map(|name| AgentName::new(name));
-        let names: BTreeSet<AgentName> = known.chain(self.seats.keys().cloned()).collect();
         let scores = self.scores();
-        names.into_iter().map(|name| self.agent(name, &scores)).collect()
+        self.agent_names().into_iter().map(|name| self.agent(name, &scores)).collect()
+    }
+
+    pub(super) fn agent_names(&self) -> BTreeSet<AgentName> {
+        let known = self.state.agents.keys().chain(self.state.standings.keys()).map(|name| AgentName::new(name));
+        known.chain(self.seats.keys().cloned()).collect()
     }
 
     fn agent(&self, name: AgentName, scores: &BTreeMap<AgentName, u64>) -> AgentView {
         let today = day_of(self.clock.logged_ms());
         let learned = self.state.statistics().agent(name.as_str());
         let errors = learned.map(|l| l.errors(today)).filter(|e| e.runs >= RUNS_MIN);
+        AgentView {
+            mape_7d_ppm: errors.map(|e| e.mape_ppm),
+            under_rate_7d_ppm: errors.map(|e| e.under_ppm),
+            p95_overage_ppm: learned.and_then(|l| l.overage_ppm(today)),
+            statistics: learned.map_or_else(Vec::new, |l| l.rows().filter_map(Row::view).collect()),
+            score_ppm: scores.get(&name).copied(),
+            ..self.agent_now(name)
+        }
+    }
+
+    /// How an agent stands, without what was learned of it.
+    pub(super) fn agent_now(&self, name: AgentName) -> AgentView {
         let seat = self.seats.get(&name);
         let router = WindowView {
             max_parallel: self.settings.agent_window.max_parallel,
@@ -117,11 +133,11 @@ impl Shard {
             surcharge_ppm: flow.surcharge_ppm,
             window: AgentWindows { router, agent: own, effective: effective(effective(router, own), earned) },
             in_flight: self.in_flight(&name),
-            mape_7d_ppm: errors.map(|e| e.mape_ppm),
-            under_rate_7d_ppm: errors.map(|e| e.under_ppm),
-            p95_overage_ppm: learned.and_then(|l| l.overage_ppm(today)),
-            statistics: learned.map_or_else(Vec::new, |l| l.rows().filter_map(Row::view).collect()),
-            score_ppm: scores.get(&name).copied(),
+            mape_7d_ppm: None,
+            under_rate_7d_ppm: None,
+            p95_overage_ppm: None,
+            statistics: Vec::new(),
+            score_ppm: None,
             qos_tier: self.tier(&name),
             spent_usd_micros: UsdMicros(self.state.agent_totals(name.as_str()).spent_usd_micros),
             last_heartbeat_at: None,

@@ -14,6 +14,7 @@ mod outflow;
 mod output;
 mod preflight;
 mod pressure;
+mod project;
 mod purchase;
 mod seat;
 mod settle;
@@ -38,6 +39,7 @@ use lane::LiveCall;
 use outflow::Outflow;
 use preflight::Preflight;
 use pressure::Pressure;
+use project::Changes;
 use prost::Message;
 use purchase::Bid;
 use seat::Seat;
@@ -112,6 +114,9 @@ pub struct Shard {
     entry: Option<Vec<AnyRecord>>,
     /// Windows that this input moved.
     moved: Moved,
+    changes: Changes,
+    /// The first piece of the newest checkpoint.
+    checkpoint_at: Position,
     pressure: Pressure,
     out: Outflow,
     live: BTreeMap<u64, Live>,
@@ -157,6 +162,8 @@ impl Shard {
             draining: false,
             entry: None,
             moved: Moved::default(),
+            changes: Changes::default(),
+            checkpoint_at: 0,
             pressure: Pressure::default(),
             out: Outflow::default(),
             live: BTreeMap::new(),
@@ -282,6 +289,7 @@ impl Shard {
         if let Err(e) = self.state.apply_record(&record, said) {
             panic!("a decision broke the record grammar, {kind}: {e}");
         }
+        self.note_changed(&record);
         if let Some(entry) = &mut self.entry {
             entry.push(record.into());
         }
@@ -295,6 +303,9 @@ impl Shard {
             let entry = Entry { at_ms: self.clock.logged_ms(), records };
             self.state.end();
             let position = self.state.position();
+            if checkpoint {
+                self.checkpoint_at = position;
+            }
             self.out.free(Effect::Append { position, entry: entry.encode_to_vec().into(), checkpoint });
         }
         self.tell_windows();
@@ -342,6 +353,7 @@ impl Shard {
 
     /// Sends a numbered frame to all who follow the stream, and keeps it for those who catch up.
     fn tell(&mut self, no: u64, frame: Frame) {
+        self.changes.mark(no);
         let keep = self.settings.limits.recent_frames;
         let Some(live) = self.live.get_mut(&no) else { return };
         for conn in &live.subscribers {

@@ -110,6 +110,7 @@ impl Shard {
         let ack = Ack { msg_seq: live.inbound.next_expected() - 1, open: live.inbound.missing() };
         let wait = RETRY_MS[live.asked];
         live.asked += 1;
+        self.changes.mark(no);
         self.pass(id, Frame::json(id.to_string(), 0, Flags::NONE, kind::ACK, &ack));
         self.timer(self.now_ms + wait, Timer::CallGap(id));
     }

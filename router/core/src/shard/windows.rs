@@ -77,11 +77,11 @@ fn left(level: &Level, max_parallel: Option<u32>, open: usize) -> WindowView {
 }
 
 /// What `control.accepted` says.
-fn accepted(stream: &Stream) -> WindowView {
+pub(super) fn accepted(stream: &Stream) -> WindowView {
     left(&Level { limit: stream.limit(), ..Level::default() }, stream.accept.max_parallel, 0)
 }
 
-fn stream_window(stream: &Stream) -> WindowView {
+pub(super) fn stream_window(stream: &Stream) -> WindowView {
     let open = stream.calls.iter().filter(|c: &&Call| c.is_open()).count();
     left(&stream.level(), stream.accept.max_parallel, open)
 }

@@ -5,6 +5,7 @@ mod policy;
 mod read;
 mod reference;
 mod registry;
+mod store;
 mod table;
 mod tools;
 mod tree;
@@ -13,6 +14,7 @@ pub use read::{check, load, parse};
 pub use reference::{policy_schema, reference, schema};
 
 use crate::identity::Anonymous;
+use crate::store::StoreConfig;
 use crate::tool::ToolConfig;
 use atp_core::settings::Settings;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
@@ -26,6 +28,7 @@ pub struct Config {
     pub advertise: Option<String>,
     pub data_dir: PathBuf,
     pub durability: Durability,
+    pub store: StoreConfig,
     pub anonymous: Anonymous,
     /// What the core reads.
     pub settings: Settings,
@@ -114,6 +117,7 @@ impl Default for Config {
             advertise: None,
             data_dir: "./atp-data".into(),
             durability: Durability::Fsync,
+            store: StoreConfig::Memory,
             anonymous: Anonymous::Loopback,
             settings: Settings::default(),
             agents: Vec::new(),
@@ -186,6 +190,7 @@ impl Config {
             ("router", self.settings.router_id != new.settings.router_id || self.advertise != new.advertise),
             ("data_dir", self.data_dir != new.data_dir),
             ("log.durability", self.durability != new.durability),
+            ("store", self.store != new.store),
             ("auth.anonymous", self.anonymous != new.anonymous),
             ("agents", self.agents != new.agents),
             ("tools", self.tools != new.tools),

@@ -309,14 +309,11 @@ impl Walk<'_> {
         if self.is("telemetry.log", "json") {
             config.log_format = LogFormat::Json;
         }
-        for (path, wrong, fix) in [
-            ("log.kind", "kafka", "this version keeps the local log only: use `local`"),
-            ("store.kind", "redis", "this version keeps the memory store only: use `memory`"),
-        ] {
-            if self.is(path, wrong) {
-                self.problem(self.mark(path), path, format!("`{wrong}` comes with a later version"), fix);
-            }
+        if self.is("log.kind", "kafka") {
+            let fix = "this version keeps the local log only: use `local`";
+            self.problem(self.mark("log.kind"), "log.kind", "`kafka` comes with a later version", fix);
         }
+        self.store(&mut config);
         let windows = [
             ("windows.stream", &mut config.settings.stream_window),
             ("windows.agent", &mut config.settings.agent_window),

@@ -44,7 +44,6 @@ const fn later(path: &'static str, takes: Takes, default: &'static str, about: &
 
 const TLS: &str = "leave it out; this version has no TLS, put a TLS proxy in front or stay on loopback";
 const KAFKA: &str = "use log.kind: local and leave log.kafka out";
-const REDIS: &str = "use store.kind: memory and leave store.redis out";
 const TOKENS: &str = "leave it out; this version knows loopback peers only";
 
 const MAX: u64 = u64::MAX;
@@ -70,9 +69,9 @@ pub(super) const KEYS: &[Key] = &[
     later("log.kafka.single_broker", Takes::Bool, "false", "true: one broker is wanted", KAFKA),
     later("log.kafka.tls", Takes::Anything, "", "TLS to the brokers", KAFKA),
     later("log.kafka.sasl", Takes::Anything, "", "credentials for the brokers", KAFKA),
-    key("store.kind", Takes::Choice(&["memory", "redis"]), "memory", "where projections live"),
-    later("store.redis.url", Takes::Text, "", "of the server", REDIS),
-    later("store.redis.prefix", Takes::Text, "atp", "of every key", REDIS),
+    key("store.kind", Takes::Choice(&["memory", "redis"]), "memory", "where others can see what runs; it may be lost at any time"),
+    key("store.redis.url", Takes::Text, "", "`redis://[user:password@]host:port[/db]`, `rediss://` for TLS; better as `${ENV}`"),
+    key("store.redis.prefix", Takes::Text, "atp", "of every key, 1 to 64 of `A-Za-z0-9._-`; one for each log"),
     key("shards.count", Takes::Whole(1, 1), "", "only for a new log; then it stands in the log"),
     key("shards.lease", Takes::Duration, "5s", "how long a shard's owner is believed to live"),
     key("auth.anonymous", Takes::Choice(&["never", "loopback"]), "loopback", "who may come without a credential"),
