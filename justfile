@@ -23,6 +23,10 @@ faults *ARGS:
 mutants *ARGS:
     tests/simulation/mutants/run.sh {{ARGS}}
 
+# A router killed before each of its writes, syncs and sends: a sample, `just sweep --all`, or one again
+sweep *ARGS:
+    cargo run --quiet -p atp-tests --bin sweep -- {{ARGS}}
+
 fmt:
     cargo fmt --all
 

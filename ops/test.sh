@@ -2,12 +2,13 @@
 # All tests of the project, with all their set-up. Prints each part's time; a part over its budget fails.
 #
 #   ops/test.sh          within 20 minutes from a warm cache
-#   ops/test.sh --all    also what is long: every mutant, 100,000 schedules, wide sweeps
-#   ops/test.sh PART...  only these parts: fmt build clippy local-llm kafka redis test doc-test docs simulation kafka-tls mutants
+#   ops/test.sh --all    also what is long: every mutant, 100,000 schedules, every point of the crash sweep
+#   ops/test.sh PART...  only these parts: fmt build clippy local-llm kafka redis test doc-test docs simulation sweep kafka-tls
+#                        mutants
 #
 # Needs: a Rust toolchain, a C compiler with make; for the local model Python 3.10 or newer with venv, for Kafka Java 17 and Maven
-# (installed here when this may be done: root on a Debian-like system; else it says what to install); libfaketime, in the
-# same way; redis-server 6.2 or newer, or apt-get to fetch it.
+# (installed here when this may be done: root on a Debian-like system; else it says what to install); libfaketime and strace,
+# in the same way; redis-server 6.2 or newer, or apt-get to fetch it.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -16,8 +17,8 @@ only=()
 for argument in "$@"; do
     case $argument in
         --all) all=yes ;;
-        -h|--help) sed -n '2,11s/^# \{0,1\}//p' "$0"; exit 0 ;;
-        fmt|build|clippy|local-llm|kafka|redis|test|doc-test|docs|simulation|kafka-tls|mutants) only+=("$argument") ;;
+        -h|--help) sed -n '2,12s/^# \{0,1\}//p' "$0"; exit 0 ;;
+        fmt|build|clippy|local-llm|kafka|redis|test|doc-test|docs|simulation|sweep|kafka-tls|mutants) only+=("$argument") ;;
         *) echo "test.sh: unknown argument '$argument'; see --help" >&2; exit 2 ;;
     esac
 done
@@ -43,6 +44,10 @@ set_up() {
         need rustup "install the component $component of your Rust toolchain"
         rustup component add "$component"
     done
+    if ! command -v strace >/dev/null 2>&1; then
+        may_install || die "strace is missing; install it (Debian, Ubuntu: apt install strace)"
+        apt-get update -qq && apt-get install -y -qq strace >/dev/null
+    fi
     if ! python3 -c 'import venv, ensurepip' >/dev/null 2>&1; then
         may_install || die "python3 with venv is missing; install it (Debian, Ubuntu: apt install python3 python3-venv)"
         apt-get update -qq && apt-get install -y -qq python3 python3-venv >/dev/null
@@ -133,6 +138,9 @@ simulation() {
     sim --schedules $schedules
 }
 
+# A router killed before each of its writes, syncs and sends; a sample of them unless all are asked for.
+sweep() { cargo run --quiet --locked -p atp-tests --bin sweep -- ${all:+--all}; }
+
 set_up
 part fmt 60 cargo fmt --all --check
 part build 2400 build
@@ -144,6 +152,7 @@ part test "$([ -n "$all" ] && echo 1500 || echo 720)" cargo test --locked --work
 part doc-test 180 cargo test --locked --workspace --doc
 part docs 240 docs
 part simulation "$([ -n "$all" ] && echo 900 || echo 300)" simulation
+part sweep "$([ -n "$all" ] && echo 900 || echo 180)" sweep
 if [ -n "$all" ] || [[ " ${only[*]:-} " == *" kafka-tls "* ]]; then
     part kafka-tls 600 kafka_tls
 fi

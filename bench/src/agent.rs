@@ -28,8 +28,8 @@ const OUT_PRICE: u64 = 4;
 /// How an agent answers its calls.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Conduct {
-    /// Chunks of that many bytes without end.
-    Stream { chunk_bytes: usize },
+    /// So many chunks of that many bytes, and then nothing.
+    Stream { chunk_bytes: usize, chunks: u64 },
     /// A short final at once.
     Answer,
     /// Nothing.
@@ -53,6 +53,7 @@ pub(crate) fn name(n: u64) -> AgentName {
 struct Running {
     id: Vec<u8>,
     chunks: Chunks,
+    chunks_max: u64,
     seq: u64,
     acked: u64,
     grant: Amount,
@@ -123,7 +124,7 @@ impl Agent {
             let Some(index) = self.ready.pop_front() else { break };
             let call = &mut self.calls[index];
             call.queued = false;
-            if call.seq - call.acked >= UNACKED_MAX {
+            if call.seq - call.acked >= UNACKED_MAX || call.seq >= call.chunks_max {
                 continue;
             }
             let out_tokens = call.out_tokens + CHUNK_TOKENS;
@@ -185,12 +186,13 @@ impl Agent {
                 replies.push(Frame::json(id, 1, Flags::FIN, kind::RESULT_FINAL, &content));
             }
             Conduct::Hold => {}
-            Conduct::Stream { chunk_bytes } if !self.by_id.contains_key(id.as_bytes()) => {
+            Conduct::Stream { chunk_bytes, chunks } if !self.by_id.contains_key(id.as_bytes()) => {
                 let index = self.calls.len();
                 self.by_id.insert(id.clone().into_bytes(), index);
                 self.calls.push(Running {
                     chunks: Chunks::new(&id, chunk_bytes),
                     id: id.into_bytes(),
+                    chunks_max: chunks,
                     seq: 0,
                     acked: 0,
                     grant: dispatch.grant,

@@ -8,7 +8,7 @@ use std::path::PathBuf;
 #[derive(Clone, Debug, Parser)]
 #[command(
     name = "atp bench",
-    after_help = "Examples:\n  atp bench relay                          1 KiB chunks a second beside a bare relay\n  atp bench tasks --rates 500,2000 --seconds 5\n  atp bench idle --streams 20000\n  atp bench relay --json --plot relay.svg\n  atp bench budget                         finished answers and overshoot of four policies\n  atp bench budget --trace AzureLLMInferenceTrace_conv.csv --rows 5000 --plot budget.svg\n  atp bench budget --trace BurstGPT_1.csv --speed 20 --budgets 25,50"
+    after_help = "Examples:\n  atp bench relay                          1 KiB chunks a second beside a bare relay\n  atp bench tasks --rates 500,2000 --seconds 5\n  atp bench idle --streams 20000\n  atp bench recover --frames 1000000 --streams 10000\n  atp bench relay --json --plot relay.svg\n  atp bench budget                         finished answers and overshoot of four policies\n  atp bench budget --trace AzureLLMInferenceTrace_conv.csv --rows 5000 --plot budget.svg\n  atp bench budget --trace BurstGPT_1.csv --speed 20 --budgets 25,50"
 )]
 pub struct BenchArgs {
     /// What to measure
@@ -23,12 +23,15 @@ pub struct BenchArgs {
     /// The seconds of `relay` are split over this many rounds; each runs every line, so that noise hits all alike
     #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u64).range(1..=20))]
     pub rounds: u64,
-    /// Streams at once [default: relay 256, idle 10000]
+    /// Streams at once [default: relay 256, idle 10000, recover 2000]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..=100_000))]
     pub streams: Option<u64>,
     /// Connections of clients and as many of agents
     #[arg(long, value_name = "N", default_value_t = 4, value_parser = clap::value_parser!(u64).range(1..=64))]
     pub connections: u64,
+    /// Chunks in the log that is recovered
+    #[arg(long, value_name = "N", default_value_t = 200_000, value_parser = clap::value_parser!(u64).range(1_000..=1_000_000))]
+    pub frames: u64,
     /// Bytes of a chunk's JSON document
     #[arg(long, value_name = "N", default_value_t = 1024, value_parser = clap::value_parser!(u64).range(256..=65_536))]
     pub chunk_bytes: u64,
@@ -78,6 +81,8 @@ pub enum Scenario {
     Tasks,
     /// Memory per stream that waits
     Idle,
+    /// A killed router's start on a log with running streams: time and memory, with checkpoints and without
+    Recover,
     /// A trace of arrivals against one budget under four policies, in virtual time
     Budget,
     /// The bare relay that `relay` starts beside the router
@@ -124,9 +129,15 @@ impl BenchArgs {
         anyhow::ensure!(!self.lines.is_empty(), "--lines: name at least one of off, on, durable");
         anyhow::ensure!(!self.rates.is_empty(), "--rates: name at least one rate");
         anyhow::ensure!(!self.budgets.is_empty(), "--budgets: name at least one percentage");
+        anyhow::ensure!(
+            self.scenario != Scenario::Recover
+                || (self.router.is_none() && self.plot.is_none() && self.streams() <= self.frames),
+            "recover kills routers of its own (no --router), draws nothing (no --plot), and each stream has a frame (--streams up to --frames)"
+        );
         let per_connection = self.streams().div_ceil(self.connections);
         anyhow::ensure!(
-            self.scenario == Scenario::Idle || per_connection <= crate::client::STREAMS_PER_CONNECTION as u64,
+            matches!(self.scenario, Scenario::Idle | Scenario::Recover)
+                || per_connection <= crate::client::STREAMS_PER_CONNECTION as u64,
             "--streams: {per_connection} on each connection, at most {} go; give more --connections",
             crate::client::STREAMS_PER_CONNECTION
         );
@@ -134,7 +145,11 @@ impl BenchArgs {
     }
 
     pub(crate) fn streams(&self) -> u64 {
-        self.streams.unwrap_or(if self.scenario == Scenario::Idle { 10_000 } else { 256 })
+        self.streams.unwrap_or(match self.scenario {
+            Scenario::Idle => 10_000,
+            Scenario::Recover => 2_000,
+            Scenario::Relay | Scenario::Tasks | Scenario::Budget | Scenario::BareRelay => 256,
+        })
     }
 }
 
@@ -153,6 +168,8 @@ mod tests {
         assert!(parsed(&["relay", "--pid", "1"]).is_err(), "a process without its router");
         let args = parsed(&["relay", "--streams", "1025", "--connections", "1"]).expect("parses");
         assert!(args.check().is_err());
+        assert!(parsed(&["recover", "--router", "127.0.0.1:1"]).expect("parses").check().is_err());
+        assert!(parsed(&["recover", "--frames", "1000", "--streams", "1001"]).expect("parses").check().is_err());
         let args = parsed(&["relay", "--streams", "900", "--connections", "1"]).expect("parses");
         assert!(args.check().is_ok());
     }

@@ -130,7 +130,7 @@ mod tests {
     async fn chunks_are_counted_in_order_through_windows_and_grants() {
         let address = fake::router().await;
         let (sent, received) = (Arc::new(Sent::default()), Arc::new(Received::default()));
-        let conduct = Conduct::Stream { chunk_bytes: 1024 };
+        let conduct = Conduct::Stream { chunk_bytes: 1024, chunks: u64::MAX };
         let _agent = tokio::spawn(agent::run(address, 3, conduct, Arc::clone(&sent)));
         fake::agent_is_there(address).await;
         let _client = tokio::spawn(run(address, run_id(), 5, 3, Arc::clone(&received)));

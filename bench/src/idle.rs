@@ -15,7 +15,7 @@ use tokio::time::{Instant, sleep};
 
 /// Streams that are opened first, so that buffers and tables of the process itself don't count.
 const WARM_UP: usize = 500;
-const STREAMS_PER_AGENT: usize = 4 * STREAMS_PER_CONNECTION;
+pub(crate) const STREAMS_PER_AGENT: usize = 4 * STREAMS_PER_CONNECTION;
 const _: () = assert!(STREAMS_PER_AGENT <= CALLS_PER_AGENT);
 const OPEN_TIMEOUT: Duration = Duration::from_secs(60);
 /// The router's memory is read when it has been quiet for so long.

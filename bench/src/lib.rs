@@ -15,6 +15,7 @@ mod link;
 mod peek;
 mod plot;
 mod process;
+mod recover;
 mod relay;
 mod report;
 mod router;
@@ -43,6 +44,7 @@ async fn scenario(args: &BenchArgs) -> anyhow::Result<()> {
         Scenario::Relay => relay::run(args).await?,
         Scenario::Tasks => tasks::run(args).await?,
         Scenario::Idle => idle::run(args).await?,
+        Scenario::Recover => return recover::run(args).await,
         Scenario::Budget => return budget::run(args),
         Scenario::BareRelay => return bare::child().await,
     };

@@ -66,7 +66,7 @@ async fn measure(args: &BenchArgs, line: Line, time: Duration) -> anyhow::Result
     let target = Target::start(args, line).await?;
     let (sent, received) = (Arc::new(Sent::default()), Arc::new(Received::default()));
     let mut ends = JoinSet::new();
-    let conduct = Conduct::Stream { chunk_bytes: usize::try_from(args.chunk_bytes)? };
+    let conduct = Conduct::Stream { chunk_bytes: usize::try_from(args.chunk_bytes)?, chunks: u64::MAX };
     for n in 0..args.connections {
         ends.spawn(agent::run(target.address, n, conduct, Arc::clone(&sent)));
     }

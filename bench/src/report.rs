@@ -102,6 +102,7 @@ impl Report {
             scenario: match args.scenario {
                 Scenario::Relay | Scenario::BareRelay => "relay",
                 Scenario::Budget => "budget",
+                Scenario::Recover => "recover",
                 Scenario::Tasks => "tasks",
                 Scenario::Idle => "idle",
             },
@@ -263,7 +264,7 @@ fn optional<T>(value: Option<T>, show: impl Fn(T) -> String) -> String {
     value.map_or_else(|| "-".into(), show)
 }
 
-fn mib(bytes: u64) -> String {
+pub(crate) fn mib(bytes: u64) -> String {
     format!("{:.1}", bytes as f64 / 1_048_576.0)
 }
 

@@ -5,6 +5,8 @@ use crate::args::{BenchArgs, Line};
 use crate::process::{self, Usage};
 use anyhow::Context;
 use std::net::{SocketAddr, TcpListener};
+use std::os::unix::fs::FileExt;
+use std::path::Path;
 use std::process::Stdio;
 use std::time::Duration;
 use tempfile::TempDir;
@@ -16,14 +18,24 @@ use tokio::time::{Instant, sleep, timeout};
 /// The most calls that a router lets one agent have at once.
 pub(crate) const CALLS_PER_AGENT: usize = 4096;
 
-const START_TIMEOUT: Duration = Duration::from_secs(30);
+const START_TIMEOUT: Duration = Duration::from_secs(120);
 
 /// A router to measure. Dropped, a child is killed and its log is gone.
 pub(crate) struct Target {
     pub(crate) address: SocketAddr,
     pid: Option<u32>,
-    child: Option<(Child, TempDir)>,
+    child: Option<Own>,
 }
+
+/// A router that was started here.
+struct Own {
+    process: Child,
+    http: SocketAddr,
+    dir: TempDir,
+}
+
+/// A segment of the log as routers have it by default.
+const SEGMENT_BYTES: u64 = 64 << 20;
 
 impl Target {
     /// Starts a router for `line`, or takes the one that the flags name.
@@ -31,30 +43,43 @@ impl Target {
         if let Some(address) = args.router {
             return Ok(Self { address, pid: args.pid, child: None });
         }
+        Self::start_with(args, line, SEGMENT_BYTES).await
+    }
+
+    /// Starts a router for `line` whose log has segments of this size.
+    pub(crate) async fn start_with(args: &BenchArgs, line: Line, segment_bytes: u64) -> anyhow::Result<Self> {
         let dir = match &args.dir {
             Some(dir) => tempfile::tempdir_in(dir).with_context(|| format!("--dir {}", dir.display()))?,
             None => tempfile::tempdir()?,
         };
         let (atp, http) = (free_address()?, free_address()?);
-        let file = dir.path().join("atp.yaml");
-        std::fs::write(&file, config(line, atp, http, &dir.path().join("data").display().to_string()))?;
-        let mut child = Command::new(std::env::current_exe()?)
-            .args(["--log-level", "warn", "router", "--config"])
-            .arg(&file)
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .kill_on_drop(true)
-            .spawn()
-            .context("starting a router")?;
+        let data = dir.path().join("data").display().to_string();
+        std::fs::write(dir.path().join("atp.yaml"), config(line, atp, http, &data, segment_bytes))?;
+        let process = spawn(&dir)?;
+        let mut own = Own { process, http, dir };
+        own.ready(Duration::from_millis(20)).await?;
+        Ok(Self { address: atp, pid: own.process.id(), child: Some(own) })
+    }
+
+    /// Kills the process and starts it again on its log: from the start of the process to its readiness.
+    pub(crate) async fn restart(&mut self) -> anyhow::Result<Duration> {
+        let own = self.child.as_mut().context("only a router that was started here is started again")?;
+        own.process.kill().await?;
         let started = Instant::now();
-        while !is_ready(http).await {
-            if let Some(status) = child.try_wait()? {
-                anyhow::bail!("the router ended with {status} instead of serving");
-            }
-            anyhow::ensure!(started.elapsed() < START_TIMEOUT, "the router isn't ready after {START_TIMEOUT:?}");
-            sleep(Duration::from_millis(20)).await;
+        own.process = spawn(&own.dir)?;
+        own.ready(Duration::from_millis(2)).await?;
+        self.pid = own.process.id();
+        Ok(started.elapsed())
+    }
+
+    /// Bytes of its log, without what a segment has room for.
+    pub(crate) fn log_bytes(&self) -> anyhow::Result<u64> {
+        let own = self.child.as_ref().context("only a router that was started here shows its log")?;
+        let mut bytes = 0;
+        for entry in std::fs::read_dir(own.dir.path().join("data/log"))? {
+            bytes += used(&entry?.path())?;
         }
-        Ok(Self { address: atp, pid: child.id(), child: Some((child, dir)) })
+        Ok(bytes)
     }
 
     /// What its process has used; `None` for a router elsewhere.
@@ -64,16 +89,60 @@ impl Target {
 
     /// Kills a child and removes its log; a router that ran before stays.
     pub(crate) async fn stop(self) -> anyhow::Result<()> {
-        let Some((mut child, dir)) = self.child else { return Ok(()) };
-        child.kill().await?;
+        let Some(Own { mut process, dir, .. }) = self.child else { return Ok(()) };
+        process.kill().await?;
         // A log of gigabytes: not on a thread that drives sockets.
         tokio::task::spawn_blocking(move || dir.close()).await??;
         Ok(())
     }
 }
 
+impl Own {
+    /// Waits until it serves; asks every so often.
+    async fn ready(&mut self, every: Duration) -> anyhow::Result<()> {
+        let started = Instant::now();
+        while !is_ready(self.http).await {
+            if let Some(status) = self.process.try_wait()? {
+                anyhow::bail!("the router ended with {status} instead of serving");
+            }
+            anyhow::ensure!(started.elapsed() < START_TIMEOUT, "the router isn't ready after {START_TIMEOUT:?}");
+            sleep(every).await;
+        }
+        Ok(())
+    }
+}
+
+fn spawn(dir: &TempDir) -> anyhow::Result<Child> {
+    Command::new(std::env::current_exe()?)
+        .args(["--log-level", "warn", "router", "--config"])
+        .arg(dir.path().join("atp.yaml"))
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .kill_on_drop(true)
+        .spawn()
+        .context("starting a router")
+}
+
+/// Bytes of a segment up to its last block: behind it are zeros.
+fn used(segment: &Path) -> anyhow::Result<u64> {
+    const STEP: u64 = 1 << 20;
+    let file = std::fs::File::open(segment)?;
+    let mut end = file.metadata()?.len();
+    let mut bytes = vec![0; usize::try_from(STEP)?];
+    while end > 0 {
+        let from = end.saturating_sub(STEP);
+        let part = &mut bytes[..usize::try_from(end - from)?];
+        file.read_exact_at(part, from)?;
+        if let Some(last) = part.iter().rposition(|byte| *byte != 0) {
+            return Ok(from + last as u64 + 1);
+        }
+        end = from;
+    }
+    Ok(0)
+}
+
 /// Wide limits that are checked on every slice, or none at all.
-fn config(line: Line, atp: SocketAddr, http: SocketAddr, data_dir: &str) -> String {
+fn config(line: Line, atp: SocketAddr, http: SocketAddr, data_dir: &str, segment_bytes: u64) -> String {
     // A window always has a limit, so without limits it is one that nothing reaches; an account may have none.
     let (window, account) = if line.has_limits() {
         ("max_tokens: 1000000000000, max_usd: 1000000.00", "{usd: 10000000.00, tokens: 10000000000000, per: day}")
@@ -85,7 +154,7 @@ fn config(line: Line, atp: SocketAddr, http: SocketAddr, data_dir: &str) -> Stri
          data_dir: {data_dir:?}\n\
          log: {{kind: local, durability: {}}}\n\
          windows:\n  stream: {{max_parallel: 8, {window}}}\n  agent: {{max_parallel: {CALLS_PER_AGENT}, {window}}}\n\
-         limits: {{aimd_base: {CALLS_PER_AGENT}, aimd_cap: {CALLS_PER_AGENT}, burst: 100000, cool_off_percent: 1000000}}\n\
+         limits: {{aimd_base: {CALLS_PER_AGENT}, aimd_cap: {CALLS_PER_AGENT}, burst: 100000, cool_off_percent: 1000000, segment_bytes: {segment_bytes}}}\n\
          accounts:\n  default: {account}\n",
         line.durability()
     )

@@ -3,14 +3,15 @@
 
 use atp_proto::content::{CallState, Effects, Source, Submit, TaskState};
 use atp_proto::{AgentName, Code};
-use atp_tests::blackbox::history::{billed, records, state_hash, true_bill};
+use atp_tests::blackbox::history::{billed, true_bill};
 use atp_tests::blackbox::kafka::Brokers;
 use atp_tests::blackbox::load::{self, Told};
 use atp_tests::blackbox::process::{Router, Scripted};
 use atp_tests::blackbox::relay::Relay;
-use atp_tests::blackbox::seed;
+use atp_tests::blackbox::{seed, verdict};
 use atp_tests::simulation::rng::Rng;
-use std::collections::BTreeSet;
+use std::path::Path;
+use std::slice;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 const CLIENTS: u64 = 12;
@@ -33,30 +34,11 @@ calls:
     )
 }
 
-const CONFIG: &str = "accounts: {default: {usd: 1000, per: total}}\ntasks: {retries: 8, deadline: 170s}";
-
-/// What holds after every one of these runs.
-fn check(router: &Router, relay: &Relay, agents: &[Scripted], told: &[Told]) {
-    let report = router.settled();
-    let position = report["position"].as_u64().expect("a position");
-    assert_eq!(state_hash(&router.log(), position), report["state_hash"], "replay and live state at {position}");
-
-    let again: Vec<_> = relay.dispatches().into_iter().filter(|(_, times)| *times > 1).collect();
-    assert_eq!(again, [], "calls that were dispatched again");
-    let truth = true_bill(agents.iter().map(Scripted::meter));
-    for (id, truth) in &truth {
-        assert!(truth.lines <= CHUNKS + 1, "{id} was called twice: {truth:?}");
-    }
-    for told in told {
-        let (status, row) = router.http("GET", &format!("/v1/streams/{}", told.stream));
-        assert_eq!(status, 200, "{} was acknowledged and is unknown", told.stream);
-        assert_eq!(row["bill"]["settled"], serde_json::json!(told.bill().settled), "{}", told.stream);
-    }
-    let dispatched: BTreeSet<String> = relay.dispatches().into_keys().collect();
-    let intents = records(&router.log()).iter().filter(|r| r["kind"] == "intent").count();
-    println!("{} tasks, {intents} intents, {} dispatches, {} calls charged", told.len(), dispatched.len(), truth.len());
-    assert!(intents >= dispatched.len(), "each dispatch has an intent");
+fn meters(agents: &[Scripted]) -> Vec<&Path> {
+    agents.iter().map(Scripted::meter).collect()
 }
+
+const CONFIG: &str = "accounts: {default: {usd: 1000, per: total}}\ntasks: {retries: 8, deadline: 170s}";
 
 #[test]
 fn a_router_is_killed_at_fifty_instants() {
@@ -100,27 +82,15 @@ fn killed(kills: u32, log: &str) {
         clients.into_iter().flat_map(|client| client.join().expect("a client")).collect()
     });
 
-    check(&router, &relay, &agents, &told);
+    verdict::agree(&router, slice::from_ref(&relay), &meters(&agents), &told, CHUNKS + 1);
     let torn: u32 = told.iter().map(|t| t.broken_after_accept).sum();
     println!("{kills} kills, {torn} connections broken behind an acknowledgement");
     assert!(torn >= kills, "the kills met tasks in flight");
-    let bills: Vec<_> = told.iter().map(Told::bill).collect();
-    let truth = true_bill(agents.iter().map(Scripted::meter));
     for told in &told {
         let answer = told.answer();
         assert_eq!((answer.state, &answer.error), (TaskState::Done, &None), "{}", told.stream);
     }
-    for (id, call) in billed(&bills) {
-        // Its agent lived: the answer is known, or it is proven that there was no call.
-        match call.state {
-            CallState::Void => assert!(!truth.contains_key(&id), "{id} is void and was called"),
-            CallState::Settled => {
-                assert_eq!(call.source, Some(Source::Reported), "{id}: {call:?}");
-                assert_eq!(call.actual.usd_micros.0, truth[&id].usd_micros, "{id}: billed as charged");
-            }
-            other => panic!("{id} is {other:?} on a bill whose task is done"),
-        }
-    }
+    verdict::billed_as_charged(&told, &meters(&agents));
 }
 
 #[test]
@@ -160,7 +130,7 @@ fn agents_are_killed_at_random_instants() {
     });
 
     let all: Vec<Told> = told.iter().map(|(_, told)| told.clone()).collect();
-    check(&router, &relay, &agents, &all);
+    verdict::agree(&router, slice::from_ref(&relay), &meters(&agents), &all, CHUNKS + 1);
     let truth = true_bill(agents.iter().map(Scripted::meter));
     let mut unknown = 0;
     for (name, told) in &told {
@@ -243,7 +213,7 @@ fn each_of_three_brokers_is_killed_once() {
         over.store(true, Ordering::Relaxed);
         clients.into_iter().flat_map(|client| client.join().expect("a client")).collect()
     });
-    check(&router, &relay, &agents, &told);
+    verdict::agree(&router, slice::from_ref(&relay), &meters(&agents), &told, CHUNKS + 1);
     let ready = router.http("GET", "/readyz").1;
     assert_eq!(ready["durability"], "replicated", "{ready:#}");
     for told in &told {

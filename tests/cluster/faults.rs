@@ -1,16 +1,16 @@
 //! What goes wrong around a router that lives on: it stands still, its agents do, a wire goes silent, descriptors run out, the
 //! wall clock jumps. Each time every task ends, and the bill is what the provider charged.
 
-use atp_proto::content::{CallState, Source, Submit, TaskState};
-use atp_tests::blackbox::history::{billed, state_hash, true_bill};
+use atp_proto::content::{Submit, TaskState};
 use atp_tests::blackbox::load::{self, Told};
 use atp_tests::blackbox::peer::task;
 use atp_tests::blackbox::process::{Router, Scripted};
 use atp_tests::blackbox::relay::Relay;
-use atp_tests::blackbox::{PATIENCE, wait_for};
+use atp_tests::blackbox::{PATIENCE, verdict, wait_for};
 use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::path::{Path, PathBuf};
+use std::slice;
 use std::time::Duration;
 
 /// Three silent heartbeats are 0.9 s.
@@ -44,27 +44,12 @@ fn through(mut router: Router, tasks: u64, fault: impl FnOnce(&mut Router, &Rela
         load.join().expect("the load")
     });
 
-    let report = router.settled();
-    let position = report["position"].as_u64().expect("a position");
-    assert_eq!(state_hash(&router.log(), position), report["state_hash"], "replay and live state at {position}");
-    let twice: Vec<_> = relay.dispatches().into_iter().filter(|(_, times)| *times > 1).collect();
-    assert_eq!(twice, [], "calls that were dispatched again");
+    verdict::agree(&router, slice::from_ref(&relay), &[agent.meter()], &told, 21);
     for told in &told {
         let answer = told.answer();
         assert_eq!((answer.state, &answer.error), (TaskState::Done, &None), "{}", told.stream);
     }
-    let truth = true_bill([agent.meter()]);
-    let bills: Vec<_> = told.iter().map(Told::bill).collect();
-    for (id, call) in billed(&bills) {
-        match call.state {
-            CallState::Void => assert!(!truth.contains_key(&id), "{id} is void and was called"),
-            CallState::Settled => {
-                assert_eq!(call.source, Some(Source::Reported), "{id}: its agent lived: {call:?}");
-                assert_eq!(call.actual.usd_micros.0, truth[&id].usd_micros, "{id}: billed as charged");
-            }
-            other => panic!("{id} is {other:?} on a bill whose task is done"),
-        }
-    }
+    verdict::billed_as_charged(&told, &[agent.meter()]);
 }
 
 fn misses_agent(router: &Router) {

@@ -1,15 +1,13 @@
 //! Several routers that share one log in Kafka, with Redis for the leases: one owns the shard, the others take over when it is
 //! killed, stands still or hands over. Real processes, real servers; every task ends in one answer, and the bill is true.
 
-use atp_proto::content::{CallState, Source, Submit, TaskState};
-use atp_tests::blackbox::history::{billed, true_bill};
+use atp_proto::content::{Submit, TaskState};
 use atp_tests::blackbox::kafka::Brokers;
 use atp_tests::blackbox::load::{self, Told};
 use atp_tests::blackbox::process::{Router, Scripted};
 use atp_tests::blackbox::redis::Redis;
 use atp_tests::blackbox::relay::Relay;
-use atp_tests::blackbox::wait_for;
-use std::collections::BTreeMap;
+use atp_tests::blackbox::{atp, verdict, wait_for};
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -71,14 +69,6 @@ tasks: {{retries: 4, deadline: 170s, agent_timeout: 100s}}",
     fn addresses(&self) -> Vec<SocketAddr> {
         self.wires.iter().map(Relay::address).collect()
     }
-
-    fn dispatches(&self) -> BTreeMap<String, u32> {
-        let mut all = BTreeMap::new();
-        for (call, times) in self.wires.iter().flat_map(Relay::dispatches) {
-            *all.entry(call).or_default() += times;
-        }
-        all
-    }
 }
 
 /// Puts a load through a fleet while `faults` happen to it, and checks what came of it.
@@ -116,11 +106,6 @@ fn through(mut fleet: Fleet, faults: impl FnOnce(&mut Fleet)) {
     });
 
     let owner = fleet.owner();
-    fleet.routers[owner].settled();
-    let verified = atp_tests::blackbox::atp::run_json(&["verify", "--log", &fleet.routers[owner].log()]);
-    assert_eq!(verified["ok"], true, "{verified:#}");
-    let twice: Vec<_> = fleet.dispatches().into_iter().filter(|(_, times)| *times > 1).collect();
-    assert_eq!(twice, [], "calls that were dispatched again");
     let mut took: Vec<Duration> = told.iter().map(|(_, took)| *took).collect();
     took.sort();
     let at = |percent: usize| took[(took.len() - 1) * percent / 100].as_millis();
@@ -130,18 +115,11 @@ fn through(mut fleet: Fleet, faults: impl FnOnce(&mut Fleet)) {
         let answer = told.answer();
         assert_eq!((answer.state, &answer.error), (TaskState::Done, &None), "{}", told.stream);
     }
-    let truth = true_bill(agents.iter().map(Scripted::meter));
-    let bills: Vec<_> = told.iter().map(Told::bill).collect();
-    for (id, call) in billed(&bills) {
-        match call.state {
-            CallState::Void => assert!(!truth.contains_key(&id), "{id} is void and was called"),
-            CallState::Settled => {
-                assert_eq!(call.source, Some(Source::Reported), "{id}: its agent lived: {call:?}");
-                assert_eq!(call.actual.usd_micros.0, truth[&id].usd_micros, "{id}: billed as charged");
-            }
-            other => panic!("{id} is {other:?} on a bill whose task is done"),
-        }
-    }
+    let meters: Vec<_> = agents.iter().map(Scripted::meter).collect();
+    verdict::agree(&fleet.routers[owner], &fleet.wires, &meters, &told, 9);
+    verdict::billed_as_charged(&told, &meters);
+    let verified = atp::run_json(&["verify", "--log", &fleet.routers[owner].log()]);
+    assert_eq!(verified["ok"], true, "{verified:#}");
 }
 
 /// Time for some tasks, with whatever owner there is.

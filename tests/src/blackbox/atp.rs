@@ -16,9 +16,12 @@ pub fn path() -> &'static Path {
 }
 
 fn build() -> PathBuf {
-    // target/[TRIPLE/]PROFILE/deps/TEST
+    // target/[TRIPLE/]PROFILE/deps/TEST, or a binary of the tests beside `deps`
     let test = std::env::current_exe().expect("a test has a path");
-    let profile = test.parent().and_then(Path::parent).expect("tests lie in target/PROFILE/deps");
+    let mut profile = test.parent().expect("tests lie in target/PROFILE/deps");
+    if profile.ends_with("deps") {
+        profile = profile.parent().expect("tests lie in target/PROFILE/deps");
+    }
     let target = profile.parent().expect("tests lie in target/PROFILE/deps");
     let name = match profile.file_name().and_then(|n| n.to_str()) {
         Some("debug") | None => "dev",
@@ -72,7 +75,20 @@ pub fn run_json(args: &[&str]) -> Value {
 /// The binary, without what the caller's environment would tell it.
 #[must_use]
 pub fn command(args: &[&str]) -> Command {
-    let mut command = Command::new(path());
+    command_under(&[], args)
+}
+
+/// The same by a command that runs the command line behind it: `env`, `strace`, ...
+#[must_use]
+pub fn command_under(wrapper: &[&str], args: &[&str]) -> Command {
+    let mut command = match wrapper.split_first() {
+        None => Command::new(path()),
+        Some((first, rest)) => {
+            let mut command = Command::new(first);
+            command.args(rest).arg(path());
+            command
+        }
+    };
     command.args(args).stdin(Stdio::null());
     for name in ["ATP_URL", "ATP_TOKEN", "ATP_CONFIG", "RUST_LOG"] {
         command.env_remove(name);

@@ -9,6 +9,7 @@ pub mod peer;
 pub mod process;
 pub mod redis;
 pub mod relay;
+pub mod verdict;
 
 use std::time::{Duration, Instant};
 

@@ -6,6 +6,7 @@ use serde_json::Value;
 use std::fmt::Write as _;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicU16, Ordering};
@@ -64,10 +65,23 @@ impl Router {
     /// # Panics
     /// When it doesn't serve; its own words are in the message.
     pub fn restart(&mut self) {
+        if let Err(said) = self.restart_under(&[]) {
+            panic!("the router doesn't serve: {said}\n{}", self.stderr());
+        }
+    }
+
+    /// Starts it again by a command that runs the command line behind it, in the same process in the end.
+    ///
+    /// # Errors
+    /// It doesn't serve; what it said instead.
+    ///
+    /// # Panics
+    /// When it runs already, or can't be started.
+    pub fn restart_under(&mut self, wrapper: &[&str]) -> Result<(), String> {
         assert!(self.child.is_none(), "it runs");
         let err = std::fs::File::create(self.dir.path().join("stderr")).expect("a file");
         let config = self.config();
-        let mut child = atp::command(&["router", "--json", "--config"])
+        let mut child = atp::command_under(wrapper, &["router", "--json", "--config"])
             .arg(&config)
             .envs(self.env.iter().map(|(name, value)| (*name, value)))
             .stdout(Stdio::piped())
@@ -77,9 +91,31 @@ impl Router {
         let out = child.stdout.take().expect("piped");
         let mut line = String::new();
         BufReader::new(out).read_line(&mut line).expect("its standard output");
-        let served = serde_json::from_str::<Value>(&line).is_ok_and(|v| v["atp"] == self.atp.to_string());
         self.child = Some(child);
-        assert!(served, "the router doesn't serve: {line}\n{}", self.stderr());
+        let served = serde_json::from_str::<Value>(&line).is_ok_and(|v| v["atp"] == self.atp.to_string());
+        if served { Ok(()) } else { Err(line) }
+    }
+
+    /// Its process.
+    ///
+    /// # Panics
+    /// When it doesn't run.
+    #[must_use]
+    pub fn pid(&self) -> u32 {
+        self.child.as_ref().expect("it runs").id()
+    }
+
+    /// True once somebody else has killed it; then it may be started again.
+    ///
+    /// # Panics
+    /// When it has ended in another way.
+    pub fn was_killed(&mut self) -> bool {
+        let Some(status) = self.child.as_mut().and_then(|child| child.try_wait().expect("a child")) else {
+            return false;
+        };
+        assert_eq!(status.signal(), Some(9), "the router ended by itself: {status}\n{}", self.stderr());
+        self.child = None;
+        true
     }
 
     /// Starts it without waiting until it serves: it may have to wait for its turn.
