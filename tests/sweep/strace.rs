@@ -40,15 +40,20 @@ pub(crate) fn is_there() -> Result<(), String> {
     }
 }
 
-fn kill_at(call: &str, n: u64) -> String {
-    format!("inject={call}:signal=KILL:when={n}")
+/// What has strace kill at the n-th call. Before a lost write the log is slow: what leaves too early then leaves for sure.
+fn kill_at(call: &str, n: u64) -> Vec<String> {
+    let mut flags = vec!["-e".into(), format!("trace={call},fdatasync")];
+    flags.extend(["-e".into(), format!("inject={call}:signal=KILL:when={n}")]);
+    if call == "pwrite64" {
+        flags.extend(["-e".into(), "inject=fdatasync:delay_exit=3000".into()]);
+    }
+    flags
 }
 
 /// A command before the router's own that has it killed at a call from its start on.
 pub(crate) fn wrapper(call: &str, n: u64) -> Vec<String> {
-    let strace = ["strace", "-f", "-D", "-qq", "-o", "/dev/null", "-e"].map(str::to_owned);
-    let what = [format!("trace={call}"), "-e".into(), kill_at(call, n)];
-    ALONE.map(str::to_owned).into_iter().chain(strace).chain(what).collect()
+    let strace = ["strace", "-f", "-D", "-qq", "-o", "/dev/null"].map(str::to_owned);
+    ALONE.map(str::to_owned).into_iter().chain(strace).chain(kill_at(call, n)).collect()
 }
 
 /// A command before the router's own that writes its calls into a file.
@@ -64,7 +69,9 @@ pub(crate) struct Attached(Child);
 impl Attached {
     /// Kills the process at the n-th call from now on.
     pub(crate) fn killing(pid: u32, call: &str, n: u64) -> Self {
-        Self::to(pid, &["-o", "/dev/null", "-e", &format!("trace={call}"), "-e", &kill_at(call, n)])
+        let flags = kill_at(call, n);
+        let flags: Vec<&str> = ["-o", "/dev/null"].into_iter().chain(flags.iter().map(String::as_str)).collect();
+        Self::to(pid, &flags)
     }
 
     /// Writes the process's calls into a file.
