@@ -94,11 +94,14 @@ pub(crate) async fn wait(
     let atp = bind("atp", config.listen.atp).await?;
     let http = bind("http", config.listen.http).await?;
     (config.listen.atp, config.listen.http) = (address(&atp, config.listen.atp), address(&http, config.listen.http));
+    // HTTP is dialled at the same host.
+    let host = config.advertise.as_ref().and_then(|place| Some(place.rsplit_once(':')?.0.to_owned()));
     let place = Place {
         router: config.settings.router_id.to_string(),
         incarnation: incarnation.into(),
         atp: config.advertise.clone().unwrap_or_else(|| config.listen.atp.to_string()),
-        http: config.listen.http.to_string(),
+        http: host
+            .map_or_else(|| config.listen.http.to_string(), |host| format!("{host}:{}", config.listen.http.port())),
     };
     let mut lease = Lease::new(&redis, &place, Duration::from_millis(config.limits.lease_ms))?;
     let (told, owner) = watch::channel(Owner::Unknown);
@@ -145,13 +148,23 @@ pub(crate) async fn wait(
             news
         });
     }
+    tracing::info!("the lease is this router's; taking the shard");
     drop(guard);
     tasks.close();
-    tasks.wait().await;
-    tracing::info!("the lease is this router's; taking the shard");
-    let follower = match following {
-        Some(following) => following.await.unwrap_or_default(),
-        None => None,
+    let ends = async {
+        tasks.wait().await;
+        match following {
+            Some(following) => following.await.unwrap_or_default(),
+            None => None,
+        }
+    };
+    tokio::pin!(ends);
+    let follower = loop {
+        tokio::select! {
+            follower = &mut ends => break follower,
+            // Kept meanwhile: who still reads may need longer than it lives.
+            _ = tick.tick() => drop(lease.ask().await),
+        }
     };
     Ok(Some((lease, follower)))
 }

@@ -76,6 +76,8 @@ fn every_mistake_is_named_with_its_place() {
     assert_eq!(only("agents: [{kind: gpt, name: a}]"), "1:17 agents[0].kind");
     assert_eq!(only("agents: [{kind: ollama, name: 'a b'}]"), "1:10 agents[0].name");
     assert_eq!(only("router: {id: 'a b'}"), "1:14 router.id");
+    assert_eq!(only("router: {advertise: router.example}"), "1:21 router.advertise");
+    assert_eq!(only("router: {advertise: 'http://r:7443'}"), "1:21 router.advertise");
     assert_eq!(only("router: {id: a}\nrouter: {id: b}"), "2:1 ");
     assert_eq!(only("accounts: {'a b': {usd: 1}}"), "1:12 accounts.a b");
     assert_eq!(only("prices: /no/such/file.json"), "1:9 prices");

@@ -225,6 +225,12 @@ impl Config {
         }
         if let LogPlace::Kafka(place) = &self.log {
             kafka::problems(place, &mut problems);
+            let shares = matches!(self.store, StoreConfig::Redis(_));
+            if shares && self.advertise.is_none() && self.listen.atp.ip().is_unspecified() {
+                let message = "is empty, and others can't dial the address that is listened on";
+                let fix = "write where the other routers' clients and agents reach this one: HOST:PORT";
+                problems.push(Problem::nowhere("router.advertise", message, fix));
+            }
         }
         problems
     }

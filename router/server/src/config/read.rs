@@ -286,6 +286,14 @@ impl Walk<'_> {
         }
         config.listen.insecure = self.value("listen.insecure") == Some(Read::Bool(true));
         config.advertise = self.opt_text("router.advertise");
+        let is_place = |place: &String| {
+            let port = place.rsplit_once(':').and_then(|(host, port)| (!host.is_empty()).then(|| port.parse::<u16>()));
+            port.is_some_and(|port| port.is_ok_and(|p| p > 0)) && !place.contains(['/', ' ', '@'])
+        };
+        if config.advertise.as_ref().is_some_and(|place| !is_place(place)) {
+            let fix = "write what others dial: HOST:PORT";
+            self.problem(self.mark("router.advertise"), "router.advertise", "is no address", fix);
+        }
         if let Some(id) = self.opt_text("router.id") {
             if !is_id(&id) {
                 self.problem(
