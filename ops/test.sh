@@ -121,11 +121,8 @@ redis() {
     tests/parts/redis.sh stop --owner $$
 }
 
-# Brokers for every test of this run; they end with this process.
-kafka() {
-    local count
-    for count in 1 3; do tests/parts/kafka.sh start --brokers $count --owner $$ || return 1; done
-}
+# A broker for every test of this run; it ends with this process. Three are started by the tests that kill them.
+kafka() { tests/parts/kafka.sh start --owner $$; }
 
 kafka_tls() {
     cargo test --quiet --locked -p atp-router --features kafka-tls --lib kafka

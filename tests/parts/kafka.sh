@@ -2,11 +2,12 @@
 # A real Kafka on loopback for the tests: one node, or three brokers and a controller of their own.
 # It owns one folder of the user's cache; the data of its topics is thrown away when it stops.
 #
-#   tests/parts/kafka.sh start [--brokers 1|3] [--owner PID]   sets it up (first time: downloads), starts it, prints NAME=value lines
-#   tests/parts/kafka.sh url [--brokers 1|3]                   prints the same lines if it runs, else exits 1
-#   tests/parts/kafka.sh stop [--brokers 1|3] [--owner PID]    stops it; with an owner: only if no other owner is left
-#   tests/parts/kafka.sh kill N | revive N                     SIGKILL for broker N (1 to 3) of the three; its start with its data
+#   tests/parts/kafka.sh start [--brokers 1|3] [--set NAME] [--owner PID]   sets it up (first time: downloads), starts it, prints NAME=value lines
+#   tests/parts/kafka.sh url [--brokers 1|3] [--set NAME]                   prints the same lines if it runs, else exits 1
+#   tests/parts/kafka.sh stop [--brokers 1|3] [--set NAME] [--owner PID]    stops it; with an owner: only if no other owner is left
+#   tests/parts/kafka.sh kill N | revive N [--set NAME]                     SIGKILL for broker N (1 to 3) of the three; its start with its data
 #
+# Who kills brokers gives its set a name, so that nobody else is on it.
 # With `--owner` it ends by itself soon after the last owner's process has ended. Without, it runs until `stop`.
 # Needs: bash, Java 17 or newer, Maven, flock and setsid (util-linux). Messages go to stderr; stdout carries only
 # ATP_KAFKA (host:port, or three with commas) and ATP_KAFKA_DIR, where each node's server.log is.
@@ -23,7 +24,7 @@ usage() { sed -n '5,8s/^#   //p' "$0" >&2; exit 2; }
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 command=${1:-}
 [ $# -gt 0 ] && shift
-owner= brokers=1 node=
+owner= brokers=1 node= name=
 case $command in
     kill|revive)
         case ${1:-} in [123]) node=$1; brokers=3; shift ;; *) say "$command takes a broker, 1 to 3"; usage ;; esac ;;
@@ -38,6 +39,10 @@ while [ $# -gt 0 ]; do
             brokers=${2:-}
             case $brokers in 1|3) ;; *) say "--brokers takes 1 or 3, not '$brokers'"; exit 2 ;; esac
             shift 2 ;;
+        --set)
+            name=${2:-}
+            case $name in ''|*[!A-Za-z0-9-]*) say "--set takes a name of A-Za-z0-9-, not '$name'"; exit 2 ;; esac
+            shift 2 ;;
         *) say "unknown argument '$1'"; usage ;;
     esac
 done
@@ -47,7 +52,7 @@ elif [ -n "${HOME:-}" ]; then base=$HOME/.cache
 else die "neither XDG_CACHE_HOME nor HOME is set; set one to say where Kafka's jars may be kept"; fi
 dir=$base/atp/kafka
 jars=$dir/jars-$(cksum <"$here/kafka-pom.xml" | cut -d' ' -f1)
-set=$dir/brokers-$brokers
+set=$dir/brokers-$brokers${name:+-$name}
 owners=$set/owners         # one empty file per owner's process id; `keep` for a start without owner
 state=$set/url             # the lines that `start` prints, written once all nodes serve
 
@@ -217,7 +222,7 @@ launch() {
     [ $status = 0 ] || die "no free ports"
     printf 'ATP_KAFKA=%s\nATP_KAFKA_DIR=%s\n' "$urls" "$set" >"$state.part"
     mv "$state.part" "$state"
-    setsid "$0" watch --brokers "$brokers" </dev/null >/dev/null 2>&1 9>&- &
+    setsid "$0" watch --brokers "$brokers" ${name:+--set "$name"} </dev/null >/dev/null 2>&1 9>&- &
     disown
 }
 

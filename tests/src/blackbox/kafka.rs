@@ -11,13 +11,17 @@ pub struct Brokers {
 }
 
 impl Brokers {
-    /// Starts one broker, or three with a controller of their own; takes those that run.
+    /// Starts one broker, or takes the one that runs; or three with a controller of their own, for this process alone.
     ///
     /// # Panics
     /// When they don't start.
     #[must_use]
     pub fn start(count: u32) -> Self {
-        let lines = script(&["start", "--brokers", &count.to_string(), "--owner", &std::process::id().to_string()]);
+        let owner = std::process::id().to_string();
+        let lines = match count {
+            1 => script(&["start", "--owner", &owner]),
+            _ => script(&["start", "--brokers", &count.to_string(), "--set", &owner, "--owner", &owner]),
+        };
         let addresses = lines.lines().find_map(|line| line.strip_prefix("ATP_KAFKA=")).expect("addresses");
         Self { addresses: addresses.into(), count }
     }
@@ -39,7 +43,7 @@ impl Brokers {
     /// # Panics
     /// When it doesn't run.
     pub fn kill(&self, broker: u32) {
-        script(&["kill", &broker.to_string()]);
+        script(&["kill", &broker.to_string(), "--set", &std::process::id().to_string()]);
     }
 
     /// Starts it again with its data, and waits until it serves.
@@ -47,7 +51,7 @@ impl Brokers {
     /// # Panics
     /// When it doesn't.
     pub fn revive(&self, broker: u32) {
-        script(&["revive", &broker.to_string()]);
+        script(&["revive", &broker.to_string(), "--set", &std::process::id().to_string()]);
     }
 }
 

@@ -117,19 +117,37 @@ impl Messages {
         Ok(Self { address: address.clone(), partition, consumer, next: 0, end: 0 })
     }
 
-    /// The first offset that is kept, and the one behind the last.
+    /// The first offset that is kept, and the one behind the last. Waits while the partition has no leader.
     pub(super) fn ends(&self, patience: Duration) -> Result<(u64, u64), LogError> {
-        let ends = self.consumer.fetch_watermarks(&self.address.topic, self.partition, patience);
-        let (low, high) = ends.map_err(|error| match error.rdkafka_error_code() {
-            Some(
-                RDKafkaErrorCode::UnknownTopicOrPartition
-                | RDKafkaErrorCode::UnknownTopic
-                | RDKafkaErrorCode::UnknownPartition,
-            ) => self.address.refused(format!("there is no such topic, or it has no partition {}", self.partition)),
-            _ => self.address.failed("read the ends of")(error),
-        })?;
+        let end = Instant::now() + patience;
+        let (low, high) = loop {
+            let left = end.saturating_duration_since(Instant::now());
+            match self.watermarks(self.partition, left) {
+                Ok(ends) => break ends,
+                Err(error) => match error.rdkafka_error_code() {
+                    Some(RDKafkaErrorCode::NotLeaderForPartition | RDKafkaErrorCode::LeaderNotAvailable)
+                        if !left.is_zero() =>
+                    {
+                        std::thread::sleep(Duration::from_millis(50));
+                    }
+                    Some(
+                        RDKafkaErrorCode::UnknownTopicOrPartition
+                        | RDKafkaErrorCode::UnknownTopic
+                        | RDKafkaErrorCode::UnknownPartition,
+                    ) => {
+                        let what = format!("there is no such topic, or it has no partition {}", self.partition);
+                        return Err(self.address.refused(what));
+                    }
+                    _ => return Err(self.address.failed("read the ends of")(error)),
+                },
+            }
+        };
         let offset = |n: i64| u64::try_from(n).unwrap_or(0);
         Ok((offset(low), offset(high)))
+    }
+
+    pub(super) fn watermarks(&self, partition: i32, patience: Duration) -> Result<(i64, i64), KafkaError> {
+        self.consumer.fetch_watermarks(&self.address.topic, partition, patience)
     }
 
     pub(super) const fn consumer(&self) -> &BaseConsumer<Quiet> {

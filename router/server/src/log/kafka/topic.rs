@@ -80,14 +80,15 @@ pub(super) fn create(
         Some(Err((_, code))) => return Err(address.failed("make")(KafkaError::AdminOp(code))),
         Some(Ok(_)) | None => true,
     };
-    // Known to the controller isn't known to every broker.
+    // Known to the controller isn't known to every broker, and a partition needs a leader.
     let begun = Instant::now();
-    while shape(address, messages)?.is_none() {
-        if begun.elapsed() > PATIENCE {
-            let why = "it was made, but no broker knows of it".into();
-            return Err(LogError::Kafka { doing: "look for", address: address.to_string(), why });
+    for partition in 0..partitions {
+        while let Err(error) = messages.watermarks(partition, PATIENCE) {
+            if begun.elapsed() > PATIENCE {
+                return Err(address.failed("look for, though it was just made,")(error));
+            }
+            std::thread::sleep(Duration::from_millis(50));
         }
-        std::thread::sleep(Duration::from_millis(50));
     }
     Ok(fresh)
 }
