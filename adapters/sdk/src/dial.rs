@@ -11,8 +11,8 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpStream;
 use tokio::time::timeout;
 
-/// How long one of several routers may take to be reached before the next is tried.
-const EACH: Duration = Duration::from_secs(2);
+/// How long one of several routers may take to be reached, and to answer the hello, before the next is tried.
+pub(crate) const EACH: Duration = Duration::from_secs(2);
 
 /// Any ordered byte stream in both directions.
 pub trait Io: AsyncRead + AsyncWrite + Unpin + Send {}
@@ -65,7 +65,7 @@ impl Dialer {
     }
 
     /// Dials one of several routers, each by its own dialer: the first one first, after a loss the one behind it, in a
-    /// circle. One that isn't reached within 2 s is passed over. Without any it dials nothing.
+    /// circle. One that isn't reached within 2 s, or doesn't answer the hello within 2 s, is passed over. Without any it dials nothing.
     #[must_use]
     pub fn any(of: impl IntoIterator<Item = Self>) -> Self {
         let of: Arc<[Self]> = of.into_iter().collect();

@@ -1,7 +1,7 @@
 //! One connection: frames over a byte stream, reads and coalesced writes driven by one task, and the hello.
 //! Knows nothing of streams, tasks or calls.
 
-use crate::dial::{BoxedIo, Dialer, Endpoint, parse_url};
+use crate::dial::{BoxedIo, Dialer, EACH, Endpoint, parse_url};
 use crate::error::Error;
 use atp_proto::code::WireError;
 use atp_proto::codec;
@@ -125,10 +125,12 @@ pub(crate) async fn open(
     token: Option<&str>,
     within: Duration,
 ) -> Result<(Wire, HelloAck), Error> {
+    // One that hangs must not use up the time in which others wait for this peer.
+    let answer = if dialer.routers() > 1 { within.min(EACH) } else { within };
     let mut redirected: Option<Dialer> = None;
     let attempt = async {
         for _ in 0..=REDIRECTS_MAX {
-            match greet(redirected.as_ref().unwrap_or(dialer), role, token).await? {
+            match greet(redirected.as_ref().unwrap_or(dialer), role, token, answer).await? {
                 Greeted::Here(wire, answer) => return Ok((*wire, answer)),
                 Greeted::Elsewhere(url) => match parse_url(&url) {
                     Ok(Endpoint::Atp(address)) => redirected = Some(Dialer::tcp(address)),
@@ -138,9 +140,7 @@ pub(crate) async fn open(
         }
         Err(Error::Protocol(format!("more than {REDIRECTS_MAX} routers in a row sent this connection to another one")))
     };
-    timeout(within, attempt)
-        .await
-        .unwrap_or_else(|_| Err(Error::Unreachable(format!("{dialer}: no answer within {} ms", within.as_millis()))))
+    timeout(within, attempt).await.unwrap_or_else(|_| Err(no_answer(dialer, within)))
 }
 
 enum Greeted {
@@ -148,7 +148,8 @@ enum Greeted {
     Elsewhere(String),
 }
 
-async fn greet(dialer: &Dialer, role: Role, token: Option<&str>) -> Result<Greeted, Error> {
+/// `within`: how long the answer may take once the router is reached.
+async fn greet(dialer: &Dialer, role: Role, token: Option<&str>, within: Duration) -> Result<Greeted, Error> {
     // Of several routers the error names each.
     let unreachable = |e| match dialer.routers() {
         1 => Error::Unreachable(format!("{dialer}: {e}")),
@@ -158,6 +159,14 @@ async fn greet(dialer: &Dialer, role: Role, token: Option<&str>) -> Result<Greet
     let mut wire = Wire::new(io);
     let hello = Hello { minor_max: 1, role, token: token.map(str::to_owned) };
     wire.push(&Frame::json("", 0, Flags::SYN, kind::HELLO, &hello));
+    timeout(within, answer_to_hello(wire, dialer)).await.unwrap_or_else(|_| Err(no_answer(dialer, within)))
+}
+
+fn no_answer(dialer: &Dialer, within: Duration) -> Error {
+    Error::Unreachable(format!("{dialer}: no answer within {} ms", within.as_millis()))
+}
+
+async fn answer_to_hello(mut wire: Wire, dialer: &Dialer) -> Result<Greeted, Error> {
     loop {
         while let Some(frame) = wire.take().map_err(|e| Error::Protocol(e.to_string()))? {
             match hello_answer(&frame)? {

@@ -354,8 +354,12 @@ async fn several_routers_take_turns_and_the_stream_goes_on() {
     let reading = tokio::spawn(texts(stream));
     tokio::time::sleep(Duration::from_millis(10)).await;
     drop(peer);
-    // In a circle: nobody, silence, and then the first that answers. Message 2 was read; what follows is asked for.
-    let mut peer = at_a.accept().await;
+    // In a circle: nobody, silence, one that is reached and says nothing, and then the one that answers. Message 2 was read;
+    // what follows is asked for.
+    let _hangs = at_a.accept_silent().await;
+    let begun = tokio::time::Instant::now();
+    let mut peer = at_b.accept().await;
+    assert!(begun.elapsed() <= Duration::from_secs(3), "{:?}", begun.elapsed());
     assert_eq!(after(&peer.expect(kind::RESUME).await), 2);
     peer.send(&final_("s", 3, "two")).await;
     peer.send(&bill("s", 4)).await;
