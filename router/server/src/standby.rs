@@ -26,7 +26,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
-use tokio::time::{MissedTickBehavior, interval, timeout};
+use tokio::time::{Instant, MissedTickBehavior, interval, timeout};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -112,7 +112,7 @@ pub(crate) async fn wait(
     let guard = stop.clone().drop_guard();
     let mut tick = interval(lease.ttl / TIMES);
     tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    let mut last: Option<Arc<Place>> = None;
+    let (begun, mut last) = (Instant::now(), None::<Arc<Place>>);
     loop {
         tick.tick().await;
         let found = match lease.ask().await {
@@ -121,6 +121,11 @@ pub(crate) async fn wait(
                 Some(place) if answers(place).await => {
                     lease.give_back().await;
                     Owner::At(place.clone())
+                }
+                // So may be one that isn't known here yet: it has the time of a lease to take it again.
+                None if begun.elapsed() < lease.ttl => {
+                    lease.give_back().await;
+                    Owner::Unknown
                 }
                 _ => break,
             },
