@@ -56,6 +56,11 @@ set_up() {
         may_install || die "java or mvn is missing; install them (Debian, Ubuntu: apt install openjdk-17-jre-headless maven)"
         apt-get update -qq && apt-get install -y -qq openjdk-17-jre-headless maven >/dev/null
     fi
+    # OpenSSL is built with it (part kafka-tls).
+    if [ -n "$all" ] && ! perl -MIPC::Cmd -e1 >/dev/null 2>&1; then
+        may_install || die "perl with its modules is missing; install it (Debian, Ubuntu: apt install perl)"
+        apt-get update -qq && apt-get install -y -qq perl >/dev/null
+    fi
     # Tests let a router's clock jump.
     if ! compgen -G '/usr/lib/*/faketime/libfaketime.so.1' >/dev/null && [ ! -e /usr/lib/faketime/libfaketime.so.1 ]; then
         may_install || die "libfaketime is missing; install it (Debian, Ubuntu: apt install libfaketime)"
