@@ -1,9 +1,9 @@
 //! What goes wrong around a router that lives on: it stands still, its agents do, a wire goes silent, descriptors run out, the
 //! wall clock jumps. Each time every task ends, and the bill is what the provider charged.
 
-use atp_proto::content::{Submit, TaskState};
+use atp_proto::content::{Role, Submit, TaskState};
 use atp_tests::blackbox::load::{self, Told};
-use atp_tests::blackbox::peer::task;
+use atp_tests::blackbox::peer::{Peer, submit, task};
 use atp_tests::blackbox::process::{Router, Scripted};
 use atp_tests::blackbox::relay::Relay;
 use atp_tests::blackbox::{PATIENCE, verdict, wait_for};
@@ -96,6 +96,23 @@ fn a_reload_under_load_disturbs_nothing() {
             std::thread::park_timeout(Duration::from_millis(20));
         }
     });
+}
+
+#[test]
+fn a_crowd_leaves_the_log_its_files() {
+    let mut router = Router::prepare("");
+    // 256 are the router's own; of 44 a quarter is HTTP's.
+    router.restart_under(&["prlimit", "--nofile=300:300"]).expect("serves");
+    assert!(router.stderr().contains("limits.connections: 33 native and 11 HTTP"), "{}", router.stderr());
+    let _agent = Scripted::start(router.dir(), "steady", router.atp(), SCRIPT);
+    router.has_agent("steady");
+    let mut client = Peer::client(router.atp());
+    let crowd: Vec<TcpStream> = (0..200).map(|_| TcpStream::connect(router.atp()).expect("a connection")).collect();
+    client.send(&submit("inside", &task("steady")));
+    assert_eq!(client.to_the_bill("inside").len(), 24, "accepted, 20 chunks, the lane's end, the answer, the bill");
+    drop(crowd);
+    wait_for("a place", || Peer::hello(router.atp(), Role::Client).ok());
+    router.settled();
 }
 
 #[test]
