@@ -12,7 +12,6 @@ use atp_tests::blackbox::{seed, verdict};
 use atp_tests::simulation::rng::Rng;
 use std::path::Path;
 use std::slice;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 const CLIENTS: u64 = 12;
 const CHUNKS: u64 = 8;
@@ -57,29 +56,17 @@ fn killed(kills: u32, log: &str) {
     let (atp, relay) = (router.atp(), Relay::to(router.atp()));
     let names = ["steady-0", "steady-1", "steady-2"];
     let agents = names.map(|name| Scripted::start(router.dir(), name, relay.address(), &script(Effects::None)));
-    let killed = AtomicBool::new(false);
-    let next = AtomicU64::new(0);
-    // The load lasts as long as the kills do.
-    let client = || {
-        let mut all = Vec::new();
-        while !killed.load(Ordering::Relaxed) {
-            let n = next.fetch_add(1, Ordering::Relaxed);
-            let fanout = n.is_multiple_of(5).then_some(2);
-            let task = Submit { task: format!("task {n}"), fanout, ..Submit::default() };
-            all.push(load::follow(atp, &format!("key-{n}"), &task));
-        }
-        all
+    let task = |n: u64| {
+        let fanout = n.is_multiple_of(5).then_some(2);
+        Submit { task: format!("task {n}"), fanout, ..Submit::default() }
     };
-    let told: Vec<Told> = std::thread::scope(|scope| {
-        let clients: Vec<_> = (0..CLIENTS).map(|_| scope.spawn(client)).collect();
+    let told = load::during(&[atp], CLIENTS, task, || {
         for kill in 0..kills {
             let frames = relay.frames() + if kill % 10 == 0 { 0 } else { rng.below(FRAMES_MAX) };
             relay.wait_for(frames, || false);
             router.kill();
             router.restart();
         }
-        killed.store(true, Ordering::Relaxed);
-        clients.into_iter().flat_map(|client| client.join().expect("a client")).collect()
     });
 
     verdict::agree(&router, slice::from_ref(&relay), &meters(&agents), &told, CHUNKS + 1);
@@ -103,21 +90,11 @@ fn agents_are_killed_at_random_instants() {
     let mut agents =
         plans.map(|(name, effects)| Scripted::start(router.dir(), name, relay.address(), &script(effects)));
     plans.iter().for_each(|(name, _)| router.has_agent(name));
-    let killed = AtomicBool::new(false);
-    let next = AtomicU64::new(0);
-    let atp = router.atp();
-    let client = || {
-        let mut all = Vec::new();
-        while !killed.load(Ordering::Relaxed) {
-            let n = next.fetch_add(1, Ordering::Relaxed);
-            let name = plans[n as usize % plans.len()].0;
-            let task = Submit { task: format!("task {n}"), agents: vec![AgentName::new(name)], ..Submit::default() };
-            all.push((name, load::follow(atp, &format!("key-{n}"), &task)));
-        }
-        all
+    let task = |n: u64| {
+        let name = plans[n as usize % plans.len()].0;
+        Submit { task: format!("task {n}"), agents: vec![AgentName::new(name)], ..Submit::default() }
     };
-    let told: Vec<(&str, Told)> = std::thread::scope(|scope| {
-        let clients: Vec<_> = (0..CLIENTS).map(|_| scope.spawn(client)).collect();
+    let told = load::during(&[router.atp()], CLIENTS, task, || {
         for kill in 0..KILLS {
             relay.wait_for(relay.frames() + rng.range(20, FRAMES_MAX), || false);
             // Each of them in turn first, so that every kind of agent is met.
@@ -125,19 +102,17 @@ fn agents_are_killed_at_random_instants() {
             agents[at].kill();
             agents[at].restart();
         }
-        killed.store(true, Ordering::Relaxed);
-        clients.into_iter().flat_map(|client| client.join().expect("a client")).collect()
     });
 
-    let all: Vec<Told> = told.iter().map(|(_, told)| told.clone()).collect();
-    verdict::agree(&router, slice::from_ref(&relay), &meters(&agents), &all, CHUNKS + 1);
+    verdict::agree(&router, slice::from_ref(&relay), &meters(&agents), &told, CHUNKS + 1);
     let truth = true_bill(agents.iter().map(Scripted::meter));
     let mut unknown = 0;
-    for (name, told) in &told {
+    for told in &told {
         let (answer, bill) = (told.answer(), told.bill());
         let lost = bill.calls.iter().filter(|c| c.source == Some(Source::UnknownAtHold)).count();
         unknown += lost;
-        if *name == "outside" && lost > 0 {
+        // A task names one agent.
+        if lost > 0 && bill.calls.iter().all(|call| call.agent.as_str() == "outside") {
             // It may have happened: never again, and the client is told so.
             assert_eq!(answer.error.as_ref().map(|e| e.code), Some(Code::OutcomeUnknown), "{answer:?}");
             let void = |id| bill.calls.iter().any(|c| c.call_id == id && c.state == CallState::Void);
@@ -148,7 +123,7 @@ fn agents_are_killed_at_random_instants() {
     }
     println!("{KILLS} kills of agents, {unknown} outcomes unknown");
     assert!(unknown > 0, "the kills met calls in flight");
-    let bills: Vec<_> = all.iter().map(Told::bill).collect();
+    let bills: Vec<_> = told.iter().map(Told::bill).collect();
     for (id, call) in billed(&bills) {
         let truth = truth.get(&id).copied().unwrap_or_default();
         match (call.state, call.source) {
@@ -187,18 +162,8 @@ fn each_of_three_brokers_is_killed_once() {
     let names = ["steady-0", "steady-1", "steady-2"];
     let agents = names.map(|name| Scripted::start(router.dir(), name, relay.address(), &script(Effects::None)));
     names.iter().for_each(|name| router.has_agent(name));
-    let (over, next) = (AtomicBool::new(false), AtomicU64::new(0));
-    let client = || {
-        let mut all = Vec::new();
-        while !over.load(Ordering::Relaxed) {
-            let n = next.fetch_add(1, Ordering::Relaxed);
-            let task = Submit { task: format!("task {n}"), ..Submit::default() };
-            all.push(load::follow(atp, &format!("key-{n}"), &task));
-        }
-        all
-    };
-    let told: Vec<Told> = std::thread::scope(|scope| {
-        let clients: Vec<_> = (0..CLIENTS).map(|_| scope.spawn(client)).collect();
+    let task = |n: u64| Submit { task: format!("task {n}"), ..Submit::default() };
+    let told = load::during(&[atp], CLIENTS, task, || {
         // With one of three away the log goes on, and with the next one once the first is back.
         for broker in 1..=3 {
             for there in [false, true] {
@@ -210,8 +175,6 @@ fn each_of_three_brokers_is_killed_once() {
                 relay.wait_for(relay.frames() + 4 * FRAMES_MAX, || false);
             }
         }
-        over.store(true, Ordering::Relaxed);
-        clients.into_iter().flat_map(|client| client.join().expect("a client")).collect()
     });
     verdict::agree(&router, slice::from_ref(&relay), &meters(&agents), &told, CHUNKS + 1);
     let ready = router.http("GET", "/readyz").1;

@@ -11,7 +11,6 @@ use atp_tests::blackbox::{atp, wait_for};
 use serde_json::{Value, json};
 use std::collections::BTreeSet;
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 const CLIENTS: u64 = 6;
@@ -32,34 +31,12 @@ fn config(url: &str) -> String {
     format!("accounts: {{default: {{usd: 1000, per: total}}}}\nstore: {{kind: redis, redis: {{url: '{url}'}}}}")
 }
 
-/// Ends the load, also when a fault's own expectation fails.
-struct Over<'a>(&'a AtomicBool);
-
-impl Drop for Over<'_> {
-    fn drop(&mut self) {
-        self.0.store(true, Ordering::Relaxed);
-    }
-}
-
 fn while_tasks_run(router: &Router, fault: impl FnOnce()) -> Vec<Told> {
-    let (over, next, router) = (AtomicBool::new(false), AtomicU64::new(0), router.atp());
-    let client = || {
-        let mut all = Vec::new();
-        while !over.load(Ordering::Relaxed) {
-            let n = next.fetch_add(1, Ordering::Relaxed);
-            let fanout = n.is_multiple_of(5).then_some(2);
-            let task = Submit { task: format!("task {n}"), fanout, ..Submit::default() };
-            all.push(load::follow(router, &format!("key-{n}"), &task));
-        }
-        all
+    let task = |n: u64| {
+        let fanout = n.is_multiple_of(5).then_some(2);
+        Submit { task: format!("task {n}"), fanout, ..Submit::default() }
     };
-    std::thread::scope(|scope| {
-        let running: Vec<_> = (0..CLIENTS).map(|_| scope.spawn(client)).collect();
-        let ends = Over(&over);
-        fault();
-        drop(ends);
-        running.into_iter().flat_map(|client| client.join().expect("a client")).collect()
-    })
+    load::during(&[router.atp()], CLIENTS, task, fault)
 }
 
 fn readyz(router: &Router) -> Value {

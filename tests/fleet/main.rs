@@ -3,13 +3,12 @@
 
 use atp_proto::content::{Submit, TaskState};
 use atp_tests::blackbox::kafka::Brokers;
-use atp_tests::blackbox::load::{self, Told};
+use atp_tests::blackbox::load;
 use atp_tests::blackbox::process::{Router, Scripted};
 use atp_tests::blackbox::redis::Redis;
 use atp_tests::blackbox::relay::Relay;
 use atp_tests::blackbox::{atp, verdict, wait_for};
 use std::net::SocketAddr;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 const ROUTERS: usize = 3;
@@ -85,32 +84,14 @@ fn through(mut fleet: Fleet, faults: impl FnOnce(&mut Fleet)) {
         .collect();
     let owner = fleet.owner();
     fleet.routers[owner].has_agent("steady-0");
-    let (over, next) = (AtomicBool::new(false), AtomicU64::new(0));
-    let client = || {
-        let mut all = Vec::new();
-        while !over.load(Ordering::Relaxed) {
-            let n = next.fetch_add(1, Ordering::Relaxed);
-            let task = Submit { task: format!("task {n}"), ..Submit::default() };
-            let begun = Instant::now();
-            all.push((load::follow_any(&addresses, &format!("key-{n}"), &task), begun.elapsed()));
-        }
-        all
-    };
-    let told: Vec<(Told, Duration)> = std::thread::scope(|scope| {
-        let clients: Vec<_> = (0..CLIENTS).map(|_| scope.spawn(client)).collect();
-        let caught = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| faults(&mut fleet)));
-        over.store(true, Ordering::Relaxed);
-        let told = clients.into_iter().flat_map(|client| client.join().expect("a client")).collect();
-        caught.unwrap_or_else(|panic| std::panic::resume_unwind(panic));
-        told
-    });
+    let task = |n: u64| Submit { task: format!("task {n}"), ..Submit::default() };
+    let told = load::during(&addresses, CLIENTS, task, || faults(&mut fleet));
 
     let owner = fleet.owner();
-    let mut took: Vec<Duration> = told.iter().map(|(_, took)| *took).collect();
+    let mut took: Vec<Duration> = told.iter().map(|told| told.took).collect();
     took.sort();
     let at = |percent: usize| took[(took.len() - 1) * percent / 100].as_millis();
     println!("{} tasks; from submit to bill p50 {} ms, p99 {} ms, max {} ms", took.len(), at(50), at(99), at(100));
-    let told: Vec<Told> = told.into_iter().map(|(told, _)| told).collect();
     for told in &told {
         let answer = told.answer();
         assert_eq!((answer.state, &answer.error), (TaskState::Done, &None), "{}", told.stream);

@@ -9,7 +9,7 @@ use atp_proto::frame::kind;
 use std::collections::BTreeMap;
 use std::io;
 use std::net::SocketAddr;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 /// What a client was told about one task.
@@ -21,6 +21,8 @@ pub struct Told {
     pub broken_after_accept: u32,
     /// The refusal, where there was no acceptance.
     pub refused: Option<atp_proto::WireError>,
+    /// From the first dial to the end.
+    pub took: Duration,
 }
 
 impl Told {
@@ -66,8 +68,10 @@ pub fn follow(router: SocketAddr, key: &str, content: &Submit) -> Told {
 pub fn follow_any(routers: &[SocketAddr], key: &str, content: &Submit) -> Told {
     let syn = submit_by_key(key, 1, content);
     let stream = syn.stream_id.to_string();
-    let mut told = Told { stream, frames: BTreeMap::new(), broken_after_accept: 0, refused: None };
-    let end = Instant::now() + 3 * PATIENCE;
+    let mut told =
+        Told { stream, frames: BTreeMap::new(), broken_after_accept: 0, refused: None, took: Duration::ZERO };
+    let begun = Instant::now();
+    let end = begun + 3 * PATIENCE;
     for router in routers.iter().cycle() {
         if told.is_whole() {
             break;
@@ -79,6 +83,7 @@ pub fn follow_any(routers: &[SocketAddr], key: &str, content: &Submit) -> Told {
             std::thread::park_timeout(Duration::from_millis(20));
         }
     }
+    told.took = begun.elapsed();
     told
 }
 
@@ -100,6 +105,43 @@ fn session(router: SocketAddr, syn: &Frame, told: &mut Told) -> io::Result<()> {
         }
     }
     Ok(())
+}
+
+/// Ends a load, also when a fault's own expectation fails.
+struct Over<'a>(&'a AtomicBool);
+
+impl Drop for Over<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
+/// Runs `clients` threads while `fault` lasts, at whichever of the routers serves; each takes `task(n)` for the next n.
+///
+/// # Panics
+/// As `follow`, and as `fault`.
+pub fn during(
+    routers: &[SocketAddr],
+    clients: u64,
+    task: impl Fn(u64) -> Submit + Sync,
+    fault: impl FnOnce(),
+) -> Vec<Told> {
+    let (over, next) = (AtomicBool::new(false), AtomicU64::new(0));
+    let one = || {
+        let mut all = Vec::new();
+        while !over.load(Ordering::Relaxed) {
+            let n = next.fetch_add(1, Ordering::Relaxed);
+            all.push(follow_any(routers, &format!("key-{n}"), &task(n)));
+        }
+        all
+    };
+    std::thread::scope(|scope| {
+        let running: Vec<_> = (0..clients).map(|_| scope.spawn(one)).collect();
+        let ends = Over(&over);
+        fault();
+        drop(ends);
+        running.into_iter().flat_map(|client| client.join().expect("a client")).collect()
+    })
 }
 
 /// Runs `clients` threads; each takes `task(n)` for the next n until `tasks` are done.

@@ -60,7 +60,9 @@ impl Dirty {
                 }
             }
             if !closing {
-                std::thread::sleep(PAUSE);
+                // A close needn't wait for the pause to end.
+                let state = self.lock();
+                drop(self.changed.wait_timeout_while(state, PAUSE, |state| !state.closing));
             }
         }
     }
