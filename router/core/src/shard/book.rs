@@ -79,7 +79,7 @@ impl Shard {
             per: settings.per.as_str().into(),
         });
         let window = AccountWindow { limit, ends_ms, ..known.cloned().unwrap_or_default() };
-        (window, WindowRef { account: tenant.into(), window: id }, record)
+        (window, WindowRef { account: tenant.into(), window: id, shared: false }, record)
     }
 
     pub(super) fn roll_timer(&mut self, account: &str) {

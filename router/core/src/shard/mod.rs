@@ -468,6 +468,7 @@ impl Machine for Shard {
             Input::LogRoom(room) => self.log_room(room),
             Input::Replayed { conn, tenant, stream, upto } => self.replayed(conn, &tenant, &stream, upto),
             Input::Query { id, query } => self.query(id, query),
+            Input::Escrow { .. } => {}
             Input::Checkpoint => self.checkpoint(),
             Input::ToolDone(done) => self.tool_done(*done),
             Input::Drain => self.draining = true,
