@@ -35,7 +35,7 @@ pub(crate) fn install() -> PrometheusHandle {
         .clone()
 }
 
-const TYPES: [&str; 23] = [
+const TYPES: [&str; 26] = [
     kind::TASK_SUBMIT,
     kind::TASK_ANSWER,
     kind::TASK_CANCEL,
@@ -43,9 +43,12 @@ const TYPES: [&str; 23] = [
     kind::RESULT_PROVISIONAL,
     kind::RESULT_FINAL,
     kind::AGENT_LOG,
+    kind::ESTIMATE,
+    kind::ESTIMATE_RESULT,
     kind::DISPATCH,
     kind::AGENT_CANCEL,
     kind::HELLO,
+    kind::REDIRECT,
     kind::CAPABILITIES,
     kind::ACCEPTED,
     kind::RESUME,
@@ -172,11 +175,17 @@ pub(crate) fn record(metric: Metric) {
         Metric::CallsInFlight { agent, n } => {
             gauge!("atp_calls_in_flight", "agent" => agent.to_string()).set(n as f64);
         }
-        Metric::Account { account, held_usd_micros, remaining_usd_micros } => {
+        Metric::AgentTier { agent, tier } => {
+            gauge!("atp_agent_qos_tier", "agent" => agent.to_string()).set(f64::from(tier as u32));
+        }
+        Metric::Account { account, held_usd_micros, remaining_usd_micros, ahead_of_pace } => {
             let account = account.to_string();
             gauge!("atp_reserved_usd_micros", "account" => account.clone()).set(held_usd_micros as f64);
             if let Some(remaining) = remaining_usd_micros {
-                gauge!("atp_budget_remaining_usd_micros", "account" => account).set(remaining as f64);
+                gauge!("atp_budget_remaining_usd_micros", "account" => account.clone()).set(remaining as f64);
+            }
+            if let Some(ahead) = ahead_of_pace {
+                gauge!("atp_account_ahead_of_pace", "account" => account).set(if ahead { 1.0 } else { 0.0 });
             }
         }
     }
