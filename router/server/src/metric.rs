@@ -1,7 +1,7 @@
 //! Names and labels of `/metrics`, in one place. Labels are bounded: no stream ids, payload types from a fixed list.
 
 use atp_core::agent::breaker::BreakerState;
-use atp_core::message::{Flow, Metric};
+use atp_core::message::{Flow, LogRoom, Metric};
 use atp_proto::AgentName;
 use atp_proto::frame::kind;
 use metrics::{Counter, counter, gauge, histogram};
@@ -116,6 +116,13 @@ pub(crate) fn agent(agent: &AgentName, status: &'static str, waiting: usize) {
     gauge!("atp_agent_waiting_calls", "agent" => agent.to_string()).set(waiting as f64);
 }
 
+/// Whether this router owns a shard and serves it, and how much room the log has: 0 enough, 1 low (new work is refused),
+/// 2 nearly none (running calls are told to stop).
+pub(crate) fn health(serving: bool, room: LogRoom) {
+    gauge!("atp_shards_serving").set(if serving { 1.0 } else { 0.0 });
+    gauge!("atp_log_room_level").set(f64::from(room as u8));
+}
+
 /// How much an agent is given: its effective window, what its results have earned, its breaker (one of the states is 1).
 pub(crate) fn agent_flow(agent: &AgentName, flow: &Flow) {
     let name = agent.to_string();
@@ -178,11 +185,14 @@ pub(crate) fn record(metric: Metric) {
         Metric::AgentTier { agent, tier } => {
             gauge!("atp_agent_qos_tier", "agent" => agent.to_string()).set(f64::from(tier as u32));
         }
-        Metric::Account { account, held_usd_micros, remaining_usd_micros, ahead_of_pace } => {
+        Metric::Account { account, held_usd_micros, remaining_usd_micros, limit_usd_micros, ahead_of_pace } => {
             let account = account.to_string();
             gauge!("atp_reserved_usd_micros", "account" => account.clone()).set(held_usd_micros as f64);
             if let Some(remaining) = remaining_usd_micros {
                 gauge!("atp_budget_remaining_usd_micros", "account" => account.clone()).set(remaining as f64);
+            }
+            if let Some(limit) = limit_usd_micros {
+                gauge!("atp_budget_limit_usd_micros", "account" => account.clone()).set(limit as f64);
             }
             if let Some(ahead) = ahead_of_pace {
                 gauge!("atp_account_ahead_of_pace", "account" => account).set(if ahead { 1.0 } else { 0.0 });

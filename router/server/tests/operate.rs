@@ -166,6 +166,7 @@ async fn an_agent_s_tier_and_an_account_s_pace_are_metrics() {
     }
     shows("atp_agent_qos_tier{agent=\"hasty\"} 2").await;
     shows("atp_account_ahead_of_pace{account=\"default\"} 1").await;
+    shows("atp_budget_limit_usd_micros{account=\"default\"} 1000000").await;
     shows("atp_reach_breaches_total{agent=\"hasty\"} ").await;
     let word = r#"{"usd_micros": 5000000, "for_ms": 3600000, "by": "ada"}"#;
     let (status, told) = support::http_body(&router, "POST /v1/accounts/default/faster", word).await;
@@ -284,6 +285,9 @@ async fn a_disk_that_says_it_fills_refuses_new_tasks_and_lets_the_running_one_en
     let call = talker.expect(kind::DISPATCH).await.stream_id.to_string();
     disk.left.store(0, Ordering::SeqCst);
     until("warning", async || http(&router, "GET /readyz").await.0 == 503).await;
+    let shows = async |wanted: &str| http(&router, "GET /metrics").await.1.as_str().is_some_and(|t| t.contains(wanted));
+    until("a level above 0", async || shows("atp_log_room_level 1").await).await;
+    until("a shard that is served", async || shows("atp_shards_serving 1").await).await;
 
     client.send(submit("s2", "talker")).await;
     let refused: WireError = client.expect(kind::ERROR).await.read().expect("an error");

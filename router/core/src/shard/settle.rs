@@ -270,6 +270,7 @@ impl Shard {
             account,
             held_usd_micros: level.held.usd_micros.0,
             remaining_usd_micros: remaining,
+            limit_usd_micros: level.limit.usd_micros.map(|usd| usd.0),
             ahead_of_pace: ahead,
         });
     }
