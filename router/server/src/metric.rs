@@ -7,6 +7,7 @@ use atp_proto::frame::kind;
 use metrics::{Counter, counter, gauge, histogram};
 use metrics_exporter_prometheus::{PrometheusBuilder, PrometheusHandle};
 use std::sync::OnceLock;
+use std::time::{SystemTime, UNIX_EPOCH};
 
 static HANDLE: OnceLock<PrometheusHandle> = OnceLock::new();
 
@@ -30,6 +31,8 @@ pub(crate) fn install() -> PrometheusHandle {
             let handle = recorder.handle();
             // Another recorder of the embedding program stays; `/metrics` is empty then.
             let _ = metrics::set_global_recorder(recorder);
+            let began = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+            gauge!("process_start_time_seconds").set(began.as_secs_f64());
             handle
         })
         .clone()
