@@ -28,6 +28,8 @@ pub(super) struct Book {
     /// Who is told what is left of the account.
     pub(super) followers: Followers,
     roll_at: u64,
+    /// When the account's pace is looked at again.
+    pace_at: u64,
 }
 
 impl Shard {
@@ -98,6 +100,18 @@ impl Shard {
         }
     }
 
+    /// Shows an account that is ahead of its pace anew when the line has caught up.
+    pub(super) fn pace_timer(&mut self, account: &str) {
+        let Some((_, pace)) = self.pace(account) else { return };
+        let logged = self.clock.logged_ms();
+        let at = self.now_ms + pace.resumes_ms(logged).saturating_sub(logged).max(1);
+        let book = self.books.entry(account.into()).or_default();
+        if book.pace_at <= self.now_ms || at < book.pace_at {
+            book.pace_at = at;
+            self.timer(at, Timer::Pace(account.into()));
+        }
+    }
+
     /// An account's window has ended: the next one begins, and who waited for money is asked again.
     pub(super) fn rolled(&mut self, account: &str) {
         if let (_, _, Some(window)) = self.window_now(account)
@@ -106,6 +120,7 @@ impl Shard {
             self.record(Record::Window(window));
         }
         self.money_returned(account);
+        self.account_metric(account);
         self.roll_timer(account);
     }
 

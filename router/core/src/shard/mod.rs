@@ -69,6 +69,8 @@ enum Timer {
     Call(CallId),
     /// An account's window ends.
     Roll(String),
+    /// The line of an account's pace has caught up.
+    Pace(String),
     /// A client's message waits behind a gap.
     Gap(ConnId, StreamId),
     /// An agent's message waits behind a gap.
@@ -456,6 +458,7 @@ impl Shard {
             Timer::Stop(no) => self.stop_due(no),
             Timer::Call(call) => self.call_due(call),
             Timer::Roll(account) => self.rolled(&account),
+            Timer::Pace(account) => self.account_metric(&account),
             Timer::Gap(conn, stream) => self.gap_due(conn, &stream),
             Timer::CallGap(call) => self.call_gap_due(call),
             Timer::Owner(agent) => self.announce(agent),

@@ -364,9 +364,11 @@ impl Shard {
         });
         let calls: Vec<ReserveCall> = calls.collect();
         let lanes: Vec<u32> = calls.iter().map(|c| c.lane).collect();
+        let account = key.tenant.clone();
         self.record(Record::Reserve(Reserve { key, calls }));
         lanes.into_iter().for_each(|lane| self.note_short(no, lane));
         self.metric(Metric::Admission { outcome: "reserved", code: "" });
+        self.account_metric(&account);
     }
 
     /// A lane that failed is replaced: another Reserve in the same entry. False where it has to wait for agent or money.

@@ -254,19 +254,32 @@ impl Shard {
         let Some(standing) = self.state.statistics().agent(agent.as_str()).map(Learned::standing) else { return };
         let Some(tier) = standing.due(today) else { return };
         let errors = standing.errors(today);
-        let agent = agent.as_str().into();
-        self.record(Record::Tier(Tier { agent, tier: tier as u32, runs: errors.runs, under_ppm: errors.under_ppm }));
+        let name = agent.as_str().into();
+        let tier = tier as u32;
+        self.record(Record::Tier(Tier { agent: name, tier, runs: errors.runs, under_ppm: errors.under_ppm }));
+        self.tier_metric(agent);
+    }
+
+    pub(super) fn tier_metric(&mut self, agent: &AgentName) {
+        let tier = self.tier(agent);
+        self.metric(Metric::AgentTier { agent: agent.clone(), tier });
     }
 
     pub(super) fn account_metric(&mut self, account: &str) {
         let Some(found) = self.state.accounts.get(account) else { return };
         let Some(level) = found.windows.get(&found.current).map(crate::account::AccountWindow::level) else { return };
         let remaining = level.limit.usd_micros.map(|_| level.free().usd_micros.0);
+        let ahead = self.pace(account).map(|(_, pace)| pace.is_ahead(self.clock.logged_ms()));
+        if ahead == Some(true) {
+            self.pace_timer(account);
+        }
         let account = atp_proto::TenantId::new(account);
         self.metric(Metric::Account {
             account,
             held_usd_micros: level.held.usd_micros.0,
             remaining_usd_micros: remaining,
+            limit_usd_micros: level.limit.usd_micros.map(|usd| usd.0),
+            ahead_of_pace: ahead,
         });
     }
 }
