@@ -372,15 +372,19 @@ fn open_local(
     clocks: Clocks,
 ) -> Result<Opened, StartError> {
     let dir = config.log_dir();
-    let options =
-        log::Options { dir: dir.clone(), segment_bytes: config.limits.segment_bytes, durability: config.durability };
+    let options = log::Options {
+        segment_bytes: config.limits.segment_bytes,
+        durability: config.durability,
+        ..log::Options::new(&dir)
+    };
     let (log, recovered) = LocalLog::open_on(options, disk).map_err(StartError::Log)?;
-    let source = Source::Local(dir);
-    let state = if recovered.last_position == 0 {
+    let source = Source::local(dir);
+    let last_position = recovered.positions[0];
+    let state = if last_position == 0 {
         State::default()
     } else {
         let folded = log::offline::recover_state(&source).map_err(|error| match error {
-            LogError::Entry { position, what } => StartError::Fold { log: source.to_string(), position, what },
+            LogError::Entry { position, what, .. } => StartError::Fold { log: source.to_string(), position, what },
             error => StartError::Log(error),
         });
         folded?.0
@@ -392,7 +396,7 @@ fn open_local(
         hash_seed: 0,
     });
     let shard = Shard::recover(Arc::new(config.settings.clone()), state, clocks.now(), incarnation, genesis);
-    let (position, guarantee) = (recovered.last_position, config.durability.into());
+    let (position, guarantee) = (last_position, config.durability.into());
     Ok(Opened { log: Box::new(log), source, shard, position, guarantee, serving: false, report: recovered.report })
 }
 
@@ -406,9 +410,11 @@ fn open_kafka(
 ) -> Result<Opened, StartError> {
     let options = config.kafka_options(place);
     let router = &config.settings.router_id;
-    let opened = log::KafkaLog::open_behind(&options, router, incarnation, clocks.now().wall_ms, follower);
+    let now_ms = clocks.now().wall_ms;
+    let opened = log::KafkaShards::open(&options, now_ms)
+        .and_then(|shards| shards.take(0, router, incarnation, now_ms, follower));
     let log::Opened { log, source, state, guarantee, report } = opened.map_err(|error| match error {
-        LogError::Entry { position, what } => StartError::Fold { log: options.address.to_string(), position, what },
+        LogError::Entry { position, what, .. } => StartError::Fold { log: options.address.to_string(), position, what },
         error => StartError::Kafka(error),
     })?;
     let shard = Shard::recover_behind_epoch(Arc::new(config.settings.clone()), state, clocks.now());

@@ -23,7 +23,7 @@ struct Slow {
 impl Slow {
     fn new() -> Self {
         let (inbox, taking) = inbox(1 << 20);
-        let mut clients = Clients::new(16, inbox, Source::Local("".into()), TaskTracker::new());
+        let mut clients = Clients::new(16, inbox, Source::local(""), TaskTracker::new());
         let (outbox, writer) = outbox(CancellationToken::new());
         clients.open(CONN, TenantId::new("default"), outbox);
         Self { clients, taking, writer: Some(writer) }

@@ -185,12 +185,12 @@ impl Config {
     /// This build has no Kafka.
     pub fn source(&self) -> Result<Source, String> {
         match &self.log {
-            LogPlace::Local => Ok(Source::Local(self.log_dir())),
+            LogPlace::Local => Ok(Source::local(self.log_dir())),
             LogPlace::Kafka(place) => Source::kafka(place.address.clone(), 0),
         }
     }
 
-    /// How the Kafka log is opened: shard 0.
+    /// How the Kafka log is opened.
     #[cfg(feature = "kafka")]
     #[must_use]
     pub fn kafka_options(&self, place: &KafkaPlace) -> crate::log::KafkaOptions {
@@ -198,7 +198,6 @@ impl Config {
             address: place.address.clone(),
             single_broker: place.single_broker,
             shards: place.shards,
-            shard: 0,
             data_dir: self.data_dir.clone(),
             checkpoint_every: self.limits.segment_bytes,
         }
