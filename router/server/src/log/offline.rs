@@ -82,20 +82,15 @@ fn go_on(state: &mut State, source: &Source, report: &mut Report) -> Result<(), 
     Ok(())
 }
 
-/// One hash for the states of all shards, given in their order: a single one's own, of more a SHA-256 over theirs, the 32 bytes
-/// of each.
+/// The hash of the states of all shards, given theirs in order: of one its own, of more a SHA-256 over their texts, one behind
+/// the other.
 #[must_use]
-pub fn combined_hash<'a>(states: impl IntoIterator<Item = &'a str>) -> String {
-    let hashes: Vec<&str> = states.into_iter().collect();
-    if let [one] = hashes[..] {
-        return one.into();
+pub fn hash_of_all(hashes: &[String]) -> String {
+    if let [one] = hashes {
+        return one.clone();
     }
     let mut all = Sha256::new();
-    for hash in hashes {
-        let digits = hash.split_once(':').map_or(hash, |(_, digits)| digits).as_bytes();
-        let byte = |pair: &[u8]| u8::from_str_radix(std::str::from_utf8(pair).unwrap_or_default(), 16).unwrap_or(0);
-        all.update(digits.chunks(2).map(byte).collect::<Vec<u8>>());
-    }
+    hashes.iter().for_each(|hash| all.update(hash));
     format!("v{FOLD_VERSION}:{}", hex(&all.finalize()))
 }
 
