@@ -503,6 +503,7 @@ fn is_known(text: &str) -> bool {
             | kind::TOOL_REQUEST
             | kind::TOOL_RESULT
             | kind::HELLO
+            | kind::REDIRECT
             | kind::CAPABILITIES
             | kind::ACCEPTED
             | kind::RESUME

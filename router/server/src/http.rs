@@ -6,6 +6,7 @@ use crate::identity;
 use crate::inbox::{Inbox, ToShard};
 use crate::listen::Peer;
 use crate::log::Source;
+use crate::metric;
 use crate::router::Router as AtpRouter;
 use crate::shard_task::Health;
 use crate::store::StoreHealth;
@@ -379,8 +380,15 @@ async fn verify_now(State(site): State<Site>) -> Result<Json<verify::Report>, Pr
 }
 
 async fn metrics(State(site): State<Site>) -> impl IntoResponse {
-    site.0.prometheus.run_upkeep();
-    ([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], site.0.prometheus.render())
+    let health = site.0.health.borrow().clone();
+    metric::health(health.serving && health.failed.is_none(), health.room);
+    page(&site.0.prometheus)
+}
+
+/// Of a router that serves, and of one that stands by.
+pub(crate) fn page(prometheus: &PrometheusHandle) -> impl IntoResponse + use<> {
+    prometheus.run_upkeep();
+    ([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], prometheus.render())
 }
 
 async fn readyz(State(site): State<Site>) -> impl IntoResponse {

@@ -1,12 +1,13 @@
 //! Names and labels of `/metrics`, in one place. Labels are bounded: no stream ids, payload types from a fixed list.
 
 use atp_core::agent::breaker::BreakerState;
-use atp_core::message::{Flow, Metric};
+use atp_core::message::{Flow, LogRoom, Metric};
 use atp_proto::AgentName;
 use atp_proto::frame::kind;
 use metrics::{Counter, counter, gauge, histogram};
 use metrics_exporter_prometheus::{PrometheusBuilder, PrometheusHandle};
 use std::sync::OnceLock;
+use std::time::{SystemTime, UNIX_EPOCH};
 
 static HANDLE: OnceLock<PrometheusHandle> = OnceLock::new();
 
@@ -30,12 +31,14 @@ pub(crate) fn install() -> PrometheusHandle {
             let handle = recorder.handle();
             // Another recorder of the embedding program stays; `/metrics` is empty then.
             let _ = metrics::set_global_recorder(recorder);
+            let began = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+            gauge!("process_start_time_seconds").set(began.as_secs_f64());
             handle
         })
         .clone()
 }
 
-const TYPES: [&str; 23] = [
+const TYPES: [&str; 26] = [
     kind::TASK_SUBMIT,
     kind::TASK_ANSWER,
     kind::TASK_CANCEL,
@@ -43,9 +46,12 @@ const TYPES: [&str; 23] = [
     kind::RESULT_PROVISIONAL,
     kind::RESULT_FINAL,
     kind::AGENT_LOG,
+    kind::ESTIMATE,
+    kind::ESTIMATE_RESULT,
     kind::DISPATCH,
     kind::AGENT_CANCEL,
     kind::HELLO,
+    kind::REDIRECT,
     kind::CAPABILITIES,
     kind::ACCEPTED,
     kind::RESUME,
@@ -113,6 +119,13 @@ pub(crate) fn agent(agent: &AgentName, status: &'static str, waiting: usize) {
     gauge!("atp_agent_waiting_calls", "agent" => agent.to_string()).set(waiting as f64);
 }
 
+/// Whether this router owns a shard and serves it, and how much room the log has: 0 enough, 1 low (new work is refused),
+/// 2 nearly none (running calls are told to stop).
+pub(crate) fn health(serving: bool, room: LogRoom) {
+    gauge!("atp_shards_serving").set(if serving { 1.0 } else { 0.0 });
+    gauge!("atp_log_room_level").set(f64::from(room as u8));
+}
+
 /// How much an agent is given: its effective window, what its results have earned, its breaker (one of the states is 1).
 pub(crate) fn agent_flow(agent: &AgentName, flow: &Flow) {
     let name = agent.to_string();
@@ -172,11 +185,20 @@ pub(crate) fn record(metric: Metric) {
         Metric::CallsInFlight { agent, n } => {
             gauge!("atp_calls_in_flight", "agent" => agent.to_string()).set(n as f64);
         }
-        Metric::Account { account, held_usd_micros, remaining_usd_micros } => {
+        Metric::AgentTier { agent, tier } => {
+            gauge!("atp_agent_qos_tier", "agent" => agent.to_string()).set(f64::from(tier as u32));
+        }
+        Metric::Account { account, held_usd_micros, remaining_usd_micros, limit_usd_micros, ahead_of_pace } => {
             let account = account.to_string();
             gauge!("atp_reserved_usd_micros", "account" => account.clone()).set(held_usd_micros as f64);
             if let Some(remaining) = remaining_usd_micros {
-                gauge!("atp_budget_remaining_usd_micros", "account" => account).set(remaining as f64);
+                gauge!("atp_budget_remaining_usd_micros", "account" => account.clone()).set(remaining as f64);
+            }
+            if let Some(limit) = limit_usd_micros {
+                gauge!("atp_budget_limit_usd_micros", "account" => account.clone()).set(limit as f64);
+            }
+            if let Some(ahead) = ahead_of_pace {
+                gauge!("atp_account_ahead_of_pace", "account" => account).set(if ahead { 1.0 } else { 0.0 });
             }
         }
     }

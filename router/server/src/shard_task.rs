@@ -331,6 +331,8 @@ impl ShardTask {
                 Effect::Tool { call, attempt, request, tool, args } => {
                     self.tools.run(call, attempt, request, tool, args);
                 }
+                // This process has one shard.
+                Effect::ToShard { .. } => metric::dropped("no_such_shard"),
                 Effect::Metric(metric) => metric::record(metric),
             }
         }
