@@ -1,8 +1,8 @@
 //! The client's side of a stream: submit, duplicates, attach by key, resume, cancel, and refusals.
 
 use super::choice::Request;
-use super::offer::Refusal;
 use super::closing::Stopping;
+use super::offer::Refusal;
 use super::tool::Needs;
 use super::{Shard, Timer};
 use crate::estimate::{CALL_AMOUNT_MAX, prompt_tokens};

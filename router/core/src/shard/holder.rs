@@ -205,7 +205,9 @@ impl Shard {
     /// Shares that nobody uses go back.
     pub(super) fn idle_due(&mut self, account: &str) {
         self.escrows.idle_at.remove(account);
-        let Some(known) = self.state.accounts.get(account).filter(|a| a.shared && !a.windows.is_empty()) else { return };
+        let Some(known) = self.state.accounts.get(account).filter(|a| a.shared && !a.windows.is_empty()) else {
+            return;
+        };
         let busy = known.windows.values().any(|w| w.open > 0) || !self.waiting_for_money(account, 1).is_empty();
         if !busy && !self.bids_for(account) {
             self.return_idle(account, true);

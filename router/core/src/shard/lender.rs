@@ -146,10 +146,7 @@ impl Shard {
         self.lend_share(holder, account, &id, &window, given, calls);
         let part = SPARE_PART * u64::from(self.settings.placement.shards());
         let spare = |given: u64, free: u64| (given.saturating_mul(SPARE_TIMES)).min((free - given) / part);
-        let spare = Amount::new(
-            spare(given.tokens.0, free.tokens.0),
-            spare(given.usd_micros.0, free.usd_micros.0),
-        );
+        let spare = Amount::new(spare(given.tokens.0, free.tokens.0), spare(given.usd_micros.0, free.usd_micros.0));
         let rest = room.zip(calls).map(|(room, calls)| u64::from(room - calls) / part);
         if fresh && least.fits(spare) && rest != Some(0) {
             let calls = rest.map(|rest| u32::try_from(rest).unwrap_or(u32::MAX));
