@@ -2,10 +2,11 @@
 
 use atp_core::agent::breaker::BreakerState;
 use atp_core::message::{Flow, Metric};
-use atp_proto::AgentName;
 use atp_proto::frame::kind;
-use metrics::{Counter, counter, gauge, histogram};
+use atp_proto::{AgentName, Qos, TenantId};
+use metrics::{Counter, Gauge, counter, gauge, histogram};
 use metrics_exporter_prometheus::{PrometheusBuilder, PrometheusHandle};
+use std::collections::BTreeMap;
 use std::sync::OnceLock;
 
 static HANDLE: OnceLock<PrometheusHandle> = OnceLock::new();
@@ -126,8 +127,68 @@ pub(crate) fn agent_flow(agent: &AgentName, flow: &Flow) {
     }
 }
 
+/// What one shard adds to a gauge that is the sum over all of them; nothing any more when it is dropped.
+pub(crate) struct Part {
+    gauge: Gauge,
+    value: f64,
+}
+
+impl Part {
+    pub(crate) fn of(gauge: Gauge) -> Self {
+        Self { gauge, value: 0.0 }
+    }
+
+    #[allow(clippy::float_cmp)] // whole numbers, compared with what was set
+    pub(crate) fn set(&mut self, value: f64) {
+        if value != self.value {
+            self.gauge.increment(value - self.value);
+            self.value = value;
+        }
+    }
+}
+
+impl Drop for Part {
+    fn drop(&mut self) {
+        self.gauge.decrement(self.value);
+    }
+}
+
+/// One shard's parts of the gauges that its facts set.
+#[derive(Default)]
+pub(crate) struct Facts {
+    streams_open: BTreeMap<Qos, Part>,
+    calls_in_flight: BTreeMap<AgentName, Part>,
+    held: BTreeMap<TenantId, Part>,
+    remaining: BTreeMap<TenantId, Part>,
+}
+
+impl Facts {
+    #[allow(clippy::cast_precision_loss)] // a gauge is a float by its nature; money never comes back from here
+    pub(crate) fn record(&mut self, metric: Metric) {
+        match metric {
+            Metric::StreamsOpen { qos, n } => {
+                let part = || Part::of(gauge!("atp_streams_open", "qos" => qos.as_str()));
+                self.streams_open.entry(qos).or_insert_with(part).set(n as f64);
+            }
+            Metric::CallsInFlight { agent, n } => {
+                let part = || Part::of(gauge!("atp_calls_in_flight", "agent" => agent.to_string()));
+                self.calls_in_flight.entry(agent.clone()).or_insert_with(part).set(n as f64);
+            }
+            Metric::Account { account, held_usd_micros, remaining_usd_micros } => {
+                let part = || Part::of(gauge!("atp_reserved_usd_micros", "account" => account.to_string()));
+                self.held.entry(account.clone()).or_insert_with(part).set(held_usd_micros as f64);
+                if let Some(remaining) = remaining_usd_micros {
+                    let part = || Part::of(gauge!("atp_budget_remaining_usd_micros", "account" => account.to_string()));
+                    self.remaining.entry(account.clone()).or_insert_with(part).set(remaining as f64);
+                }
+            }
+            other => record(other),
+        }
+    }
+}
+
 #[allow(clippy::cast_precision_loss)] // a gauge is a float by its nature; money never comes back from here
-pub(crate) fn record(metric: Metric) {
+fn record(metric: Metric) {
     match metric {
         Metric::Admission { outcome, code } => {
             counter!("atp_admission_total", "outcome" => outcome, "code" => code).increment(1);
@@ -168,16 +229,6 @@ pub(crate) fn record(metric: Metric) {
         Metric::Tool { tool, outcome } => {
             counter!("atp_tool_calls_total", "tool" => tool.to_string(), "outcome" => outcome).increment(1);
         }
-        Metric::StreamsOpen { qos, n } => gauge!("atp_streams_open", "qos" => qos.as_str()).set(n as f64),
-        Metric::CallsInFlight { agent, n } => {
-            gauge!("atp_calls_in_flight", "agent" => agent.to_string()).set(n as f64);
-        }
-        Metric::Account { account, held_usd_micros, remaining_usd_micros } => {
-            let account = account.to_string();
-            gauge!("atp_reserved_usd_micros", "account" => account.clone()).set(held_usd_micros as f64);
-            if let Some(remaining) = remaining_usd_micros {
-                gauge!("atp_budget_remaining_usd_micros", "account" => account).set(remaining as f64);
-            }
-        }
+        Metric::StreamsOpen { .. } | Metric::CallsInFlight { .. } | Metric::Account { .. } => {}
     }
 }

@@ -10,7 +10,8 @@ use atp_proto::{StreamId, TenantId};
 use prost::Message;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
-use std::collections::BTreeMap;
+use sha2::{Digest, Sha256};
+use std::collections::{BTreeMap, BTreeSet};
 
 /// The object of `atp verify`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -36,11 +37,24 @@ pub struct Difference {
     pub live: Value,
 }
 
-/// Folds the log up to the live state's position and compares account by account.
+/// A shard as it stands, and its log.
+pub struct Live {
+    pub shard: u32,
+    pub source: Source,
+    pub view: Box<VerifyView>,
+}
+
+/// Folds the log of each shard up to its live state's position and compares account by account.
 ///
 /// # Errors
-/// The log can't be read up to there.
-pub fn against_live(source: &Source, live: &VerifyView) -> Result<Report, String> {
+/// A log can't be read up to there.
+pub fn against_live(live: &[Live]) -> Result<Report, String> {
+    let found = live.iter().map(|live| one_against_live(live).map_err(|e| format!("shard {}: {e}", live.shard)));
+    Ok(report(found.collect::<Result<_, _>>()?))
+}
+
+fn one_against_live(live: &Live) -> Result<Found, String> {
+    let Live { shard, source, view: live } = live;
     let mut state = State::default();
     let records = fold(source, Some(live.position), &mut state, |_, _, _| {})?;
     let folded = state.verify_view();
@@ -68,7 +82,7 @@ pub fn against_live(source: &Source, live: &VerifyView) -> Result<Report, String
             differ(&format!("{}/{}", key.0, key.1), field, log, live);
         }
     }
-    Ok(report(source, &state, records, differences))
+    Ok(Found::of(*shard, source, &state, records, differences))
 }
 
 /// Folds a whole log and compares with what it records of itself: each checkpoint's hash, each bill's settled amount.
@@ -117,24 +131,64 @@ pub fn offline_verify(source: &Source) -> Result<Report, String> {
             }
         }
     })?;
-    Ok(report(source, &state, records, differences))
+    Ok(report(vec![Found::of(0, source, &state, records, differences)]))
 }
 
-fn report(source: &Source, state: &State, records: u64, differences: Vec<Difference>) -> Report {
-    let view = state.verify_view();
-    let accounts: std::collections::BTreeSet<&str> = view.accounts.iter().map(|a| a.account.as_str()).collect();
-    Report {
-        log: source.to_string(),
-        position: view.position,
-        records,
-        shards: state.genesis().shards,
-        accounts: accounts.len() as u64,
-        streams: view.streams,
-        open_reservations: view.open_reservations,
-        ok: differences.is_empty(),
-        differences,
-        state_hash: view.state_hash,
+/// What was found in one shard.
+struct Found {
+    shard: u32,
+    log: String,
+    shards: u32,
+    view: VerifyView,
+    records: u64,
+    differences: Vec<Difference>,
+}
+
+impl Found {
+    fn of(shard: u32, source: &Source, state: &State, records: u64, differences: Vec<Difference>) -> Self {
+        let (log, shards) = (source.to_string(), state.genesis().shards);
+        Self { shard, log, shards, view: state.verify_view(), records, differences }
     }
+}
+
+/// All shards in one: the position is the number of entries.
+fn report(found: Vec<Found>) -> Report {
+    let accounts: BTreeSet<&str> =
+        found.iter().flat_map(|f| &f.view.accounts).map(|account| account.account.as_str()).collect();
+    let hashes: Vec<String> = found.iter().map(|f| f.view.state_hash.clone()).collect();
+    let mut all = Report {
+        log: found.first().map(|f| f.log.clone()).unwrap_or_default(),
+        position: found.iter().map(|f| f.view.position).sum(),
+        records: found.iter().map(|f| f.records).sum(),
+        shards: found.first().map_or(0, |f| f.shards),
+        accounts: accounts.len() as u64,
+        streams: found.iter().map(|f| f.view.streams).sum(),
+        open_reservations: found.iter().map(|f| f.view.open_reservations).sum(),
+        differences: Vec::new(),
+        state_hash: hash_of_all(&hashes),
+        ok: false,
+    };
+    let many = found.len() > 1;
+    for one in found {
+        let named = one.differences.into_iter().map(|difference| match many {
+            true => Difference { field: format!("shard {}: {}", one.shard, difference.field), ..difference },
+            false => difference,
+        });
+        all.differences.extend(named);
+    }
+    all.ok = all.differences.is_empty();
+    all
+}
+
+/// The hash of the states of all shards, in their order: of one its own, of more SHA-256 over their hashes.
+#[must_use]
+pub fn hash_of_all(hashes: &[String]) -> String {
+    if let [one] = hashes {
+        return one.clone();
+    }
+    let mut all = Sha256::new();
+    hashes.iter().for_each(|hash| all.update(hash));
+    format!("v{FOLD_VERSION}:{}", hex(&all.finalize()))
 }
 
 /// Folds from the beginning, so that no checkpoint is believed. Returns the number of records.

@@ -30,6 +30,8 @@ pub struct Config {
     /// What others are told to dial; empty: the address that is bound.
     pub advertise: Option<String>,
     pub data_dir: PathBuf,
+    /// How many shards the log has; `None`: as it was made, and a new one the default.
+    pub shards: Option<u32>,
     /// Of the local log.
     pub durability: Durability,
     pub log: LogPlace,
@@ -133,6 +135,7 @@ impl Default for Config {
             },
             advertise: None,
             data_dir: "./atp-data".into(),
+            shards: None,
             durability: Durability::Fsync,
             log: LogPlace::Local,
             store: StoreConfig::Memory,
@@ -241,6 +244,7 @@ impl Config {
             ("listen", self.listen != new.listen),
             ("router", self.settings.router_id != new.settings.router_id || self.advertise != new.advertise),
             ("data_dir", self.data_dir != new.data_dir),
+            ("shards.count", self.shards != new.shards),
             ("log", self.durability != new.durability || self.log != new.log),
             ("store", self.store != new.store),
             ("auth.anonymous", self.anonymous != new.anonymous),
