@@ -113,6 +113,15 @@ fn work(fleet: &Fleet) {
 #[test]
 fn one_of_three_routers_serves_and_the_next_takes_over() {
     through(Fleet::start(), |fleet| {
+        // Who stands by shows its own figures, not the owner's.
+        let owner = fleet.owner();
+        let standby = (owner + 1) % ROUTERS;
+        assert_eq!(fleet.routers[standby].http("GET", "/metrics").0, 200);
+        assert_eq!(fleet.routers[standby].http("GET", "/v1/fleet").0, 307);
+        let script = concat!(env!("CARGO_MANIFEST_DIR"), "/../ops/docker/atp-ready");
+        let port = fleet.routers[standby].http_addr().port().to_string();
+        let said = std::process::Command::new(script).arg(port).output().expect("bash");
+        assert!(said.status.success(), "who stands by does its part: {said:?}");
         let rounds = if std::env::var_os("ATP_TEST_ALL").is_some() { 10 } else { 1 };
         // SIGKILL: the lease has to lapse. SIGTERM: handed over at once.
         for (signal, end) in [("SIGKILL", Router::kill as fn(&mut Router)), ("SIGTERM", Router::stop)] {

@@ -112,6 +112,9 @@ pub struct Stands {
     /// Unix ms from which on an enforced pace lets new calls begin; 0: it does now.
     #[prost(uint64, tag = "7")]
     pub resumes_ms: u64,
+    /// True: the wish was granted.
+    #[prost(bool, tag = "8")]
+    pub given: bool,
 }
 
 #[derive(Clone, PartialEq, Eq, Message)]

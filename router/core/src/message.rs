@@ -229,6 +229,14 @@ pub enum Metric {
         account: TenantId,
         held_usd_micros: u64,
         remaining_usd_micros: Option<u64>,
+        limit_usd_micros: Option<u64>,
+        /// `None`: the account isn't paced.
+        ahead_of_pace: Option<bool>,
+    },
+    /// The highest QoS that an agent's estimates are trusted with.
+    AgentTier {
+        agent: AgentName,
+        tier: atp_proto::Qos,
     },
 }
 

@@ -1,6 +1,8 @@
 //! One native connection: hello, frames in, heartbeats, and how it ends. Decodes here, decides nothing:
 //! frames go to the shard in batches, one per read, and an agent's own frames to its task.
 
+mod admissible;
+
 use crate::agent_task::{AgentHandle, AgentMessage, Agents};
 use crate::clients::Bounds;
 use crate::identity::{Anonymous, identify};
@@ -8,10 +10,10 @@ use crate::inbox::{self, Inbox, ToShard};
 use crate::metric::{self, FrameCounts};
 use crate::outbox::{Outbox, connection_error, outbox};
 use crate::shards::{Shards, split};
+use admissible::{check_capabilities, is_known};
 use atp_proto::codec::{self, Received};
 use atp_proto::content::{AgentStatus, Capabilities, Hello, HelloAck, HelloLimits, Role};
 use atp_proto::frame::kind;
-use atp_proto::id::is_id;
 use atp_proto::limits::{FIRST_FRAME_MS, FRAGMENT_BYTES, FRAME_BYTES_MAX, FRAME_MS, MESSAGE_BYTES_MAX};
 use atp_proto::{AgentName, Code, ConnId, Flags, Frame, StreamId, TenantId, WireError};
 use bytes::BytesMut;
@@ -535,66 +537,6 @@ impl<R: AsyncRead + Unpin> Connection<R> {
 pub(crate) fn not_here() -> WireError {
     WireError::new(Code::Draining, "this router is stopping, or the stream's shard is moving; connect again")
         .retry_after_ms(1_000)
-}
-
-/// The payload types that this version knows; others are ignored and counted.
-fn is_known(text: &str) -> bool {
-    matches!(
-        text,
-        kind::TASK_SUBMIT
-            | kind::TASK_ANSWER
-            | kind::TASK_CANCEL
-            | kind::RESULT_PARTIAL
-            | kind::RESULT_PROVISIONAL
-            | kind::RESULT_FINAL
-            | kind::AGENT_LOG
-            | kind::ESTIMATE
-            | kind::ESTIMATE_RESULT
-            | kind::DISPATCH
-            | kind::AGENT_CANCEL
-            | kind::TOOL_REQUEST
-            | kind::TOOL_RESULT
-            | kind::HELLO
-            | kind::CAPABILITIES
-            | kind::ACCEPTED
-            | kind::RESUME
-            | kind::BILL
-            | kind::STATUS
-            | kind::WINDOW_UPDATE
-            | kind::BUDGET_UPDATE
-            | kind::ACK
-            | kind::ERROR
-    )
-}
-
-/// What the registry needs of capabilities; the rest is judged by the `Agent`.
-fn check_capabilities(c: &Capabilities) -> Result<(), WireError> {
-    let bad = |field: &str, why: &str| Err(WireError::proto(format!("control.capabilities: {field}: {why}")));
-    if !is_id(c.agent.as_str()) {
-        return bad("agent", "a handle is 1 to 64 of A-Za-z0-9._-");
-    }
-    if !(1..=64).contains(&c.incarnation.len()) {
-        return bad("incarnation", "random text of 1 to 64 bytes, new per start of the agent's process");
-    }
-    if c.host.len() > 255 || c.adapter.len() > 64 {
-        return bad("host, adapter", "at most 255 and 64 bytes");
-    }
-    if c.models.len() > 256 || c.skills.len() > 256 || c.tools.len() > 256 || c.raw_apis.len() > 16 {
-        return bad("models, skills, tools, raw_apis", "at most 256, 256, 256 and 16 entries");
-    }
-    if c.models.iter().any(|m| m.id.len() > 128 || m.id.is_empty()) {
-        return bad("models[].id", "1 to 128 bytes");
-    }
-    if [&c.tool_permissions, &c.security_groups].iter().any(|l| l.len() > 256) {
-        return bad("tool_permissions, security_groups", "at most 256 entries each");
-    }
-    if [&c.tools, &c.tool_permissions].into_iter().flatten().any(|t| !is_id(t)) {
-        return bad("tools[], tool_permissions[]", "1 to 64 of A-Za-z0-9._-");
-    }
-    if c.calls.len() > 4096 {
-        return bad("calls", "at most 4096 entries");
-    }
-    Ok(())
 }
 
 /// Says why a connection isn't taken, to a peer that has said nothing yet.

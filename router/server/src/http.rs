@@ -6,6 +6,7 @@ use crate::identity;
 use crate::inbox::ToShard;
 use crate::listen::Peer;
 use crate::log::Source;
+use crate::metric;
 use crate::router::Router as AtpRouter;
 use crate::shard_task::Health;
 use crate::shards::Shards;
@@ -83,6 +84,10 @@ impl Site {
             Answer::Stream(Some(answer)) => Ok((stream, answer)),
             _ => Err(not_found(id)),
         }
+    }
+
+    fn healths(&self) -> Vec<Health> {
+        self.0.shards.all_here().iter().map(|(_, here)| here.health.borrow().clone()).collect()
     }
 
     /// The log of a stream, to read.
@@ -396,12 +401,20 @@ async fn verify_now(State(site): State<Site>) -> Result<Json<verify::Report>, Pr
 }
 
 async fn metrics(State(site): State<Site>) -> impl IntoResponse {
-    site.0.prometheus.run_upkeep();
-    ([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], site.0.prometheus.render())
+    let all = site.healths();
+    let room = all.iter().map(|h| h.room).max().unwrap_or_default();
+    metric::health(all.iter().filter(|h| h.serving && h.failed.is_none()).count(), room);
+    page(&site.0.prometheus)
+}
+
+/// Of a router that serves, and of one that stands by.
+pub(crate) fn page(prometheus: &PrometheusHandle) -> impl IntoResponse + use<> {
+    prometheus.run_upkeep();
+    ([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], prometheus.render())
 }
 
 async fn readyz(State(site): State<Site>) -> impl IntoResponse {
-    let all: Vec<Health> = site.0.shards.all_here().iter().map(|(_, here)| here.health.borrow().clone()).collect();
+    let all = site.healths();
     let count = site.0.shards.placement().shards();
     let serving = all.iter().filter(|h| h.serving).count();
     let room = all.iter().map(|h| h.room).max().unwrap_or_default();

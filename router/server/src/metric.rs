@@ -1,13 +1,15 @@
 //! Names and labels of `/metrics`, in one place. Labels are bounded: no stream ids, payload types from a fixed list.
 
 use atp_core::agent::breaker::BreakerState;
-use atp_core::message::{Flow, Metric};
+use atp_core::message::{Flow, LogRoom, Metric};
+use atp_core::placement::Placement;
 use atp_proto::frame::kind;
 use atp_proto::{AgentName, Qos, TenantId};
 use metrics::{Counter, Gauge, counter, gauge, histogram};
 use metrics_exporter_prometheus::{PrometheusBuilder, PrometheusHandle};
 use std::collections::BTreeMap;
 use std::sync::OnceLock;
+use std::time::{SystemTime, UNIX_EPOCH};
 
 static HANDLE: OnceLock<PrometheusHandle> = OnceLock::new();
 
@@ -31,12 +33,14 @@ pub(crate) fn install() -> PrometheusHandle {
             let handle = recorder.handle();
             // Another recorder of the embedding program stays; `/metrics` is empty then.
             let _ = metrics::set_global_recorder(recorder);
+            let began = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+            gauge!("process_start_time_seconds").set(began.as_secs_f64());
             handle
         })
         .clone()
 }
 
-const TYPES: [&str; 23] = [
+const TYPES: [&str; 26] = [
     kind::TASK_SUBMIT,
     kind::TASK_ANSWER,
     kind::TASK_CANCEL,
@@ -44,9 +48,12 @@ const TYPES: [&str; 23] = [
     kind::RESULT_PROVISIONAL,
     kind::RESULT_FINAL,
     kind::AGENT_LOG,
+    kind::ESTIMATE,
+    kind::ESTIMATE_RESULT,
     kind::DISPATCH,
     kind::AGENT_CANCEL,
     kind::HELLO,
+    kind::REDIRECT,
     kind::CAPABILITIES,
     kind::ACCEPTED,
     kind::RESUME,
@@ -114,6 +121,14 @@ pub(crate) fn agent(agent: &AgentName, status: &'static str, waiting: usize) {
     gauge!("atp_agent_waiting_calls", "agent" => agent.to_string()).set(waiting as f64);
 }
 
+/// How many shards this router owns and serves, and how much room the log has: 0 enough, 1 low (new work is refused),
+/// 2 nearly none (running calls are told to stop).
+#[allow(clippy::cast_precision_loss)] // a gauge is a float by its nature
+pub(crate) fn health(serving: usize, room: LogRoom) {
+    gauge!("atp_shards_serving").set(serving as f64);
+    gauge!("atp_log_room_level").set(f64::from(room as u8));
+}
+
 /// How much an agent is given: its effective window, what its results have earned, its breaker (one of the states is 1).
 pub(crate) fn agent_flow(agent: &AgentName, flow: &Flow) {
     let name = agent.to_string();
@@ -153,9 +168,10 @@ impl Drop for Part {
     }
 }
 
-/// One shard's parts of the gauges that its facts set.
-#[derive(Default)]
+/// One shard's parts of the gauges that its facts set. What isn't a sum its home shard says.
 pub(crate) struct Facts {
+    shard: u32,
+    placement: Placement,
     streams_open: BTreeMap<Qos, Part>,
     calls_in_flight: BTreeMap<AgentName, Part>,
     held: BTreeMap<TenantId, Part>,
@@ -163,6 +179,17 @@ pub(crate) struct Facts {
 }
 
 impl Facts {
+    pub(crate) fn of(shard: u32, placement: Placement) -> Self {
+        Self {
+            shard,
+            placement,
+            streams_open: BTreeMap::new(),
+            calls_in_flight: BTreeMap::new(),
+            held: BTreeMap::new(),
+            remaining: BTreeMap::new(),
+        }
+    }
+
     #[allow(clippy::cast_precision_loss)] // a gauge is a float by its nature; money never comes back from here
     pub(crate) fn record(&mut self, metric: Metric) {
         match metric {
@@ -174,12 +201,25 @@ impl Facts {
                 let part = || Part::of(gauge!("atp_calls_in_flight", "agent" => agent.to_string()));
                 self.calls_in_flight.entry(agent.clone()).or_insert_with(part).set(n as f64);
             }
-            Metric::Account { account, held_usd_micros, remaining_usd_micros } => {
-                let part = || Part::of(gauge!("atp_reserved_usd_micros", "account" => account.to_string()));
+            Metric::AgentTier { agent, tier } if self.placement.home_of_agent(&agent) == self.shard => {
+                gauge!("atp_agent_qos_tier", "agent" => agent.to_string()).set(f64::from(tier as u32));
+            }
+            Metric::Account { account, held_usd_micros, remaining_usd_micros, limit_usd_micros, ahead_of_pace } => {
+                let name = account.to_string();
+                let part = || Part::of(gauge!("atp_reserved_usd_micros", "account" => name.clone()));
                 self.held.entry(account.clone()).or_insert_with(part).set(held_usd_micros as f64);
                 if let Some(remaining) = remaining_usd_micros {
-                    let part = || Part::of(gauge!("atp_budget_remaining_usd_micros", "account" => account.to_string()));
+                    let part = || Part::of(gauge!("atp_budget_remaining_usd_micros", "account" => name.clone()));
                     self.remaining.entry(account.clone()).or_insert_with(part).set(remaining as f64);
+                }
+                if self.placement.home_of(&name) != self.shard {
+                    return;
+                }
+                if let Some(limit) = limit_usd_micros {
+                    gauge!("atp_budget_limit_usd_micros", "account" => name.clone()).set(limit as f64);
+                }
+                if let Some(ahead) = ahead_of_pace {
+                    gauge!("atp_account_ahead_of_pace", "account" => name).set(if ahead { 1.0 } else { 0.0 });
                 }
             }
             other => record(other),
@@ -229,6 +269,9 @@ fn record(metric: Metric) {
         Metric::Tool { tool, outcome } => {
             counter!("atp_tool_calls_total", "tool" => tool.to_string(), "outcome" => outcome).increment(1);
         }
-        Metric::StreamsOpen { .. } | Metric::CallsInFlight { .. } | Metric::Account { .. } => {}
+        Metric::StreamsOpen { .. }
+        | Metric::CallsInFlight { .. }
+        | Metric::AgentTier { .. }
+        | Metric::Account { .. } => {}
     }
 }

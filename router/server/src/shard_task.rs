@@ -110,8 +110,9 @@ fn log_failed(why: &LogError) -> String {
 
 impl ShardTask {
     pub(crate) fn new(begin: Begin) -> Self {
+        let placement = begin.shards.placement().clone();
         Self {
-            clients: Clients::new(begin.shards.placement().shards(), begin.inbox.clone(), begin.source, begin.tasks),
+            clients: Clients::new(placement.shards(), begin.inbox.clone(), begin.source, begin.tasks),
             inbox: begin.inbox,
             number: begin.number,
             shard: begin.shard,
@@ -135,7 +136,7 @@ impl ShardTask {
                 append_seconds: histogram!("atp_log_append_seconds"),
                 inbox_bytes: Part::of(gauge!("atp_shard_inbox_bytes")),
                 lag_entries: Part::of(gauge!("atp_log_lag_entries")),
-                facts: Facts::default(),
+                facts: Facts::of(begin.number, placement),
             },
         }
     }

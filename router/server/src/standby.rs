@@ -4,13 +4,15 @@
 
 use crate::config::{Config, LogPlace};
 use crate::connection;
-use crate::http::Problem;
+use crate::http::{self, Problem};
 use crate::listen;
 use crate::log::Source;
 use crate::log::offline::Follower;
+use crate::metric;
 use crate::outbox::connection_error;
 use crate::router::{StartError, address, bind};
 use crate::store::{RedisConfig, RedisStore, StateStore, StoreConfig};
+use atp_core::message::LogRoom;
 use atp_proto::content::Redirect;
 use atp_proto::frame::kind;
 use atp_proto::{Code, Flags, Frame, WireError};
@@ -279,6 +281,7 @@ fn routes(owner: watch::Receiver<Owner>) -> axum::Router {
     axum::Router::new()
         .route("/livez", get(|| async { Json(json!({ "live": true })) }))
         .route("/readyz", get(readyz))
+        .route("/metrics", get(metrics))
         .fallback(elsewhere)
         .with_state(owner)
 }
@@ -292,6 +295,12 @@ async fn readyz(State(owner): State<watch::Receiver<Owner>>) -> Response {
         Owner::Away(why) => json!({ "ready": false, "standby_of": null, "store": format!("away: {why}") }),
     };
     (StatusCode::SERVICE_UNAVAILABLE, Json(body)).into_response()
+}
+
+/// Its own: those of the owner stand at the owner.
+async fn metrics() -> impl IntoResponse {
+    metric::health(0, LogRoom::Enough);
+    http::page(&metric::install())
 }
 
 async fn elsewhere(State(owner): State<watch::Receiver<Owner>>, uri: Uri) -> Response {

@@ -134,6 +134,48 @@ async fn an_agent_s_status_is_a_metric() {
 }
 
 #[tokio::test]
+async fn an_agent_s_tier_and_an_account_s_pace_are_metrics() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let mut config = config(dir.path());
+    let account = atp_core::settings::AccountSettings {
+        limit: limit(1_000_000),
+        per: atp_core::settings::Per::Month,
+        pacing: Some(atp_core::pacing::Mode::Observe),
+        ..Default::default()
+    };
+    config.settings.accounts.insert(TenantId::new("default"), account);
+    let router = Router::start(config).await.expect("starts");
+    let shows = async |wanted: &str| {
+        until(wanted, async || http(&router, "GET /metrics").await.1.as_str().is_some_and(|t| t.contains(wanted)))
+            .await;
+    };
+    let mut hasty = agent(&router, "hasty").await;
+    shows("atp_agent_qos_tier{agent=\"hasty\"} 1").await;
+    let (mut client, _) = Peer::hello(&router, Role::Client).await;
+    let mut out = 1_500;
+    for n in 1..=10 {
+        client.send(submit(&format!("s{n}"), "hasty")).await;
+        let call: Dispatch = hasty.expect(kind::DISPATCH).await.read().expect("a dispatch");
+        // Each answer is longer than the mean of those before it, by more than 20 %; the last costs twice the account.
+        let usd_micros = UsdMicros(if n < 10 { 0 } else { 2_000_000 });
+        let cost = atp_proto::Cost { in_tokens: Tokens(70), out_tokens: Tokens(out), usd_micros };
+        let last = AgentFinal { cost, ..AgentFinal::default() };
+        hasty.send(Frame::json(call.call_id.to_string(), 1, Flags::FIN, kind::RESULT_FINAL, &last)).await;
+        while &*client.next().await.expect("open").kind != kind::BILL {}
+        out = out * 13 / 10;
+    }
+    shows("atp_agent_qos_tier{agent=\"hasty\"} 2").await;
+    shows("atp_account_ahead_of_pace{account=\"default\"} 1").await;
+    shows("atp_budget_limit_usd_micros{account=\"default\"} 1000000").await;
+    shows("atp_reach_breaches_total{agent=\"hasty\"} ").await;
+    let word = r#"{"usd_micros": 5000000, "for_ms": 3600000, "by": "ada"}"#;
+    let (status, told) = support::http_body(&router, "POST /v1/accounts/default/faster", word).await;
+    assert_eq!(status, 200, "{told}");
+    shows("atp_account_ahead_of_pace{account=\"default\"} 0").await;
+    router.stop().await.expect("seals");
+}
+
+#[tokio::test]
 async fn a_failed_sync_ends_the_router_with_the_reason() {
     let dir = tempfile::tempdir().expect("a directory");
     let disk = Arc::new(Faulty::default());
@@ -243,6 +285,9 @@ async fn a_disk_that_says_it_fills_refuses_new_tasks_and_lets_the_running_one_en
     let call = talker.expect(kind::DISPATCH).await.stream_id.to_string();
     disk.left.store(0, Ordering::SeqCst);
     until("warning", async || http(&router, "GET /readyz").await.0 == 503).await;
+    let shows = async |wanted: &str| http(&router, "GET /metrics").await.1.as_str().is_some_and(|t| t.contains(wanted));
+    until("a level above 0", async || shows("atp_log_room_level 1").await).await;
+    until("a shard that is served", async || shows("atp_shards_serving 1").await).await;
 
     client.send(submit("s2", "talker")).await;
     let refused: WireError = client.expect(kind::ERROR).await.read().expect("an error");

@@ -49,6 +49,7 @@ impl Shard {
             let until_ms = self.clock.logged_ms().saturating_add(for_ms);
             let account = account.to_string();
             self.record(Record::Faster(Faster { account: account.clone(), more: more.into(), until_ms, by }));
+            self.account_metric(&account);
             accounts = self.accounts();
             accounts.retain(|row| row.account == account);
         }

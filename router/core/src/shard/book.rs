@@ -28,6 +28,8 @@ pub(super) struct Book {
     /// Who is told what is left of the account.
     pub(super) followers: Followers,
     roll_at: u64,
+    /// When the account's pace is looked at again.
+    pace_at: u64,
 }
 
 impl Shard {
@@ -57,6 +59,10 @@ impl Shard {
 
     /// The account's window at this time, and the record that begins it where the log doesn't have it.
     pub(super) fn window_now(&self, tenant: &str) -> (AccountWindow, WindowRef, Option<Window>) {
+        if !self.is_home(tenant) {
+            let (purse, at) = self.purse_now(tenant);
+            return (purse, at, None);
+        }
         let settings = self.account_settings(tenant);
         let (mut id, mut ends_ms) = window_at(settings.per, self.clock.logged_ms());
         let account = self.state.accounts.get(tenant);
@@ -94,6 +100,18 @@ impl Shard {
         }
     }
 
+    /// Shows an account that is ahead of its pace anew when the line has caught up.
+    pub(super) fn pace_timer(&mut self, account: &str) {
+        let Some((_, pace)) = self.pace(account) else { return };
+        let logged = self.clock.logged_ms();
+        let at = self.now_ms + pace.resumes_ms(logged).saturating_sub(logged).max(1);
+        let book = self.books.entry(account.into()).or_default();
+        if book.pace_at <= self.now_ms || at < book.pace_at {
+            book.pace_at = at;
+            self.timer(at, Timer::Pace(account.into()));
+        }
+    }
+
     /// An account's window has ended: the next one begins, and who waited for money is asked again.
     pub(super) fn rolled(&mut self, account: &str) {
         if let (_, _, Some(window)) = self.window_now(account)
@@ -102,7 +120,22 @@ impl Shard {
             self.record(Record::Window(window));
         }
         self.money_returned(account);
+        self.account_metric(account);
         self.roll_timer(account);
+    }
+
+    /// What tasks need that wait for money here, first come first: at most `most` of them, each with its tier.
+    pub(super) fn waiting_for_money(&self, account: &str, most: usize) -> Vec<(u32, Amount)> {
+        let waiting = self.books.get(account).into_iter().flat_map(|b| &b.waiting);
+        waiting.take(most).map(|((qos, _), need)| (*qos, *need)).collect()
+    }
+
+    /// What tasks here have a claim on before a wish of this tier and age, and running calls below their estimate.
+    pub(super) fn claims_before(&self, book: &Book, qos: u32, since: u64) -> Amount {
+        let older = |no: u64| self.state.stream(no).is_some_and(|s| s.accepted_at <= since);
+        let waiting = book.waiting.iter().filter(|((q, no), _)| *q < qos || (*q == qos && older(*no)));
+        let claims = waiting.map(|(_, need)| need).chain(book.short.values());
+        claims.fold(Amount::ZERO, |sum, claim| sum.add(*claim).unwrap_or(sum))
     }
 
     /// The levels of a call of this stream: its account's window in which it was reserved, and the stream.
@@ -114,15 +147,18 @@ impl Shard {
 
     /// Gives money that came back: first to running calls, oldest first, then to waiting tasks.
     pub(super) fn money_returned(&mut self, account: &str) {
-        let Some(book) = self.books.get(account) else { return };
-        for (no, lane) in book.starved.iter().copied().collect::<Vec<_>>() {
+        let starved = self.books.get(account).map(|b| b.starved.iter().copied().collect::<Vec<_>>());
+        for (no, lane) in starved.into_iter().flatten() {
             self.extend(no, lane);
         }
-        let Some(book) = self.books.get(account) else { return };
-        if book.starved.is_empty() {
+        if self.settings.placement.shards() > 1 {
+            self.serve(account);
+        }
+        if let Some(book) = self.books.get(account).filter(|b| b.starved.is_empty()) {
             let woken: Vec<u64> = book.waiting.keys().map(|(_, no)| *no).take(WOKEN_MAX).collect();
             woken.into_iter().for_each(|no| self.ask(no));
         }
+        self.return_wanted(account);
     }
 
     /// Keeps the account's list of calls whose hold is below their estimate true.

@@ -91,6 +91,7 @@ impl Shard {
             flow,
         };
         self.seats.insert(agent.clone(), seat);
+        self.tier_metric(&agent);
         if tell {
             self.tell_standing(&agent);
         }

@@ -106,8 +106,15 @@ pub async fn agent(router: &Router, name: &str) -> Peer {
 }
 
 pub async fn http(router: &Router, request: &str) -> (u16, serde_json::Value) {
+    http_body(router, request, "").await
+}
+
+/// With a JSON body.
+pub async fn http_body(router: &Router, request: &str, body: &str) -> (u16, serde_json::Value) {
     let mut io = tokio::net::TcpStream::connect(router.http_addr()).await.expect("HTTP listens");
-    let text = format!("{request} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\ncontent-length: 0\r\n\r\n");
+    let (kind, length) = ("content-type: application/json", body.len());
+    let head = format!("host: localhost\r\nconnection: close\r\n{kind}\r\ncontent-length: {length}");
+    let text = format!("{request} HTTP/1.1\r\n{head}\r\n\r\n{body}");
     io.write_all(text.as_bytes()).await.expect("HTTP reads");
     let mut answer = String::new();
     io.read_to_string(&mut answer).await.expect("HTTP answers");
