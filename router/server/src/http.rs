@@ -6,6 +6,7 @@ use crate::identity;
 use crate::inbox::ToShard;
 use crate::listen::Peer;
 use crate::log::Source;
+use crate::log::offline;
 use crate::metric;
 use crate::router::Router as AtpRouter;
 use crate::shard_task::Health;
@@ -376,7 +377,7 @@ async fn fleet(State(site): State<Site>, Extension(tenant): Extension<TenantId>)
             "atp": config.advertise.clone().unwrap_or_else(|| site.0.atp.to_string()),
             "http": site.0.http.to_string(),
             "position": live.iter().map(|live| live.view.position).sum::<u64>(),
-            "state_hash": verify::hash_of_all(&hashes),
+            "state_hash": offline::hash_of_all(&hashes),
         },
         "streams": list(&site, tenant).await?,
         "agents": agent_rows(&site).await?,

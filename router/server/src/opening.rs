@@ -6,13 +6,21 @@ use crate::log::offline::Follower;
 use crate::log::{self, Guarantee, LocalLog, Log, LogError, Source};
 use crate::router::StartError;
 use crate::time::Clocks;
-use atp_core::placement::Placement;
+use atp_core::placement::{Placement, SHARDS};
 use atp_core::record::{Genesis, hex};
 use atp_core::settings::Settings;
 use atp_core::shard::Shard;
 use atp_core::state::{FORMAT, State};
 use bytes::Bytes;
 use std::sync::Arc;
+#[cfg(feature = "kafka")]
+use std::sync::atomic::{AtomicU32, Ordering};
+#[cfg(feature = "kafka")]
+use std::sync::{Mutex, PoisonError};
+
+/// Partitions that are taken and read at the same time.
+#[cfg(feature = "kafka")]
+const TAKEN_AT_ONCE: u32 = 8;
 
 /// A log whose states are rebuilt.
 pub(crate) struct Opened {
@@ -69,52 +77,49 @@ fn open_local(
     incarnation: &str,
     clocks: Clocks,
 ) -> Result<Opened, StartError> {
-    let open_one = |shard: u32| {
-        let dir = if shard == 0 { config.log_dir() } else { config.log_dir().join(format!("shard-{shard}")) };
-        let options = log::Options {
-            dir: dir.clone(),
-            segment_bytes: config.limits.segment_bytes,
-            durability: config.durability,
-        };
-        let (log, recovered) = LocalLog::open_on(options, disk.clone()).map_err(StartError::Log)?;
-        let source = Source::Local(dir);
-        let state = if recovered.last_position == 0 { State::default() } else { state_of(&source)? };
-        Ok::<_, StartError>((log, source, state, recovered))
+    let dir = config.log_dir();
+    let options = log::Options {
+        segment_bytes: config.limits.segment_bytes,
+        durability: config.durability,
+        shards: config.shards.unwrap_or(SHARDS),
+        ..log::Options::new(&dir)
     };
-    let (log, source, state, recovered) = open_one(0)?;
-    let log_id = log.log_id();
-    let placement = match state.position() {
-        0 => Placement::new(config.shards.unwrap_or(1), 0),
-        _ => Placement::new(state.genesis().shards, state.genesis().hash_seed),
+    let (log, recovered) = LocalLog::open_on(options, disk).map_err(StartError::Log)?;
+    let source = Source::local(dir);
+    // A log that nobody has written to yet has no Genesis.
+    let states = match recovered.positions.iter().all(|position| *position == 0) {
+        true => vec![State::default(); recovered.positions.len()],
+        false => recover_all(&source)?,
     };
+    let seed = states.iter().find(|state| state.position() > 0).map_or(0, |state| state.genesis().hash_seed);
+    let placement = Placement::new(log.shards(), seed);
     check_count(config, &placement)?;
-    let report = recovered.report.clone();
-    let mut opened = vec![(log, source, state, recovered)];
-    for shard in 1..placement.shards() {
-        opened.push(open_one(shard)?);
-    }
-    let shards = opened.into_iter().zip(0..).map(|((log, source, state, recovered), number)| {
+    let log_id = log.log_id();
+    let shards = (0..).zip(states).map(|(number, state)| {
         let genesis = (state.position() == 0).then(|| Genesis {
             log_id: Bytes::copy_from_slice(&log_id),
             format: FORMAT,
             shards: placement.shards(),
-            hash_seed: 0,
+            hash_seed: seed,
         });
+        let position = state.position();
         let settings = settings_of(&config.settings, number, &placement);
         let shard = Shard::recover(settings, state, clocks.now(), incarnation, genesis);
-        OpenedShard { number, log: Box::new(log), source, shard, position: recovered.last_position, serving: false }
+        let (log, source) = (Box::new(log.shard(number)), source.shard(number));
+        OpenedShard { number, log, source, shard, position, serving: false }
     });
     let shards = shards.collect();
-    Ok(Opened { log_id: hex(&log_id), placement, guarantee: config.durability.into(), shards, report })
+    let (guarantee, report) = (config.durability.into(), recovered.report);
+    Ok(Opened { log_id: hex(&log_id), placement, guarantee, shards, report })
 }
 
-/// The state that a shard's log stands for.
-fn state_of(source: &Source) -> Result<State, StartError> {
-    let folded = log::offline::recover_state(source).map_err(|error| match error {
-        LogError::Entry { position, what } => StartError::Fold { log: source.to_string(), position, what },
+/// The states that the shards of a log stand for.
+fn recover_all(source: &Source) -> Result<Vec<State>, StartError> {
+    let all = log::offline::recover_all(source).map_err(|error| match error {
+        LogError::Entry { position, what, .. } => StartError::Fold { log: source.to_string(), position, what },
         error => StartError::Log(error),
     });
-    Ok(folded?.0)
+    Ok(all?.into_iter().map(|(state, _)| state).collect())
 }
 
 /// The number of shards stands in the log, for ever.
@@ -140,19 +145,56 @@ fn open_kafka(
     clocks: Clocks,
     follower: Option<Follower>,
 ) -> Result<Opened, StartError> {
-    let options = config.kafka_options(place);
-    let router = &config.settings.router_id;
-    let opened = log::KafkaLog::open_behind(&options, router, incarnation, clocks.now().wall_ms, follower);
-    let log::Opened { log, source, state, guarantee, report } = opened.map_err(|error| match error {
-        LogError::Entry { position, what } => StartError::Fold { log: options.address.to_string(), position, what },
+    let mut options = config.kafka_options(place);
+    if config.shards.is_none()
+        && let Ok(made_with) = Source::kafka(place.address.clone(), 0).map_err(StartError::Store)?.shards()
+    {
+        options.shards = made_with;
+    }
+    let address = options.address.to_string();
+    let failed = |error| match error {
+        LogError::Entry { position, what, .. } => StartError::Fold { log: address.clone(), position, what },
         error => StartError::Kafka(error),
-    })?;
-    let placement = Placement::new(state.genesis().shards, state.genesis().hash_seed);
-    check_count(config, &placement)?;
-    let settings = settings_of(&config.settings, 0, &placement);
-    let shard = Shard::recover_behind_epoch(settings, state, clocks.now());
-    let log_id = hex(shard.state().log_id());
-    let position = shard.state().position();
-    let shards = vec![OpenedShard { number: 0, log: Box::new(log), source, shard, position, serving: true }];
+    };
+    let log = log::KafkaShards::open(&options, clocks.now().wall_ms).map_err(failed)?;
+    let made = log.made();
+    let (log_id, count) = (hex(&made.log_id), made.shards);
+    let guarantee = if made.replicated { Guarantee::Replicated } else { Guarantee::Single };
+    let follower = Mutex::new(follower);
+    let take = |shard: u32| {
+        let of_this = |waiting: &mut Option<Follower>| waiting.take_if(|f| f.source().number() == shard);
+        let follower = of_this(&mut follower.lock().unwrap_or_else(PoisonError::into_inner));
+        log.take(shard, &config.settings.router_id, incarnation, clocks.now().wall_ms, follower)
+    };
+    let next = AtomicU32::new(0);
+    let worker = || {
+        let mut taken = Vec::new();
+        loop {
+            let shard = next.fetch_add(1, Ordering::Relaxed);
+            if shard >= count {
+                return Ok(taken);
+            }
+            taken.push((shard, take(shard)?));
+        }
+    };
+    let mut taken = std::thread::scope(|scope| {
+        let workers: Vec<_> = (0..TAKEN_AT_ONCE.min(count)).map(|_| scope.spawn(worker)).collect();
+        let taken = workers.into_iter().map(|worker| worker.join().expect("it doesn't panic"));
+        taken.collect::<Result<Vec<_>, LogError>>().map(|all| all.into_iter().flatten().collect::<Vec<_>>())
+    })
+    .map_err(failed)?;
+    taken.sort_by_key(|(shard, _)| *shard);
+    let seed = taken[0].1.state.genesis().hash_seed;
+    let placement = Placement::new(count, seed);
+    let mut report = Vec::new();
+    let shards = taken.into_iter().map(|(number, one)| {
+        let log::Opened { log, source, state, report: found, .. } = one;
+        report.extend(found);
+        let settings = settings_of(&config.settings, number, &placement);
+        let shard = Shard::recover_behind_epoch(settings, state, clocks.now());
+        let position = shard.state().position();
+        OpenedShard { number, log: Box::new(log), source, shard, position, serving: true }
+    });
+    let shards = shards.collect();
     Ok(Opened { log_id, placement, guarantee, shards, report })
 }

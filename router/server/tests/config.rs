@@ -311,7 +311,7 @@ fn a_log_in_kafka_has_brokers_and_a_topic() {
     use atp_router::config::LogPlace;
     let LogPlace::Kafka(place) = read(text).log else { panic!("local") };
     assert_eq!(place.address.to_string(), "kafka://a:9092,127.0.0.1:9093/atp.frames");
-    assert_eq!((place.single_broker, place.shards, place.address.tls, place.address.sasl), (true, 1, None, None));
+    assert_eq!((place.single_broker, place.address.tls, place.address.sasl), (true, None, None));
     // Its keys alone don't move the log.
     assert_eq!(read("log: {kafka: {brokers: [a:9092]}}").log, LogPlace::Local);
 

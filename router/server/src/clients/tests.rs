@@ -23,7 +23,7 @@ struct Slow {
 impl Slow {
     fn new() -> Self {
         let (inbox, taking) = inbox(1 << 20);
-        let mut clients = Clients::new(1, inbox, Source::Local("".into()), TaskTracker::new());
+        let mut clients = Clients::new(1, inbox, Source::local(""), TaskTracker::new());
         let (outbox, writer) = outbox(CancellationToken::new());
         let bounds = Arc::new(Bounds::new(16, Arc::default()));
         clients.open(CONN, TenantId::new("default"), outbox, bounds);

@@ -19,6 +19,8 @@ pub use crate::log::Durability;
 use crate::log::{KafkaAddress, Source};
 use crate::store::StoreConfig;
 use crate::tool::ToolConfig;
+#[cfg(feature = "kafka")]
+use atp_core::placement::SHARDS;
 use atp_core::settings::Settings;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
@@ -69,8 +71,6 @@ pub struct KafkaPlace {
     pub address: KafkaAddress,
     /// One broker is wanted.
     pub single_broker: bool,
-    /// Partitions of a new log.
-    pub shards: u32,
 }
 
 /// How the process's own log lines look.
@@ -188,20 +188,19 @@ impl Config {
     /// This build has no Kafka.
     pub fn source(&self) -> Result<Source, String> {
         match &self.log {
-            LogPlace::Local => Ok(Source::Local(self.log_dir())),
+            LogPlace::Local => Ok(Source::local(self.log_dir())),
             LogPlace::Kafka(place) => Source::kafka(place.address.clone(), 0),
         }
     }
 
-    /// How the Kafka log is opened: shard 0.
+    /// How the Kafka log is opened, or made.
     #[cfg(feature = "kafka")]
     #[must_use]
     pub fn kafka_options(&self, place: &KafkaPlace) -> crate::log::KafkaOptions {
         crate::log::KafkaOptions {
             address: place.address.clone(),
             single_broker: place.single_broker,
-            shards: place.shards,
-            shard: 0,
+            shards: self.shards.unwrap_or(SHARDS),
             data_dir: self.data_dir.clone(),
             checkpoint_every: self.limits.segment_bytes,
         }

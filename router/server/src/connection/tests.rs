@@ -15,7 +15,7 @@ fn connect() -> (DuplexStream, JoinHandle<Ended>, Taking) {
     let tasks = TaskTracker::new();
     let shards = Shards::new(Placement::default());
     let health = tokio::sync::watch::channel(Health::default()).1;
-    shards.open(0, Here { inbox, source: Source::Local("".into()), health });
+    shards.open(0, Here { inbox, source: Source::local(""), health });
     let agents = Agents::new(Arc::default(), shards.clone(), Clocks::start(), tasks.clone(), 2);
     let shared = Arc::new(Shared {
         shards,

@@ -3,7 +3,7 @@
 #![allow(clippy::unwrap_used, reason = "only tests use it; what fails here fails the test")]
 
 use atp_core::record::{Entry, Faster, Record};
-use atp_router::log::{Event, Events, KafkaAddress, KafkaLog, KafkaOptions, Log, LogError, Opened};
+use atp_router::log::{Event, Events, KafkaAddress, KafkaOptions, KafkaShards, Log, LogError, Opened};
 use bytes::Bytes;
 use prost::Message as _;
 use rdkafka::admin::{AdminClient, AdminOptions, NewPartitions, NewTopic, TopicReplication};
@@ -45,14 +45,13 @@ pub fn options(address: &KafkaAddress, data_dir: &Path) -> KafkaOptions {
         address: address.clone(),
         single_broker: true,
         shards: 1,
-        shard: 0,
         data_dir: data_dir.into(),
         checkpoint_every: 64 << 10,
     }
 }
 
 pub fn open(address: &KafkaAddress, data_dir: &Path, owner: &str) -> Result<Opened, LogError> {
-    KafkaLog::open(&options(address, data_dir), owner, "i1", 1_000)
+    KafkaShards::open(&options(address, data_dir), 1_000)?.take(0, owner, "i1", 1_000, None)
 }
 
 /// Why it isn't opened, which must be that the log isn't the one it was.
