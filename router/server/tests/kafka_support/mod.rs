@@ -45,6 +45,7 @@ pub fn options(address: &KafkaAddress, data_dir: &Path) -> KafkaOptions {
         address: address.clone(),
         single_broker: true,
         shards: 1,
+        exact: true,
         data_dir: data_dir.into(),
         checkpoint_every: 64 << 10,
     }
