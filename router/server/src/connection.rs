@@ -9,7 +9,7 @@ use crate::identity::{Anonymous, identify};
 use crate::inbox::{self, Inbox, ToShard};
 use crate::metric::{self, FrameCounts};
 use crate::outbox::{Outbox, connection_error, outbox};
-use crate::shards::{Shards, split};
+use crate::shards::{Shards, Sites, split};
 use admissible::{check_capabilities, is_known};
 use atp_proto::codec::{self, Received};
 use atp_proto::content::{AgentStatus, Capabilities, Hello, HelloAck, HelloLimits, Role};
@@ -23,7 +23,7 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicUsize;
 use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite};
-use tokio::sync::oneshot;
+use tokio::sync::{oneshot, watch};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -40,6 +40,9 @@ const OWN_FRAMES_PER_SECOND: u32 = 1000;
 pub(crate) struct Shared {
     pub(crate) shards: Shards,
     pub(crate) agents: Agents,
+    /// The other routers of the fleet that are alive.
+    #[expect(dead_code, reason = "read by the links to them")]
+    pub(crate) sites: watch::Receiver<Sites>,
     pub(crate) anonymous: Anonymous,
     /// Random per start of the process: session ids are never used again.
     pub(crate) incarnation: String,

@@ -9,7 +9,7 @@ use crate::listen::{self, Doors};
 use crate::log::{self, LogError};
 use crate::opening::{self, Opened, settings_of};
 use crate::running::Running;
-use crate::shards::Shards;
+use crate::shards::{Shards, Sites};
 use crate::standby;
 use crate::store::{self, StoreHealth};
 use crate::time::Clocks;
@@ -120,6 +120,7 @@ impl Router {
         let shared = Arc::new(Shared {
             shards: shards.clone(),
             agents: agents.clone(),
+            sites: watch::channel(Sites::default()).1,
             anonymous: config.anonymous,
             incarnation,
             heartbeat: Duration::from_millis(config.limits.heartbeat_ms),

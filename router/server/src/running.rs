@@ -7,7 +7,7 @@ use crate::inbox::inbox;
 use crate::log::Guarantee;
 use crate::opening::OpenedShard;
 use crate::shard_task::{Begin, Health, ShardTask};
-use crate::shards::{Here, Shards};
+use crate::shards::{Here, Place, Shards};
 use crate::time::Clocks;
 use crate::tool::Tools;
 use tokio::sync::watch;
@@ -54,7 +54,7 @@ impl Running {
         let durable = if serving { shard.state().position() } else { position };
         let health = Health { guarantee: self.guarantee, serving, durable, ..Health::default() };
         let (sender, health) = watch::channel(health);
-        self.shards.open(number, Here { inbox: inbox.clone(), source: source.clone(), health });
+        self.shards.set(number, Place::Here(Here { inbox: inbox.clone(), source: source.clone(), health }));
         let task = ShardTask::new(Begin {
             number,
             shard,
@@ -74,7 +74,7 @@ impl Running {
         self.running.spawn(async move {
             task.run().await?;
             // Of one that failed its health still says why.
-            shards.close(number);
+            shards.set(number, Place::Unknown);
             Ok(())
         });
     }

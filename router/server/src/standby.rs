@@ -11,6 +11,7 @@ use crate::log::offline::Follower;
 use crate::metric;
 use crate::outbox::connection_error;
 use crate::router::{StartError, address, bind};
+use crate::shards::Site;
 use crate::store::{RedisConfig, RedisStore, StateStore, StoreConfig};
 use atp_core::message::LogRoom;
 use atp_proto::content::Redirect;
@@ -43,34 +44,13 @@ const FOLLOW: Duration = Duration::from_millis(500);
 const RETRY_AFTER_MS: u64 = 1_000;
 const SHARD: u32 = 0;
 
-/// A router as others find it. As text it is the lease's holder.
-#[derive(Clone, Debug, PartialEq, Eq)]
-struct Place {
-    router: String,
-    incarnation: String,
-    atp: String,
-    http: String,
-}
-
-impl Place {
-    fn text(&self) -> String {
-        [&*self.router, &*self.incarnation, &*self.atp, &*self.http].join(" ")
-    }
-
-    fn read(text: &str) -> Option<Self> {
-        let mut parts = text.split(' ').map(str::to_owned);
-        let place = Self { router: parts.next()?, incarnation: parts.next()?, atp: parts.next()?, http: parts.next()? };
-        parts.next().is_none().then_some(place)
-    }
-}
-
 /// What a router that waits knows of the owner.
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum Owner {
     Unknown,
     /// The store can't be asked, and why.
     Away(String),
-    At(Arc<Place>),
+    At(Arc<Site>),
 }
 
 /// The lease, as long as it is renewed.
@@ -98,7 +78,7 @@ pub(crate) async fn wait(
     (config.listen.atp, config.listen.http) = (address(&atp, config.listen.atp), address(&http, config.listen.http));
     // HTTP is dialled at the same host.
     let host = config.advertise.as_ref().and_then(|place| Some(place.rsplit_once(':')?.0.to_owned()));
-    let place = Place {
+    let place = Site {
         router: config.settings.router_id.to_string(),
         incarnation: incarnation.into(),
         atp: config.advertise.clone().unwrap_or_else(|| config.listen.atp.to_string()),
@@ -114,7 +94,7 @@ pub(crate) async fn wait(
     let guard = stop.clone().drop_guard();
     let mut tick = interval(lease.ttl / TIMES);
     tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    let (begun, mut last) = (Instant::now(), None::<Arc<Place>>);
+    let (begun, mut last) = (Instant::now(), None::<Arc<Site>>);
     loop {
         tick.tick().await;
         let found = match lease.ask().await {
@@ -132,7 +112,7 @@ pub(crate) async fn wait(
                 _ => break,
             },
             Ok(Some(holder)) => {
-                last = Place::read(&holder).map(Arc::new);
+                last = Site::read(&holder).map(Arc::new);
                 last.clone().map_or(Owner::Unknown, Owner::At)
             }
             Err(why) => Owner::Away(why),
@@ -204,7 +184,7 @@ async fn follow(source: Source, stop: CancellationToken) -> Option<Follower> {
 }
 
 impl Lease {
-    fn new(redis: &RedisConfig, place: &Place, ttl: Duration) -> Result<Self, StartError> {
+    fn new(redis: &RedisConfig, place: &Site, ttl: Duration) -> Result<Self, StartError> {
         let store = RedisStore::new(redis).map_err(|e| StartError::Store(format!("store.redis.url: {e}")))?;
         Ok(Self { store, holder: place.text(), ttl })
     }
@@ -249,7 +229,7 @@ impl Lease {
 }
 
 /// Whether this router serves.
-async fn answers(place: &Place) -> bool {
+async fn answers(place: &Site) -> bool {
     let ask = async {
         let mut io = TcpStream::connect(&place.http).await?;
         io.write_all(format!("GET /readyz HTTP/1.0\r\nhost: {}\r\n\r\n", place.http).as_bytes()).await?;
@@ -310,19 +290,4 @@ async fn elsewhere(State(owner): State<watch::Receiver<Owner>>, uri: Uri) -> Res
     };
     let path = uri.path_and_query().map_or("/", |p| p.as_str());
     (StatusCode::TEMPORARY_REDIRECT, [(header::LOCATION, format!("http://{}{path}", place.http))]).into_response()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use std::net::SocketAddr;
-
-    #[test]
-    fn a_holder_reads_back() {
-        let at = |port| SocketAddr::from(([127, 0, 0, 1], port)).to_string();
-        let place = Place { router: "r1".into(), incarnation: "i".into(), atp: at(1), http: at(2) };
-        assert_eq!(Place::read(&place.text()), Some(place));
-        assert_eq!(Place::read("r1 i 127.0.0.1:1"), None);
-        assert_eq!(Place::read("r1 i 127.0.0.1:1 127.0.0.1:2 more"), None);
-    }
 }
