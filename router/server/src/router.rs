@@ -8,6 +8,7 @@ use crate::inbox::ToShard;
 use crate::listen::{self, Doors};
 use crate::log::{self, LogError};
 use crate::opening::{self, Opened, settings_of};
+use crate::peer::{self, Peers};
 use crate::running::Running;
 use crate::shards::{Shards, Sites};
 use crate::standby;
@@ -115,12 +116,14 @@ impl Router {
         let tasks = TaskTracker::new();
         let shards = Shards::new(placement);
         let settings = Arc::new(config.settings.clone());
-        let agents = Agents::new(settings, shards.clone(), clocks, tasks.clone(), config.limits.agents);
+        let peers = Peers::new(&settings.router_id, config.peer_key.clone());
+        let agents = Agents::new(settings, shards.clone(), clocks, tasks.clone(), config.limits.agents, peers.clone());
         let (stop_shards, stop_listening) = (CancellationToken::new(), CancellationToken::new());
         let shared = Arc::new(Shared {
             shards: shards.clone(),
             agents: agents.clone(),
             sites: watch::channel(Sites::default()).1,
+            peers,
             anonymous: config.anonymous,
             incarnation,
             heartbeat: Duration::from_millis(config.limits.heartbeat_ms),
@@ -170,6 +173,9 @@ impl Router {
             has_lease,
         };
         router.serving().await?;
+        if router.shared.peers.has_key() {
+            tasks.spawn(peer::link::keep(router.shared.clone()));
+        }
         tasks.spawn(listen::native(atp, router.doors.clone(), router.stop_listening.clone()));
         let site = http::Site::new(&router, prometheus);
         tasks.spawn(listen::http(http, http::routes(site), router.stop_listening.clone(), connections.http));
@@ -292,6 +298,10 @@ impl Router {
         outcome
     }
 
+    #[cfg(test)]
+    pub(crate) fn shared(&self) -> &Arc<Shared> {
+        &self.shared
+    }
     pub(crate) fn shards(&self) -> Shards {
         self.shared.shards.clone()
     }
