@@ -7,10 +7,11 @@ use crate::listen::Peer;
 use crate::log::Source;
 use crate::log::offline;
 use crate::metric;
+use crate::ownership::{self, Handle};
 use crate::peer::ask::{self, Ask, Missing, What};
 use crate::router::Router as AtpRouter;
 use crate::shard_task::Health;
-use crate::shards::Shards;
+use crate::shards::{Here, Shards};
 use crate::store::StoreHealth;
 use crate::verify::{self, Live};
 use crate::views;
@@ -40,14 +41,17 @@ const PAGE: usize = 500;
 #[derive(Clone)]
 pub(crate) struct Site(Arc<Inner>);
 
-struct Inner {
-    shards: Shards,
+pub(crate) struct Inner {
+    pub(crate) shards: Shards,
     agents: Agents,
     store: watch::Receiver<StoreHealth>,
-    config: watch::Receiver<Arc<Config>>,
+    pub(crate) config: watch::Receiver<Arc<Config>>,
     prometheus: PrometheusHandle,
-    atp: SocketAddr,
-    http: SocketAddr,
+    pub(crate) atp: SocketAddr,
+    pub(crate) http: SocketAddr,
+    pub(crate) incarnation: String,
+    /// Where several routers share the log.
+    pub(crate) ownership: Option<Handle>,
 }
 
 impl Site {
@@ -60,7 +64,13 @@ impl Site {
             prometheus,
             atp: router.atp_addr(),
             http: router.http_addr(),
+            incarnation: router.incarnation(),
+            ownership: router.ownership(),
         }))
+    }
+
+    pub(crate) fn facts(&self) -> &Inner {
+        &self.0
     }
 
     /// Asks the shard of a stream, wherever it is.
@@ -119,6 +129,7 @@ pub(crate) fn routes(site: Site) -> Router {
         .route("/v1/agents/{name}/drain", post(drain_agent).delete(undrain_agent))
         .route("/v1/accounts/{name}/faster", post(go_faster))
         .route("/v1/verify", post(verify_now))
+        .merge(ownership::routes())
         .layer(middleware::from_fn_with_state(site.clone(), authorise))
         .route("/metrics", get(metrics))
         .route("/livez", get(|| async { "ok\n" }))
@@ -435,13 +446,13 @@ async fn metrics(State(site): State<Site>) -> impl IntoResponse {
     let all = site.healths();
     let room = all.iter().map(|h| h.room).max().unwrap_or_default();
     metric::health(all.iter().filter(|h| h.serving && h.failed.is_none()).count(), room);
-    page(&site.0.prometheus)
+    site.0.prometheus.run_upkeep();
+    ([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], site.0.prometheus.render())
 }
 
-/// Of a router that serves, and of one that stands by.
-pub(crate) fn page(prometheus: &PrometheusHandle) -> impl IntoResponse + use<> {
-    prometheus.run_upkeep();
-    ([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], prometheus.render())
+fn serves(here: &Here) -> bool {
+    let health = here.health.borrow();
+    health.serving && health.failed.is_none()
 }
 
 async fn readyz(State(site): State<Site>) -> impl IntoResponse {
@@ -450,7 +461,11 @@ async fn readyz(State(site): State<Site>) -> impl IntoResponse {
     let serving = all.iter().filter(|h| h.serving).count();
     let room = all.iter().map(|h| h.room).max().unwrap_or_default();
     let failed = all.iter().find_map(|h| h.failed.as_ref());
-    let ready = serving == all.len() && serving > 0 && failed.is_none() && room == LogRoom::Enough;
+    let fleet = ownership::fleet(&site);
+    let owned: Vec<u32> = site.0.shards.all_here().into_iter().filter(|(_, h)| serves(h)).map(|(n, _)| n).collect();
+    // One that others share the log with may own nothing, and serves by them.
+    let enough = serving > 0 || site.0.ownership.is_some();
+    let ready = fleet.complete && serving == all.len() && enough && failed.is_none() && room == LogRoom::Enough;
     let log = match (failed, room) {
         (Some(why), _) => format!("failed: {why}"),
         (None, LogRoom::Enough) => "ok".into(),
@@ -459,9 +474,10 @@ async fn readyz(State(site): State<Site>) -> impl IntoResponse {
     let status = if ready { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
     let body = json!({
         "ready": ready,
+        "router": { "id": &*site.0.config.borrow().settings.router_id, "incarnation": site.0.incarnation },
         "log": log,
         "store": site.0.store.borrow().to_string(),
-        "shards": { "count": count, "serving": serving },
+        "shards": { "count": count, "serving": serving, "owned": owned, "nowhere": fleet.nowhere() },
         "durability": all.first().map(|h| h.guarantee.as_str()),
         "durable": all.iter().map(|h| h.durable).sum::<u64>(),
         "wall_clock_minus_logged_ms": all.iter().map(|h| h.clock_ms).min(),
@@ -477,7 +493,7 @@ fn stream_id(id: &str) -> Result<StreamId, Problem> {
     }
 }
 
-fn not_found(what: &str) -> Problem {
+pub(crate) fn not_found(what: &str) -> Problem {
     let what: String = what.chars().take(64).collect();
     Problem::new(
         WireError::new(Code::Proto, format!("nothing here is called `{what}`, or it isn't yours")),

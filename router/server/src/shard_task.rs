@@ -38,6 +38,9 @@ pub(crate) struct Health {
     pub(crate) guarantee: Guarantee,
     pub(crate) room: LogRoom,
     pub(crate) durable: u64,
+    /// The own epoch, and when this owner began, Unix milliseconds.
+    pub(crate) epoch: u64,
+    pub(crate) since_ms: u64,
     /// Why the router has stopped.
     pub(crate) failed: Option<String>,
     /// Wall clock minus logged time.
@@ -227,9 +230,10 @@ impl ShardTask {
                 let clock_ms = i64::try_from(now.wall_ms)
                     .unwrap_or(i64::MAX)
                     .saturating_sub_unsigned(self.shard.state().logged_ms());
+                let epoch = self.shard.epoch();
                 let first = self.health.send_if_modified(|h| {
                     let first = !h.serving;
-                    (h.serving, h.durable, h.clock_ms) = (true, position, clock_ms);
+                    (h.serving, h.durable, h.clock_ms, h.epoch) = (true, position, clock_ms, epoch);
                     first
                 });
                 if first {

@@ -50,7 +50,6 @@ pub(crate) type Sites = Arc<Vec<Arc<Site>>>;
 pub(crate) enum Place {
     Here(Here),
     /// That router says that it owns it.
-    #[cfg_attr(not(test), expect(dead_code, reason = "one router owns all shards"))]
     At(Arc<Site>),
     /// Nobody is known to own it.
     #[default]

@@ -75,6 +75,7 @@ pub struct KafkaOptions {
 pub struct Made {
     pub log_id: LogId,
     pub shards: u32,
+    pub hash_seed: u64,
     pub topic_made: bool,
     /// False: the log was there already.
     pub log_made: bool,
@@ -155,6 +156,13 @@ impl KafkaShards {
     #[must_use]
     pub fn made(&self) -> &Made {
         &self.0.made
+    }
+
+    /// Whether a shard has had an owner when the log was opened.
+    #[must_use]
+    pub fn was_owned(&self, shard: u32) -> bool {
+        // Behind its Genesis.
+        self.0.memory().reached(shard).end > 1
     }
 
     /// The log, to read; what is learned of where positions stand is shared with those who own shards.

@@ -1,0 +1,119 @@
+//! Three routers that share the shards of one log, and what their own words say about who owns what.
+
+use atp_tests::blackbox::kafka::Brokers;
+use atp_tests::blackbox::process::Router;
+use atp_tests::blackbox::redis::Redis;
+use atp_tests::blackbox::relay::Relay;
+use atp_tests::blackbox::wait_for;
+use serde_json::Value;
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::SocketAddr;
+use std::time::Duration;
+
+pub const ROUTERS: usize = 3;
+pub const LEASE: Duration = Duration::from_secs(1);
+
+pub struct Fleet {
+    pub routers: Vec<Router>,
+    /// Each router is known by a wire of its own, also to those who are sent to it.
+    pub wires: Vec<Relay>,
+    pub redis: Redis,
+    pub brokers: Brokers,
+    shards: u32,
+}
+
+impl Fleet {
+    /// All of them run; `launched` of them.
+    pub fn start(brokers: u32, shards: u32, launched: usize) -> Self {
+        let (redis, brokers) = (Redis::start(), Brokers::start(brokers));
+        let log = brokers.log();
+        let (mut routers, mut wires) = (Vec::new(), Vec::new());
+        for n in 1..=ROUTERS {
+            let router = Router::prepare("");
+            let wire = Relay::to(router.atp());
+            router.configure(&format!(
+                "router: {{id: r{n}, advertise: \"{}\"}}
+{log}
+store: {{kind: redis, redis: {{url: \"{}\"}}}}
+shards: {{count: {shards}, lease: {}ms}}
+limits: {{heartbeat: 300ms}}
+accounts: {{default: {{usd: 1000, per: total}}}}
+tasks: {{retries: 4, deadline: 170s, agent_timeout: 100s}}",
+                wire.address(),
+                redis.url(),
+                LEASE.as_millis(),
+            ));
+            routers.push(router);
+            wires.push(wire);
+        }
+        let mut fleet = Self { routers, wires, redis, brokers, shards };
+        for n in 0..launched {
+            fleet.launch(n);
+        }
+        fleet
+    }
+
+    /// Starts one and waits until it serves clients.
+    pub fn launch(&mut self, n: usize) {
+        self.routers[n].launch();
+        wait_for("a router to serve", || self.routers[n].is_ready().then_some(()));
+    }
+
+    pub fn addresses(&self) -> Vec<SocketAddr> {
+        self.wires.iter().map(Relay::address).collect()
+    }
+
+    /// What a router says that it owns and serves itself.
+    pub fn owned(&self, n: usize) -> BTreeSet<u64> {
+        let owned = self.routers[n].http("GET", "/readyz").1["shards"]["owned"].take();
+        owned.as_array().expect("a list").iter().filter_map(Value::as_u64).collect()
+    }
+
+    /// How many shards each of these has, once they have all of them, and each in its own words what another one says of it.
+    pub fn shared_by(&self, routers: &[usize]) -> BTreeMap<usize, usize> {
+        wait_for("every shard to have one owner", || {
+            let owned: BTreeMap<usize, BTreeSet<u64>> = routers.iter().map(|n| (*n, self.owned(*n))).collect();
+            let all: BTreeSet<u64> = owned.values().flatten().copied().collect();
+            let sum: usize = owned.values().map(BTreeSet::len).sum();
+            let whole = all.len() == self.shards as usize && sum == all.len();
+            let told = routers.iter().all(|n| {
+                let fleet = self.routers[*n].http("GET", "/v1/shards").1;
+                let rows = fleet["shards"].as_array().expect("rows");
+                rows.iter().all(|row| {
+                    let shard = row["shard"].as_u64().expect("a number");
+                    owned.iter().any(|(n, owned)| row["owner"] == format!("r{}", n + 1) && owned.contains(&shard))
+                })
+            });
+            (whole && told).then(|| owned.into_iter().map(|(n, owned)| (n, owned.len())).collect())
+        })
+    }
+
+    /// As `shared_by`, when each has its part.
+    pub fn each_has_some(&self, routers: &[usize]) -> BTreeMap<usize, usize> {
+        wait_for("each router to have a part", || {
+            let shared = self.shared_by(routers);
+            let least = self.shards as usize / routers.len() / 3;
+            shared.values().all(|n| *n > least).then_some(shared)
+        })
+    }
+}
+
+/// For how long each shard had no owner, by the routers' own words, while something happened.
+pub fn pauses(fleet: &Fleet, routers: &[usize], until: impl Fn() -> bool) -> Vec<Duration> {
+    let begun = std::time::Instant::now();
+    let mut seen: BTreeMap<u64, Duration> = BTreeMap::new();
+    let mut gaps: BTreeMap<u64, Duration> = BTreeMap::new();
+    let mut over = false;
+    while !over {
+        over = until();
+        for shard in routers.iter().flat_map(|n| fleet.owned(*n)).collect::<BTreeSet<_>>() {
+            let now = begun.elapsed();
+            let gap = now - seen.insert(shard, now).unwrap_or(now);
+            let longest = gaps.entry(shard).or_default();
+            *longest = gap.max(*longest);
+        }
+    }
+    let mut gaps: Vec<Duration> = gaps.into_values().collect();
+    gaps.sort();
+    gaps
+}
