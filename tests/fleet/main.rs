@@ -43,6 +43,7 @@ impl Fleet {
                 "router: {{id: r{n}, advertise: \"{}\"}}
 {log}
 store: {{kind: redis, redis: {{url: \"{}\"}}}}
+peers: {{key: of-the-routers-of-one-fleet-in-tests}}
 shards: {{lease: {}ms}}
 limits: {{heartbeat: 300ms}}
 accounts: {{default: {{usd: 1000, per: total}}}}
