@@ -9,6 +9,7 @@ use crate::listen::{self, Doors};
 use crate::log::{self, Guarantee, LogError};
 use crate::opening::{self, Opened, SharedLog, settings_of};
 use crate::ownership::{self, Handle, Ownership};
+use crate::peer::{self, Peers};
 use crate::running::Running;
 use crate::shards::{Shards, Site, Sites};
 use crate::store::{self, StoreConfig, StoreHealth};
@@ -111,13 +112,15 @@ impl Router {
         let tasks = TaskTracker::new();
         let shards = Shards::new(log.placement().clone());
         let settings = Arc::new(config.settings.clone());
-        let agents = Agents::new(settings, shards.clone(), clocks, tasks.clone(), config.limits.agents);
+        let peers = Peers::new(&settings.router_id, config.peer_key.clone());
+        let agents = Agents::new(settings, shards.clone(), clocks, tasks.clone(), config.limits.agents, peers.clone());
         let (stop_shards, stop_listening) = (CancellationToken::new(), CancellationToken::new());
         let sites = watch::Sender::new(Sites::default());
         let shared = Arc::new(Shared {
             shards: shards.clone(),
             agents: agents.clone(),
             sites: sites.subscribe(),
+            peers,
             anonymous: config.anonymous,
             incarnation: me.incarnation.clone(),
             heartbeat: Duration::from_millis(config.limits.heartbeat_ms),
@@ -188,6 +191,9 @@ impl Router {
         };
         if router.ownership.is_none() {
             router.serving().await?;
+        }
+        if router.shared.peers.has_key() {
+            tasks.spawn(peer::link::keep(router.shared.clone()));
         }
         tasks.spawn(listen::native(atp, router.doors.clone(), router.stop_listening.clone()));
         let site = http::Site::new(&router, prometheus);
@@ -318,6 +324,10 @@ impl Router {
         outcome
     }
 
+    #[cfg(test)]
+    pub(crate) fn shared(&self) -> &Arc<Shared> {
+        &self.shared
+    }
     pub(crate) fn shards(&self) -> Shards {
         self.shared.shards.clone()
     }

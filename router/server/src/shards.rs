@@ -4,11 +4,9 @@
 use crate::inbox::{Inbox, ToShard};
 use crate::log::Source;
 use crate::shard_task::Health;
-use atp_core::message::{Answer, Query};
 use atp_core::placement::Placement;
 use atp_proto::codec::Received;
 use atp_proto::{AgentName, StreamId, TenantId};
-use futures_util::future::join_all;
 use std::sync::{Arc, PoisonError, RwLock};
 use tokio::sync::watch;
 
@@ -65,13 +63,15 @@ pub(crate) struct Shards(Arc<Inner>);
 struct Inner {
     placement: Placement,
     places: Vec<RwLock<Place>>,
+    /// Rises when a shard moves.
+    moves: watch::Sender<u64>,
 }
 
 impl Shards {
     /// None of them runs here yet.
     pub(crate) fn new(placement: Placement) -> Self {
         let places = (0..placement.shards()).map(|_| RwLock::default()).collect();
-        Self(Arc::new(Inner { placement, places }))
+        Self(Arc::new(Inner { placement, places, moves: watch::Sender::new(0) }))
     }
 
     pub(crate) fn placement(&self) -> &Placement {
@@ -81,7 +81,18 @@ impl Shards {
     /// From now on the shard is there.
     pub(crate) fn set(&self, shard: u32, to: Place) {
         let place = self.0.places.get(shard as usize).expect("a shard of this log");
-        *place.write().unwrap_or_else(PoisonError::into_inner) = to;
+        let before = std::mem::replace(&mut *place.write().unwrap_or_else(PoisonError::into_inner), to.clone());
+        match (before, to) {
+            (Place::Unknown, Place::Unknown) => return,
+            (Place::At(before), Place::At(to)) if before == to => return,
+            _ => {}
+        }
+        self.0.moves.send_modify(|n| *n += 1);
+    }
+
+    /// Changes when a shard moves.
+    pub(crate) fn moves(&self) -> watch::Receiver<u64> {
+        self.0.moves.subscribe()
     }
 
     /// Of a shard that the log doesn't have: `Unknown`.
@@ -114,20 +125,6 @@ impl Shards {
 
     pub(crate) fn home_of_agent(&self, agent: &AgentName) -> u32 {
         self.0.placement.home_of_agent(agent)
-    }
-
-    /// Asks one shard; `None`: it doesn't run here, or has ended.
-    pub(crate) async fn ask(&self, shard: u32, query: Query) -> Option<Answer> {
-        self.at(shard)?.ask(query).await
-    }
-
-    /// Asks every shard that runs here, by number; `None`: one of them has ended.
-    pub(crate) async fn ask_all(&self, query: &Query) -> Option<Vec<(u32, Answer)>> {
-        let asked = self.all_here().into_iter().map(async |(shard, here)| {
-            let answer = here.inbox.ask(query.clone()).await;
-            Some((shard, answer?))
-        });
-        join_all(asked).await.into_iter().collect()
     }
 
     /// Tells every shard that runs here the same; one that has ended needs to hear nothing.
