@@ -1,5 +1,6 @@
 //! Three routers that share the shards of one log, and what their own words say about who owns what.
 
+use atp_core::placement::Placement;
 use atp_tests::blackbox::kafka::Brokers;
 use atp_tests::blackbox::process::Router;
 use atp_tests::blackbox::redis::Redis;
@@ -36,6 +37,7 @@ impl Fleet {
 {log}
 store: {{kind: redis, redis: {{url: \"{}\"}}}}
 shards: {{count: {shards}, lease: {}ms}}
+peers: {{key: a-key-that-the-routers-of-this-test-share}}
 limits: {{heartbeat: 300ms}}
 accounts: {{default: {{usd: 1000, per: total}}}}
 tasks: {{retries: 4, deadline: 170s, agent_timeout: 100s}}",
@@ -88,13 +90,23 @@ tasks: {{retries: 4, deadline: 170s, agent_timeout: 100s}}",
         })
     }
 
-    /// As `shared_by`, when each has its part.
-    pub(crate) fn each_has_some(&self, routers: &[usize]) -> BTreeMap<usize, usize> {
-        wait_for("each router to have a part", || {
-            let shared = self.shared_by(routers);
-            let least = self.shards as usize / routers.len() / 3;
-            shared.values().all(|n| *n > least).then_some(shared)
-        })
+    /// The shards that rank a router first among these.
+    pub(crate) fn part_of(&self, router: usize, routers: &[usize]) -> BTreeSet<u64> {
+        let placement = Placement::new(self.shards, 0);
+        let names: Vec<String> = routers.iter().map(|n| format!("r{}", n + 1)).collect();
+        let is_first =
+            |shard: &u32| placement.rank(*shard, names.iter().map(String::as_str))[0] == format!("r{}", router + 1);
+        (0..self.shards).filter(is_first).map(u64::from).collect()
+    }
+
+    /// As `shared_by`, when each has what ranks it first.
+    pub(crate) fn each_has_its_part(&self, routers: &[usize]) -> BTreeMap<usize, usize> {
+        let parts: Vec<BTreeSet<u64>> = routers.iter().map(|n| self.part_of(*n, routers)).collect();
+        assert!(parts.iter().all(|part| !part.is_empty()), "{parts:?}");
+        wait_for("each router to have its part", || {
+            routers.iter().zip(&parts).all(|(n, part)| self.owned(*n) == *part).then_some(())
+        });
+        self.shared_by(routers)
     }
 }
 

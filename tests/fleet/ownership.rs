@@ -20,9 +20,8 @@ fn a_router_that_joins_gets_its_part_and_one_that_is_drained_gives_it_up() {
     let mut fleet = Fleet::start(1, 64, 1);
     assert_eq!(fleet.shared_by(&[0])[&0], 64, "one alone has all");
     fleet.launch(1);
-    let joined =
-        pauses(&fleet, &[0, 1], || fleet.owned(1).len() > 20 && fleet.owned(0).len() + fleet.owned(1).len() == 64);
-    let shared = fleet.each_has_some(&[0, 1]);
+    let joined = pauses(&fleet, &[0, 1], || has(&fleet, 1, part));
+    let shared = fleet.each_has_its_part(&[0, 1]);
     println!("joined: {shared:?}; without an owner: {}", shown(&joined));
 
     let url = fleet.routers[0].url();
@@ -45,7 +44,7 @@ fn a_router_that_joins_gets_its_part_and_one_that_is_drained_gives_it_up() {
     assert!(fleet.routers[1].is_ready(), "it serves by the other's shards");
     let row = atp::run_json(&["--url", &fleet.routers[1].url(), "drain", "router", "r2", "--undo"]);
     assert_eq!(row["drained"], false, "{row}");
-    assert_eq!(fleet.each_has_some(&[0, 1]), shared, "the same part as before");
+    assert_eq!(fleet.each_has_its_part(&[0, 1]), shared, "the same part as before");
     let unknown = fleet.routers[0].http("POST", "/v1/routers/r9/drain");
     assert_eq!(unknown.0, 404, "{unknown:?}");
 
@@ -63,7 +62,7 @@ fn a_router_that_joins_gets_its_part_and_one_that_is_drained_gives_it_up() {
 #[test]
 fn redis_away_stops_no_shard_and_moves_none() {
     let mut fleet = Fleet::start(1, 8, 2);
-    let before = fleet.each_has_some(&[0, 1]);
+    let before = fleet.each_has_its_part(&[0, 1]);
     fleet.redis.kill();
     let store = |n: usize| fleet.routers[n].http("GET", "/readyz").1["store"].clone();
     wait_for("both to notice", || {
