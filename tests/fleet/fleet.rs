@@ -36,8 +36,8 @@ impl Fleet {
                 "router: {{id: r{n}, advertise: \"{}\"}}
 {log}
 store: {{kind: redis, redis: {{url: \"{}\"}}}}
+peers: {{key: of-the-routers-of-one-fleet-in-tests}}
 shards: {{count: {shards}, lease: {}ms}}
-peers: {{key: a-key-that-the-routers-of-this-test-share}}
 limits: {{heartbeat: 300ms}}
 accounts: {{default: {{usd: 1000, per: total}}}}
 tasks: {{retries: 4, deadline: 170s, agent_timeout: 100s}}",
