@@ -1,5 +1,6 @@
 //! Three routers that share the shards of one log, and what their own words say about who owns what.
 
+use atp_core::placement::Placement;
 use atp_tests::blackbox::kafka::Brokers;
 use atp_tests::blackbox::process::Router;
 use atp_tests::blackbox::redis::Redis;
@@ -10,21 +11,21 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 use std::time::Duration;
 
-pub const ROUTERS: usize = 3;
-pub const LEASE: Duration = Duration::from_secs(1);
+pub(crate) const ROUTERS: usize = 3;
+pub(crate) const LEASE: Duration = Duration::from_secs(1);
 
-pub struct Fleet {
-    pub routers: Vec<Router>,
+pub(crate) struct Fleet {
+    pub(crate) routers: Vec<Router>,
     /// Each router is known by a wire of its own, also to those who are sent to it.
-    pub wires: Vec<Relay>,
-    pub redis: Redis,
-    pub brokers: Brokers,
+    pub(crate) wires: Vec<Relay>,
+    pub(crate) redis: Redis,
+    pub(crate) brokers: Brokers,
     shards: u32,
 }
 
 impl Fleet {
     /// All of them run; `launched` of them.
-    pub fn start(brokers: u32, shards: u32, launched: usize) -> Self {
+    pub(crate) fn start(brokers: u32, shards: u32, launched: usize) -> Self {
         let (redis, brokers) = (Redis::start(), Brokers::start(brokers));
         let log = brokers.log();
         let (mut routers, mut wires) = (Vec::new(), Vec::new());
@@ -55,23 +56,23 @@ tasks: {{retries: 4, deadline: 170s, agent_timeout: 100s}}",
     }
 
     /// Starts one and waits until it serves clients.
-    pub fn launch(&mut self, n: usize) {
+    pub(crate) fn launch(&mut self, n: usize) {
         self.routers[n].launch();
         wait_for("a router to serve", || self.routers[n].is_ready().then_some(()));
     }
 
-    pub fn addresses(&self) -> Vec<SocketAddr> {
+    pub(crate) fn addresses(&self) -> Vec<SocketAddr> {
         self.wires.iter().map(Relay::address).collect()
     }
 
     /// What a router says that it owns and serves itself.
-    pub fn owned(&self, n: usize) -> BTreeSet<u64> {
+    pub(crate) fn owned(&self, n: usize) -> BTreeSet<u64> {
         let owned = self.routers[n].http("GET", "/readyz").1["shards"]["owned"].take();
         owned.as_array().expect("a list").iter().filter_map(Value::as_u64).collect()
     }
 
     /// How many shards each of these has, once they have all of them, and each in its own words what another one says of it.
-    pub fn shared_by(&self, routers: &[usize]) -> BTreeMap<usize, usize> {
+    pub(crate) fn shared_by(&self, routers: &[usize]) -> BTreeMap<usize, usize> {
         wait_for("every shard to have one owner", || {
             let owned: BTreeMap<usize, BTreeSet<u64>> = routers.iter().map(|n| (*n, self.owned(*n))).collect();
             let all: BTreeSet<u64> = owned.values().flatten().copied().collect();
@@ -89,18 +90,28 @@ tasks: {{retries: 4, deadline: 170s, agent_timeout: 100s}}",
         })
     }
 
-    /// As `shared_by`, when each has its part.
-    pub fn each_has_some(&self, routers: &[usize]) -> BTreeMap<usize, usize> {
-        wait_for("each router to have a part", || {
-            let shared = self.shared_by(routers);
-            let least = self.shards as usize / routers.len() / 3;
-            shared.values().all(|n| *n > least).then_some(shared)
-        })
+    /// The shards that rank a router first among these.
+    pub(crate) fn part_of(&self, router: usize, routers: &[usize]) -> BTreeSet<u64> {
+        let placement = Placement::new(self.shards, 0);
+        let names: Vec<String> = routers.iter().map(|n| format!("r{}", n + 1)).collect();
+        let is_first =
+            |shard: &u32| placement.rank(*shard, names.iter().map(String::as_str))[0] == format!("r{}", router + 1);
+        (0..self.shards).filter(is_first).map(u64::from).collect()
+    }
+
+    /// As `shared_by`, when each has what ranks it first.
+    pub(crate) fn each_has_its_part(&self, routers: &[usize]) -> BTreeMap<usize, usize> {
+        let parts: Vec<BTreeSet<u64>> = routers.iter().map(|n| self.part_of(*n, routers)).collect();
+        assert!(parts.iter().all(|part| !part.is_empty()), "{parts:?}");
+        wait_for("each router to have its part", || {
+            routers.iter().zip(&parts).all(|(n, part)| self.owned(*n) == *part).then_some(())
+        });
+        self.shared_by(routers)
     }
 }
 
 /// For how long each shard had no owner, by the routers' own words, while something happened.
-pub fn pauses(fleet: &Fleet, routers: &[usize], until: impl Fn() -> bool) -> Vec<Duration> {
+pub(crate) fn pauses(fleet: &Fleet, routers: &[usize], until: impl Fn() -> bool) -> Vec<Duration> {
     let begun = std::time::Instant::now();
     let mut seen: BTreeMap<u64, Duration> = BTreeMap::new();
     let mut gaps: BTreeMap<u64, Duration> = BTreeMap::new();

@@ -81,7 +81,12 @@ impl Shards {
     /// From now on the shard is there.
     pub(crate) fn set(&self, shard: u32, to: Place) {
         let place = self.0.places.get(shard as usize).expect("a shard of this log");
-        *place.write().unwrap_or_else(PoisonError::into_inner) = to;
+        let before = std::mem::replace(&mut *place.write().unwrap_or_else(PoisonError::into_inner), to.clone());
+        match (before, to) {
+            (Place::Unknown, Place::Unknown) => return,
+            (Place::At(before), Place::At(to)) if before == to => return,
+            _ => {}
+        }
         self.0.moves.send_modify(|n| *n += 1);
     }
 

@@ -211,7 +211,8 @@ impl KafkaShards {
         let epoch = taken.map_err(|why| LogError::Kafka { doing: "take", address: address.to_string(), why })?;
 
         let mut report = Vec::new();
-        if made.log_made {
+        // The first message behind its Genesis.
+        if made.log_made && epoch == 1 && shard == 0 {
             report.push(format!("log {} begun in {address}", hex(&log_id)));
         }
         if let (Some(mark), None) = (reached.checkpoint, &follower)
