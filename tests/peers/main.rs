@@ -55,6 +55,20 @@ fn last(call: CallId) -> Frame {
     Frame::json(call.to_string(), 2, Flags::FIN, kind::RESULT_FINAL, &content)
 }
 
+/// Three routers that own some shards each. Peers that are written by hand don't answer while the test waits for something else,
+/// so heartbeats are as rare as in life.
+fn fleet() -> Fleet {
+    let mut fleet = Fleet::start(1, SHARDS, 0);
+    for n in 0..3 {
+        let file = fleet.routers[n].dir().join("atp.yaml");
+        let text = std::fs::read_to_string(&file).expect("its configuration");
+        std::fs::write(&file, text.replace("limits: {heartbeat: 300ms}\n", "")).expect("its configuration");
+        fleet.launch(n);
+    }
+    fleet.each_has_its_part(&[0, 1, 2]);
+    fleet
+}
+
 /// Ids of streams whose shards one router owns, each in another shard as far as there are so many.
 fn streams_of(fleet: &Fleet, router: usize) -> Vec<String> {
     let placement = Placement::new(SHARDS, 0);
@@ -91,8 +105,7 @@ fn next_numbered(client: &mut Peer, seqs: &mut BTreeMap<String, u64>) -> Frame {
 
 #[test]
 fn streams_of_a_router_that_is_killed_go_on_at_others_without_a_gap() {
-    let mut fleet = Fleet::start(1, SHARDS, 3);
-    fleet.each_has_some(&[0, 1, 2]);
+    let mut fleet = fleet();
     let mut agent = Peer::agent(fleet.routers[1].atp(), &capabilities("half-way"));
     (0..3).for_each(|n| fleet.routers[n].has_agent("half-way"));
     let mut client = Peer::client(fleet.routers[0].atp());
@@ -157,8 +170,7 @@ fn streams_of_a_router_that_is_killed_go_on_at_others_without_a_gap() {
 
 #[test]
 fn an_agent_that_loses_its_router_serves_all_shards_from_another_one() {
-    let mut fleet = Fleet::start(1, SHARDS, 3);
-    fleet.each_has_some(&[0, 1, 2]);
+    let mut fleet = fleet();
     let mut agent = Peer::agent(fleet.routers[2].atp(), &capabilities("mover"));
     (0..3).for_each(|n| fleet.routers[n].has_agent("mover"));
     // One stream of a shard of each of the routers that stay, and the agent's router is killed.
