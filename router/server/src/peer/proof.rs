@@ -189,7 +189,7 @@ mod tests {
     }
 
     #[test]
-    fn atp_11_2_the_same_key_is_proved_both_ways() {
+    fn atp_13_2_the_same_key_is_proved_both_ways() {
         for tenant in [None, Some("acme")] {
             let dialling = dial(tenant);
             let (answering, challenge) = challenged(&dialling);
@@ -199,7 +199,7 @@ mod tests {
     }
 
     #[test]
-    fn atp_11_2_another_key_is_refused_by_both() {
+    fn atp_13_2_another_key_is_refused_by_both() {
         let other = PeerKey::new(&KEY.replace('0', "1")).unwrap();
         let dialling = Dialling::new(other.clone(), "r1", "r2", None);
         let (answering, challenge) = challenged(&dialling);
@@ -209,7 +209,7 @@ mod tests {
     }
 
     #[test]
-    fn atp_11_2_a_proof_is_of_one_connection() {
+    fn atp_13_2_a_proof_is_of_one_connection() {
         let (first, second) = (dial(None), dial(None));
         let (answering, challenge) = challenged(&first);
         let proof = first.answer(&challenge).unwrap();
@@ -223,7 +223,7 @@ mod tests {
     }
 
     #[test]
-    fn atp_11_2_a_proof_that_comes_back_proves_nothing() {
+    fn atp_13_2_a_proof_that_comes_back_proves_nothing() {
         let dialling = dial(None);
         let (answering, challenge) = challenged(&dialling);
         assert!(is_auth(answering.accept(&PeerProof { proof: challenge.proof.clone() })));
@@ -235,7 +235,7 @@ mod tests {
     }
 
     #[test]
-    fn atp_11_2_what_the_connection_is_for_is_part_of_the_proof() {
+    fn atp_13_2_what_the_connection_is_for_is_part_of_the_proof() {
         let dialling = dial(Some("acme"));
         let (_, challenge) = challenged(&dialling);
         let proof = dialling.answer(&challenge).unwrap();
@@ -248,7 +248,7 @@ mod tests {
     }
 
     #[test]
-    fn atp_11_2_a_bad_nonce_or_proof_is_refused() {
+    fn atp_13_2_a_bad_nonce_or_proof_is_refused() {
         let hello = dial(None).hello().clone();
         for nonce in ["", "zz", &"0".repeat(63), &"g".repeat(64)] {
             assert!(is_auth(Answering::new(&key(), "r2", PeerHello { nonce: nonce.into(), ..hello.clone() })));

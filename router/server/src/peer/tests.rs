@@ -195,7 +195,7 @@ async fn a_stream_goes_on_when_its_owner_comes_back_elsewhere() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn atp_11_4_at_ttl_0_a_frame_goes_no_further() {
+async fn atp_13_4_at_ttl_0_a_frame_goes_no_further() {
     let ((_a, r1), (_b, r2)) = (start("r1").await, start("r2").await);
     let here = give(&r1, &site(&r2, "r2"));
     let (mut client, _) = Peer::hello(&r1, Role::Client).await;
@@ -258,7 +258,7 @@ async fn any_router_answers_for_all_shards_and_names_who_does_not() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn atp_11_3_a_handle_has_one_live_incarnation_in_the_fleet() {
+async fn atp_13_3_a_handle_has_one_live_incarnation_in_the_fleet() {
     let ((_a, r1), (_b, r2)) = (start("r1").await, start("r2").await);
     let _links = (dial(&r1, &site(&r2, "r2")), dial(&r2, &site(&r1, "r1")));
     let mut first = agent(&r1, "talker").await;
@@ -286,7 +286,7 @@ async fn atp_11_3_a_handle_has_one_live_incarnation_in_the_fleet() {
 }
 
 #[tokio::test]
-async fn atp_11_2_routers_without_the_key_are_refused() {
+async fn atp_13_2_routers_without_the_key_are_refused() {
     let (_a, r1) = start("r1").await;
     let hello = |router: &str, nonce: String| {
         let tenant = Some(TenantId::new("default"));
