@@ -210,7 +210,8 @@ impl Router {
                 check.tool_runs(call, attempt, request);
                 tools::run(s, self.owner, call, attempt, request);
             }
-            Effect::Metric(_) => {}
+            // One shard has nobody to say it to.
+            Effect::ToShard { .. } | Effect::Metric(_) => {}
         }
     }
 

@@ -3,6 +3,7 @@
 use crate::clock::{civil, days_to_month};
 use crate::record::{AmountPb, LimitPb};
 use crate::settings::Per;
+use crate::state::{LentTo, Piece};
 use atp_proto::money::OutOfRange;
 use atp_proto::{Amount, Limit};
 use prost::Message;
@@ -23,6 +24,12 @@ pub struct Account {
     /// The newest authorisation to go faster than the account's pace.
     #[prost(message, optional, tag = "4")]
     pub faster: Option<crate::record::Faster>,
+    /// Its home is another shard: the windows are purses of shares.
+    #[prost(bool, tag = "5")]
+    pub shared: bool,
+    /// As home: which shards have shares of it.
+    #[prost(btree_map = "uint32, message", tag = "6")]
+    pub lent_to: BTreeMap<u32, LentTo>,
 }
 
 #[derive(Clone, PartialEq, Message)]
@@ -39,6 +46,18 @@ pub struct AccountWindow {
     /// What open calls may still cost.
     #[prost(message, required, tag = "4")]
     pub held: AmountPb,
+    /// As home: what other shards may spend of it.
+    #[prost(message, required, tag = "5")]
+    pub lent: AmountPb,
+    /// Of a purse: its shares by number.
+    #[prost(btree_map = "uint64, message", tag = "6")]
+    pub shares: BTreeMap<u64, Piece>,
+    /// As home: evidence of Adjusts that came behind their share.
+    #[prost(string, repeated, tag = "7")]
+    pub late: Vec<String>,
+    /// Of a purse: calls that are reserved or run on it.
+    #[prost(uint32, tag = "8")]
+    pub open: u32,
 }
 
 /// Limit, settled and held of one level: an account's window or a stream.
@@ -75,9 +94,11 @@ fn unlimited(limit: Limit, mut amount: Amount) -> Amount {
 }
 
 impl AccountWindow {
+    /// As it bears on decisions: what is lent counts as held.
     #[must_use]
     pub fn level(&self) -> Level {
-        Level { limit: self.limit.into(), settled: self.settled.into(), held: self.held.into() }
+        let held = Amount::from(self.held).add(self.lent.into()).unwrap_or(Amount::new(u64::MAX, u64::MAX));
+        Level { limit: self.limit.into(), settled: self.settled.into(), held }
     }
 }
 

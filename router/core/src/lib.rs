@@ -3,10 +3,12 @@
 pub mod account;
 pub mod agent;
 pub mod clock;
+pub mod escrow;
 pub mod estimate;
 pub mod ladder;
 pub mod message;
 pub mod pacing;
+pub mod placement;
 pub mod policy;
 pub mod price;
 pub mod projection;

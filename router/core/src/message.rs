@@ -4,6 +4,7 @@
 use crate::agent::breaker::BreakerState;
 use crate::agent::queue::Wish;
 use crate::clock::Now;
+use crate::escrow::Escrow;
 use crate::projection::Projection;
 use crate::view::{AccountView, AgentView, StreamView, VerifyView};
 use atp_proto::codec::Received;
@@ -34,6 +35,8 @@ pub enum Input {
     Query { id: u64, query: Query },
     /// What came of `Effect::Tool`.
     ToolDone(Box<ToolDone>),
+    /// What another shard says about an account's money.
+    Escrow { from: u32, message: Escrow },
     /// Write the fold into the log now (a new segment has begun).
     Checkpoint,
     /// New work is refused with EDRAINING; running streams end.
@@ -151,6 +154,11 @@ pub enum Effect {
     ToAgent {
         agent: AgentName,
         message: ToAgent,
+    },
+    /// For another shard, here or at another router. It may be lost: what counts is said again.
+    ToShard {
+        shard: u32,
+        message: Escrow,
     },
     Close {
         conn: ConnId,

@@ -92,6 +92,11 @@ impl StreamReplay {
             | Record::Tool(_)
             | Record::Checkpoint(_)
             | Record::Agent(_)
+            | Record::Share(_)
+            | Record::ShareIn(_)
+            | Record::ShareOut(_)
+            | Record::ShareBack(_)
+            | Record::ShareLate(_)
             | Record::Tier(_) => {}
         }
     }

@@ -2,6 +2,7 @@
 
 use crate::ladder::OnLimit;
 use crate::pacing::Mode;
+use crate::placement::Placement;
 use crate::policy::Policy;
 use crate::price::PriceBook;
 use crate::registry::Registry;
@@ -64,7 +65,10 @@ pub struct WindowSettings {
 #[derive(Clone, Debug)]
 pub struct Settings {
     pub router_id: Arc<str>,
+    /// This shard's number, from 0.
     pub shard: u32,
+    /// How many shards there are, and what belongs to which.
+    pub placement: Placement,
     pub stream_window: WindowSettings,
     /// Issue of slots: at most this many calls of one agent at once.
     pub agent_window: WindowSettings,
@@ -152,6 +156,7 @@ impl Default for Settings {
         Self {
             router_id: "r1".into(),
             shard: 0,
+            placement: Placement::default(),
             stream_window: WindowSettings { max_parallel: Some(8), limit: limit(200_000, 5_000_000) },
             agent_window: WindowSettings { max_parallel: Some(16), limit: limit(400_000, 10_000_000) },
             accounts: BTreeMap::new(),

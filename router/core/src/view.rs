@@ -31,9 +31,19 @@ pub struct AccountView {
     pub settled: Amount,
     pub held: Amount,
     pub remaining: Limit,
+    /// Of what remains, what other shards may spend.
+    #[serde(skip_serializing_if = "is_nothing", default)]
+    pub lent: Amount,
+    /// True: not the account itself but what this shard may spend for its home.
+    #[serde(skip)]
+    pub of_shares: bool,
     /// Of the current window of a paced account.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub pace: Option<PaceView>,
+}
+
+fn is_nothing(amount: &Amount) -> bool {
+    amount.is_zero()
 }
 
 /// How an account's use compares with an even one.

@@ -1,9 +1,11 @@
 //! The owner task of each `Agent`, by handle, living across reconnects, and the list of them.
 //! Never touches money; a call's frames go past it, straight to the shard.
 
-use crate::inbox::{Inbox, ToShard};
+use crate::call_routes::CallRoutes;
+use crate::inbox::ToShard;
 use crate::metric;
 use crate::outbox::Outbox;
+use crate::shards::Shards;
 use crate::time::Clocks;
 use atp_core::agent::Agent;
 use atp_core::message::{AgentEffect, AgentInput, FromAgent, Machine, ToAgent};
@@ -12,8 +14,8 @@ use atp_proto::content::{AgentStatus, Capabilities, Status};
 use atp_proto::limits::UNSENT_FULL_MS;
 use atp_proto::{AgentName, Code, ConnId, Frame, WireError};
 use std::collections::{BTreeMap, VecDeque};
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::Instant;
 use tokio_util::task::TaskTracker;
@@ -23,7 +25,7 @@ const MESSAGES_MAX: usize = 1024;
 
 /// One message to the owner task of an agent.
 pub(crate) enum AgentMessage {
-    /// Hello and capabilities are read. `up` is answered when the shard has been told, so that no frame overtakes it.
+    /// Hello and capabilities are read. `up` is answered when the shards have been told, so that no frame overtakes it.
     Connected {
         conn: ConnId,
         capabilities: Box<Capabilities>,
@@ -50,6 +52,15 @@ pub(crate) struct AgentHandle {
     pub(crate) queue: mpsc::Sender<AgentMessage>,
     /// Unix milliseconds of its last sign of life; 0: none.
     last_heartbeat_ms: Arc<AtomicU64>,
+    slots_used: Arc<AtomicU32>,
+    routes: Arc<Mutex<CallRoutes>>,
+}
+
+impl AgentHandle {
+    /// Which shard each of its calls belongs to.
+    pub(crate) fn routes(&self) -> MutexGuard<'_, CallRoutes> {
+        self.routes.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 /// All agents of this process.
@@ -57,7 +68,7 @@ pub(crate) struct AgentHandle {
 pub(crate) struct Agents {
     list: Arc<Mutex<BTreeMap<AgentName, AgentHandle>>>,
     settings: Arc<Mutex<Arc<Settings>>>,
-    inbox: Inbox,
+    shards: Shards,
     clocks: Clocks,
     tasks: TaskTracker,
     agents_max: usize,
@@ -66,13 +77,13 @@ pub(crate) struct Agents {
 impl Agents {
     pub(crate) fn new(
         settings: Arc<Settings>,
-        inbox: Inbox,
+        shards: Shards,
         clocks: Clocks,
         tasks: TaskTracker,
         agents_max: usize,
     ) -> Self {
         let (list, settings) = (Arc::default(), Arc::new(Mutex::new(settings)));
-        Self { list, settings, inbox, clocks, tasks, agents_max }
+        Self { list, settings, shards, clocks, tasks, agents_max }
     }
 
     /// The agent's task, started if it doesn't run yet.
@@ -93,15 +104,22 @@ impl Agents {
             .scope(format!("agent:{name}")));
         }
         let (sender, queue) = mpsc::channel(MESSAGES_MAX);
-        let handle = AgentHandle { queue: sender, last_heartbeat_ms: Arc::default() };
+        let handle = AgentHandle {
+            queue: sender,
+            last_heartbeat_ms: Arc::default(),
+            slots_used: Arc::default(),
+            routes: Arc::default(),
+        };
         let settings = self.settings.lock().unwrap_or_else(PoisonError::into_inner).clone();
         let machine = Agent::new(name.clone(), settings, self.clocks.now());
         let task = AgentTask {
             machine,
             queue,
-            inbox: self.inbox.clone(),
+            shards: self.shards.clone(),
             clocks: self.clocks,
             last_heartbeat_ms: handle.last_heartbeat_ms.clone(),
+            slots_used: handle.slots_used.clone(),
+            routes: handle.routes.clone(),
             connections: BTreeMap::new(),
             shown: None,
         };
@@ -110,10 +128,21 @@ impl Agents {
         Ok(handle)
     }
 
+    /// The agents that have a task.
+    pub(crate) fn names(&self) -> Vec<AgentName> {
+        self.list.lock().unwrap_or_else(PoisonError::into_inner).keys().cloned().collect()
+    }
+
     /// Unix milliseconds of the agent's last sign of life.
     pub(crate) fn last_heartbeat_ms(&self, name: &AgentName) -> Option<u64> {
         let list = self.list.lock().unwrap_or_else(PoisonError::into_inner);
         list.get(name).map(|h| h.last_heartbeat_ms.load(Ordering::Relaxed)).filter(|ms| *ms > 0)
+    }
+
+    /// Slots that are lent or run, of all shards.
+    pub(crate) fn slots_used(&self, name: &AgentName) -> u32 {
+        let list = self.list.lock().unwrap_or_else(PoisonError::into_inner);
+        list.get(name).map_or(0, |h| h.slots_used.load(Ordering::Relaxed))
     }
 
     /// Hands new settings to every agent.
@@ -143,9 +172,11 @@ struct Connection {
 struct AgentTask {
     machine: Agent,
     queue: mpsc::Receiver<AgentMessage>,
-    inbox: Inbox,
+    shards: Shards,
     clocks: Clocks,
     last_heartbeat_ms: Arc<AtomicU64>,
+    slots_used: Arc<AtomicU32>,
+    routes: Arc<Mutex<CallRoutes>>,
     connections: BTreeMap<ConnId, Connection>,
     /// Its status and the calls that wait for it, as the metrics say.
     shown: Option<(&'static str, usize)>,
@@ -173,6 +204,7 @@ impl AgentTask {
                         self.connections
                             .insert(conn, Connection { outbox, waiting: VecDeque::new(), full_since: None });
                         self.alive(now.wall_ms);
+                        self.routes().listed(&capabilities.calls);
                         self.machine.handle(now, AgentInput::Connected { conn, capabilities });
                         ups.push(up);
                     }
@@ -188,6 +220,9 @@ impl AgentTask {
                         self.machine.handle(now, AgentInput::Disconnected { conn });
                     }
                     AgentMessage::Shard(messages) => {
+                        let mut routes = self.routes.lock().unwrap_or_else(PoisonError::into_inner);
+                        messages.iter().for_each(|message| routes.note(message));
+                        drop(routes);
                         for message in messages {
                             self.machine.handle(now, AgentInput::Shard(message));
                         }
@@ -196,9 +231,10 @@ impl AgentTask {
                 }
             }
             self.show();
-            let told = self.drain();
-            if !told.is_empty() && self.inbox.send(256 * told.len(), ToShard::Agent(told)).await.is_err() {
-                return;
+            for (shard, told) in self.drain() {
+                let Some(inbox) = self.shards.at(shard) else { continue };
+                // A shard that has ended asks who is here when it begins anew.
+                let _ = inbox.send(256 * told.len(), ToShard::Agent(told)).await;
             }
             for up in ups {
                 let _ = up.send(());
@@ -207,6 +243,7 @@ impl AgentTask {
     }
 
     fn show(&mut self) {
+        self.slots_used.store(self.machine.slots_used(), Ordering::Relaxed);
         let status = self.machine.stands().map_or(metric::GONE, Status::as_str);
         let now = (status, self.machine.waiting());
         if self.shown != Some(now) {
@@ -219,9 +256,13 @@ impl AgentTask {
         self.last_heartbeat_ms.store(wall_ms, Ordering::Relaxed);
     }
 
-    /// Carries out what the machine wants; returns what the shard is told.
-    fn drain(&mut self) -> Vec<FromAgent> {
-        let mut told = Vec::new();
+    fn routes(&self) -> MutexGuard<'_, CallRoutes> {
+        self.routes.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Carries out what the machine wants; returns what the shards are told.
+    fn drain(&mut self) -> BTreeMap<u32, Vec<FromAgent>> {
+        let mut told: BTreeMap<u32, Vec<FromAgent>> = BTreeMap::new();
         while let Some(effect) = self.machine.poll_effect() {
             match effect {
                 AgentEffect::Send { conn, frame } => {
@@ -235,11 +276,20 @@ impl AgentTask {
                         connection.outbox.close(Some(error));
                     }
                 }
-                AgentEffect::ToShard { shard: _, message } => {
-                    if let FromAgent::Flow { agent, flow } = &message {
-                        metric::agent_flow(agent, flow);
+                AgentEffect::ToShard { shard, message } => {
+                    match &message {
+                        FromAgent::Flow { agent, flow } => metric::agent_flow(agent, flow),
+                        FromAgent::Unsent { call, .. } => self.routes().ended(call),
+                        _ => {}
                     }
-                    told.push(message);
+                    match shard {
+                        Some(shard) => told.entry(shard).or_default().push(message),
+                        None => {
+                            for shard in 0..self.shards.placement().shards() {
+                                told.entry(shard).or_default().push(message.clone());
+                            }
+                        }
+                    }
                 }
             }
         }

@@ -1,6 +1,7 @@
 //! Frames of streams read from the log for one connection that missed them: one pass for all of its streams, in a thread
 //! of its own, as fast as the client takes them. Decides nothing; the shard says from where and up to where.
 
+use crate::clients::Bounds;
 use crate::inbox::{Inbox, ToShard};
 use crate::log::Source;
 use crate::outbox::{Outbox, weight};
@@ -9,6 +10,7 @@ use atp_core::replay::StreamReplay;
 use atp_proto::{Code, ConnId, Frame, StreamId, TenantId, WireError};
 use prost::Message;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::sync::Arc;
 use tokio::sync::mpsc;
 
 /// Frames with `after < msg_seq <= upto` of a stream whose first entry is `from`.
@@ -29,9 +31,11 @@ pub(crate) async fn replay(
     tenant: TenantId,
     replays: Vec<Replay>,
     outbox: Outbox,
+    bounds: Arc<Bounds>,
     inbox: Inbox,
     source: Source,
 ) {
+    let turn = bounds.reader.acquire().await;
     let done: Vec<(StreamId, u64)> = replays.iter().map(|r| (r.stream.clone(), r.upto)).collect();
     let (frames, mut read) = mpsc::channel::<Vec<Frame>>(4);
     let of = tenant.clone();
@@ -55,6 +59,7 @@ pub(crate) async fn replay(
         Ok(Err(error)) => outbox.close(Some(WireError::new(Code::Log, format!("replay: {error}")))),
         Err(_) => outbox.close(Some(WireError::new(Code::Log, "replay: reading the log ended early"))),
     }
+    drop(turn);
     let _ = inbox.send(256, ToShard::Replayed { conn, tenant, done }).await;
 }
 

@@ -15,22 +15,70 @@ use atp_proto::content::{Accepted, Resume};
 use atp_proto::frame::kind;
 use atp_proto::{Code, ConnId, Flags, Frame, StreamId, TenantId, WireError};
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use tokio::sync::Semaphore;
 use tokio_util::task::TaskTracker;
 
-/// Unnumbered frames that may wait beside a full outbox; a client that never reads gets no more of them.
+/// Unnumbered frames that may wait beside a full outbox, over all shards; a client that never reads gets no more of them.
 const UNNUMBERED_WAITING_MAX: usize = 1024;
-/// Bytes that wait here for one connection whose outbox is full; reading the log again costs far more.
+/// Of those at least, in each shard.
+const UNNUMBERED_WAITING_LEAST: usize = 16;
+/// Bytes that wait for one connection whose outbox is full; reading the log again costs far more.
 const WAITING_BYTES_MAX: usize = 24 << 20;
 /// The same for all connections together.
 const ALL_WAITING_BYTES_MAX: usize = 128 << 20;
+
+/// What one connection may have, over all the shards that serve it.
+pub(crate) struct Bounds {
+    streams_max: usize,
+    streams: AtomicUsize,
+    /// Weight of the frames that wait for it, and of those for all connections.
+    bytes: AtomicUsize,
+    all_bytes: Arc<AtomicUsize>,
+    /// One reader of the log at a time, whichever shard asked for it.
+    pub(crate) reader: Semaphore,
+}
+
+impl Bounds {
+    /// `all_bytes` counts what waits for all connections of the process.
+    pub(crate) fn new(streams_max: usize, all_bytes: Arc<AtomicUsize>) -> Self {
+        let (streams, bytes) = (AtomicUsize::new(0), AtomicUsize::new(0));
+        Self { streams_max, streams, bytes, all_bytes, reader: Semaphore::new(1) }
+    }
+
+    /// Takes the place of one more stream; false: there is none.
+    fn open(&self) -> bool {
+        let one_more = |n: usize| (n < self.streams_max).then_some(n + 1);
+        self.streams.fetch_update(Ordering::Relaxed, Ordering::Relaxed, one_more).is_ok()
+    }
+
+    fn close(&self, streams: usize) {
+        self.streams.fetch_sub(streams, Ordering::Relaxed);
+    }
+
+    fn wait(&self, bytes: usize) {
+        self.bytes.fetch_add(bytes, Ordering::Relaxed);
+        self.all_bytes.fetch_add(bytes, Ordering::Relaxed);
+    }
+
+    fn leave(&self, bytes: usize) {
+        self.bytes.fetch_sub(bytes, Ordering::Relaxed);
+        self.all_bytes.fetch_sub(bytes, Ordering::Relaxed);
+    }
+
+    /// More waits than may.
+    fn is_over(&self) -> bool {
+        self.bytes.load(Ordering::Relaxed) > WAITING_BYTES_MAX
+            || self.all_bytes.load(Ordering::Relaxed) > ALL_WAITING_BYTES_MAX
+    }
+}
 
 pub(crate) struct Clients {
     list: HashMap<ConnId, Client>,
     /// Connections with frames of this drain.
     touched: Vec<ConnId>,
-    /// Weight of all frames that wait here.
-    bytes: usize,
-    streams_max: usize,
+    unnumbered_max: usize,
     inbox: Inbox,
     source: Source,
     tasks: TaskTracker,
@@ -39,10 +87,13 @@ pub(crate) struct Clients {
 struct Client {
     tenant: TenantId,
     outbox: Outbox,
+    bounds: Arc<Bounds>,
     /// Frames of this drain, behind those that the outbox had no room for.
     frames: VecDeque<Frame>,
     /// What `frames` weigh.
     bytes: usize,
+    /// Of that, what the bounds count.
+    counted: usize,
     /// Streams that this connection opened or watches.
     streams: BTreeSet<StreamId>,
     /// Streams whose later frames are read from the log when there is room.
@@ -64,16 +115,20 @@ struct Lag {
 }
 
 impl Clients {
-    pub(crate) fn new(streams_max: usize, inbox: Inbox, source: Source, tasks: TaskTracker) -> Self {
-        Self { list: HashMap::new(), touched: Vec::new(), bytes: 0, streams_max, inbox, source, tasks }
+    /// Those of one of so many shards.
+    pub(crate) fn new(shards: u32, inbox: Inbox, source: Source, tasks: TaskTracker) -> Self {
+        let unnumbered_max = (UNNUMBERED_WAITING_MAX / shards as usize).max(UNNUMBERED_WAITING_LEAST);
+        Self { list: HashMap::new(), touched: Vec::new(), unnumbered_max, inbox, source, tasks }
     }
 
-    pub(crate) fn open(&mut self, conn: ConnId, tenant: TenantId, outbox: Outbox) {
+    pub(crate) fn open(&mut self, conn: ConnId, tenant: TenantId, outbox: Outbox, bounds: Arc<Bounds>) {
         let client = Client {
             tenant,
             outbox,
+            bounds,
             frames: VecDeque::new(),
             bytes: 0,
+            counted: 0,
             streams: BTreeSet::new(),
             lagging: BTreeMap::new(),
             replays: Vec::new(),
@@ -84,8 +139,13 @@ impl Clients {
     }
 
     pub(crate) fn gone(&mut self, conn: ConnId) {
-        if let Some(client) = self.list.remove(&conn) {
-            self.bytes -= client.bytes;
+        self.list.remove(&conn);
+    }
+
+    /// Closes the connections that have streams here: the shard has ended, and they may find it elsewhere.
+    pub(crate) fn close_all(&mut self, error: &WireError) {
+        for client in self.list.values().filter(|c| !c.streams.is_empty()) {
+            client.outbox.close(Some(error.clone()));
         }
     }
 
@@ -95,18 +155,16 @@ impl Clients {
         let tenant = client.tenant.clone();
         for received in frames {
             if received.frame.flags.has(Flags::SYN) && !client.streams.contains(&*received.frame.stream_id) {
-                if client.streams.len() >= self.streams_max {
+                if !client.bounds.open() {
                     let error = WireError::new(
                         Code::Limit,
                         "streams: this connection has as many as it may; end some, or open another connection",
                     )
                     .scope(format!("stream:{}", &*received.frame.stream_id))
-                    .used(client.streams.len() as u64, self.streams_max as u64);
+                    .used(client.bounds.streams_max as u64, client.bounds.streams_max as u64);
                     let frame = Frame::json(&*received.frame.stream_id, 0, Flags::RST, kind::ERROR, &error);
                     self.touched.push(conn);
-                    client.bytes += weight(&frame);
-                    self.bytes += weight(&frame);
-                    client.frames.push_back(frame);
+                    client.push(frame);
                     continue;
                 }
                 client.streams.insert(StreamId::new(&received.frame.stream_id));
@@ -127,7 +185,7 @@ impl Clients {
     pub(crate) fn send(&mut self, conn: ConnId, frame: Frame) {
         let Some(client) = self.list.get_mut(&conn) else { return };
         if frame.flags.has(Flags::FIN) || frame.flags.has(Flags::RST) {
-            client.streams.remove(&*frame.stream_id);
+            client.forget(&frame.stream_id);
         }
         if &*frame.kind == kind::ACCEPTED && frame.msg_seq == 0 {
             client.attached(&frame);
@@ -149,10 +207,7 @@ impl Clients {
         if client.frames.is_empty() {
             self.touched.push(conn);
         }
-        let weight = weight(&frame);
-        client.bytes += weight;
-        self.bytes += weight;
-        client.frames.push_back(frame);
+        client.push(frame);
     }
 
     /// Reads a stream's frames from the log for a connection, once all that is queued for it is on its way.
@@ -179,19 +234,16 @@ impl Clients {
 
     fn flush_one(&mut self, conn: ConnId) {
         let Some(client) = self.list.get_mut(&conn) else { return };
-        let taken = client.outbox.send(&mut client.frames);
-        client.bytes -= taken;
-        self.bytes -= taken;
-        if client.bytes > WAITING_BYTES_MAX || self.bytes > ALL_WAITING_BYTES_MAX {
-            self.bytes -= client.bytes;
-            client.lag();
-            self.bytes += client.bytes;
+        client.hand_over();
+        if client.bytes > 0 && client.bounds.is_over() {
+            client.lag(self.unnumbered_max);
         }
         if client.frames.is_empty() && !client.replays.is_empty() && !client.reading {
             client.reading = true;
             let replays = std::mem::take(&mut client.replays);
-            let (outbox, inbox, source) = (client.outbox.clone(), self.inbox.clone(), self.source.clone());
-            self.tasks.spawn(replay(conn, client.tenant.clone(), replays, outbox, inbox, source));
+            let (outbox, bounds) = (client.outbox.clone(), client.bounds.clone());
+            let (inbox, source) = (self.inbox.clone(), self.source.clone());
+            self.tasks.spawn(replay(conn, client.tenant.clone(), replays, outbox, bounds, inbox, source));
         }
         let resumes = !client.reading && client.lagging.values().any(|lag| !lag.asked);
         if !client.waiting && (resumes || !client.frames.is_empty()) {
@@ -208,9 +260,7 @@ impl Clients {
     pub(crate) fn room(&mut self, conn: ConnId) -> Vec<Input> {
         let Some(client) = self.list.get_mut(&conn) else { return Vec::new() };
         client.waiting = false;
-        let taken = client.outbox.send(&mut client.frames);
-        client.bytes -= taken;
-        self.bytes -= taken;
+        client.hand_over();
         self.touched.push(conn);
         if !client.frames.is_empty() || client.reading {
             return Vec::new();
@@ -240,13 +290,40 @@ impl Client {
         if let Ok(accepted) = frame.read::<Accepted>()
             && accepted.stream_id != *frame.stream_id
             && self.streams.remove(&*frame.stream_id)
+            && !self.streams.insert(StreamId::new(&accepted.stream_id))
         {
-            self.streams.insert(StreamId::new(&accepted.stream_id));
+            self.bounds.close(1);
         }
     }
 
+    fn forget(&mut self, stream: &str) {
+        if self.streams.remove(stream) {
+            self.bounds.close(1);
+        }
+    }
+
+    fn push(&mut self, frame: Frame) {
+        self.bytes += weight(&frame);
+        self.frames.push_back(frame);
+    }
+
+    fn hand_over(&mut self) {
+        self.bytes -= self.outbox.send(&mut self.frames);
+        self.count();
+    }
+
+    /// Counts what waits now that the outbox has had its turn.
+    fn count(&mut self) {
+        if self.bytes > self.counted {
+            self.bounds.wait(self.bytes - self.counted);
+        } else if self.bytes < self.counted {
+            self.bounds.leave(self.counted - self.bytes);
+        }
+        self.counted = self.bytes;
+    }
+
     /// Gives up the memory of the numbered frames that wait: their streams go on from the log.
-    fn lag(&mut self) {
+    fn lag(&mut self, unnumbered_max: usize) {
         for frame in self.frames.iter().filter(|f| f.msg_seq > 0) {
             if !self.lagging.contains_key(&*frame.stream_id) {
                 let lag = Lag { after: frame.msg_seq - 1, asked: false };
@@ -255,9 +332,17 @@ impl Client {
             metric::dropped("outbox_full");
         }
         self.frames.retain(|f| f.msg_seq == 0);
-        self.frames.truncate(UNNUMBERED_WAITING_MAX);
-        self.frames.shrink_to(UNNUMBERED_WAITING_MAX);
+        self.frames.truncate(unnumbered_max);
+        self.frames.shrink_to(unnumbered_max);
         self.bytes = self.frames.iter().map(weight).sum();
+        self.count();
+    }
+}
+
+impl Drop for Client {
+    fn drop(&mut self) {
+        self.bounds.leave(self.counted);
+        self.bounds.close(self.streams.len());
     }
 }
 

@@ -1,20 +1,26 @@
 //! One native connection: hello, frames in, heartbeats, and how it ends. Decodes here, decides nothing:
 //! frames go to the shard in batches, one per read, and an agent's own frames to its task.
 
+mod admissible;
+
 use crate::agent_task::{AgentHandle, AgentMessage, Agents};
+use crate::clients::Bounds;
 use crate::identity::{Anonymous, identify};
 use crate::inbox::{self, Inbox, ToShard};
 use crate::metric::{self, FrameCounts};
 use crate::outbox::{Outbox, connection_error, outbox};
+use crate::shards::{Shards, split};
+use admissible::{check_capabilities, is_known};
 use atp_proto::codec::{self, Received};
 use atp_proto::content::{AgentStatus, Capabilities, Hello, HelloAck, HelloLimits, Role};
 use atp_proto::frame::kind;
-use atp_proto::id::is_id;
 use atp_proto::limits::{FIRST_FRAME_MS, FRAGMENT_BYTES, FRAME_BYTES_MAX, FRAME_MS, MESSAGE_BYTES_MAX};
-use atp_proto::{AgentName, Code, ConnId, Flags, Frame, TenantId, WireError};
+use atp_proto::{AgentName, Code, ConnId, Flags, Frame, StreamId, TenantId, WireError};
 use bytes::BytesMut;
+use std::collections::BTreeMap;
 use std::io;
 use std::sync::Arc;
+use std::sync::atomic::AtomicUsize;
 use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite};
 use tokio::sync::oneshot;
@@ -32,13 +38,15 @@ const OWN_FRAMES_PER_SECOND: u32 = 1000;
 
 /// What every connection of a router shares.
 pub(crate) struct Shared {
-    pub(crate) inbox: Inbox,
+    pub(crate) shards: Shards,
     pub(crate) agents: Agents,
     pub(crate) anonymous: Anonymous,
     /// Random per start of the process: session ids are never used again.
     pub(crate) incarnation: String,
     pub(crate) heartbeat: Duration,
     pub(crate) streams_max: usize,
+    /// Weight of the frames that wait for clients' connections.
+    pub(crate) waiting_bytes: Arc<AtomicUsize>,
     /// Cancelled when every connection is to close.
     pub(crate) stopping: CancellationToken,
     pub(crate) tasks: TaskTracker,
@@ -120,6 +128,13 @@ struct Introduced {
     name: AgentName,
     incarnation: Arc<str>,
     handle: AgentHandle,
+}
+
+/// A client's connection and the shards that know of it: those of the streams it has spoken of.
+struct Client {
+    tenant: TenantId,
+    bounds: Arc<Bounds>,
+    shards: BTreeMap<u32, Inbox>,
 }
 
 /// What a read yielded.
@@ -243,15 +258,13 @@ impl<R: AsyncRead + Unpin> Connection<R> {
     }
 
     /// Splits what was read into frames of streams; frames on stream "" are answered or given to `own`.
-    fn frames(&mut self, frames: &mut Vec<Received>, own: &mut Vec<Frame>) -> Result<usize, WireError> {
-        let mut weight = 0;
+    fn frames(&mut self, frames: &mut Vec<Received>, own: &mut Vec<Frame>) -> Result<(), WireError> {
         let mut whole = false;
         while let Some(received) = codec::decode(&mut self.bytes)? {
             whole = true;
             let frame = &received.frame;
             self.counts.count(&frame.kind);
             if !frame.stream_id.is_empty() {
-                weight += inbox::weight(&received);
                 frames.push(received);
             } else if frame.flags.has(Flags::HB) {
                 if frame.flags.has(Flags::ACK) {
@@ -267,30 +280,43 @@ impl<R: AsyncRead + Unpin> Connection<R> {
             self.begun = None;
         }
         self.counts.flush();
-        Ok(weight)
+        Ok(())
     }
 
     async fn client(&mut self, tenant: TenantId) -> Ended {
-        let opened = ToShard::Opened { conn: self.conn, tenant, outbox: self.outbox.clone() };
-        if self.shared.inbox.send(256, opened).await.is_err() {
-            return WireError::new(Code::Draining, "this router is stopping").into();
+        let bounds = Bounds::new(self.shared.streams_max, self.shared.waiting_bytes.clone());
+        let mut client = Client { tenant, bounds: Arc::new(bounds), shards: BTreeMap::new() };
+        let ended = self.client_frames(&mut client).await;
+        for inbox in client.shards.into_values() {
+            let _ = inbox.send(256, ToShard::Gone { conn: self.conn }).await;
         }
-        let ended = self.client_frames().await;
-        let _ = self.shared.inbox.send(256, ToShard::Gone { conn: self.conn }).await;
         ended
     }
 
-    async fn client_frames(&mut self) -> Ended {
+    /// Hands frames to the shard of their streams, which is told first who speaks.
+    async fn to_shard(&self, client: &mut Client, shard: u32, frames: Vec<Received>) -> Result<(), WireError> {
+        if !client.shards.contains_key(&shard) {
+            let inbox = self.shared.shards.at(shard).ok_or_else(not_here)?;
+            let (tenant, outbox) = (client.tenant.clone(), self.outbox.clone());
+            let opened = ToShard::Opened { conn: self.conn, tenant, outbox, bounds: client.bounds.clone() };
+            inbox.send(256, opened).await.map_err(|_| not_here())?;
+            client.shards.insert(shard, inbox);
+        }
+        let weight = frames.iter().map(inbox::weight).sum();
+        client.shards[&shard].send(weight, ToShard::Frames { conn: self.conn, frames }).await.map_err(|_| not_here())
+    }
+
+    async fn client_frames(&mut self, client: &mut Client) -> Ended {
         let mut own = Vec::new();
         loop {
             let mut frames = Vec::new();
             let decoded = self.frames(&mut frames, &mut own);
             frames.retain(|r| self.is_for_clients(&r.frame));
-            let weight = decoded.as_ref().map_or(FRAME_BYTES_MAX, |w| *w);
-            if !frames.is_empty() {
-                let message = ToShard::Frames { conn: self.conn, frames };
-                if self.shared.inbox.send(weight, message).await.is_err() {
-                    return WireError::new(Code::Draining, "this router is stopping").into();
+            let shards = &self.shared.shards;
+            let shard_of = |r: &Received| Some(shards.of_stream(&client.tenant, &StreamId::new(&r.frame.stream_id)));
+            for (shard, frames) in split(frames, shard_of) {
+                if let Err(error) = self.to_shard(client, shard, frames).await {
+                    return error.into();
                 }
             }
             if let Err(error) = decoded {
@@ -365,7 +391,6 @@ impl<R: AsyncRead + Unpin> Connection<R> {
         loop {
             let mut frames = Vec::new();
             let decoded = self.frames(&mut frames, &mut own);
-            let weight = decoded.as_ref().map_or(FRAME_BYTES_MAX, |w| *w);
             if second.elapsed() >= Duration::from_secs(1) {
                 (second, own_count) = (Instant::now(), 0);
             }
@@ -383,23 +408,46 @@ impl<R: AsyncRead + Unpin> Connection<R> {
             }
             frames.retain(|r| self.is_for_agents(&r.frame));
             if !frames.is_empty() {
-                let Some(Introduced { name, incarnation, .. }) = connected else {
+                let Some(agent) = connected else {
                     return WireError::proto(
                         "control.capabilities: an agent's first frame after hello, before any call's",
                     )
                     .into();
                 };
-                let (agent, incarnation) = (name.clone(), incarnation.clone());
-                let message = ToShard::AgentFrames { agent, incarnation, frames };
-                if self.shared.inbox.send(weight, message).await.is_err() {
-                    return WireError::new(Code::Draining, "this router is stopping").into();
-                }
+                self.agent_to_shards(agent, frames).await;
             }
             if let Err(error) = decoded {
                 return error.into();
             }
             if let Read::End(ended) = self.read().await {
                 return ended;
+            }
+        }
+    }
+
+    /// Hands an agent's frames to the shards of their calls. What nobody here knows, or a shard that isn't here, doesn't get
+    /// is asked for again by its shard, which learns from the agent's list what there is.
+    async fn agent_to_shards(&self, agent: &Introduced, frames: Vec<Received>) {
+        let groups = {
+            let routes = agent.handle.routes();
+            split(frames, |r| {
+                let shard = routes.shard_of(&r.frame.stream_id);
+                if shard.is_none() {
+                    metric::dropped("unknown_call");
+                }
+                shard
+            })
+        };
+        for (shard, frames) in groups {
+            let weight = frames.iter().map(inbox::weight).sum();
+            let (agent, incarnation) = (agent.name.clone(), agent.incarnation.clone());
+            let message = ToShard::AgentFrames { agent, incarnation, frames };
+            let taken = match self.shared.shards.at(shard) {
+                Some(inbox) => inbox.send(weight, message).await.is_ok(),
+                None => false,
+            };
+            if !taken {
+                metric::dropped("shard_not_here");
             }
         }
     }
@@ -485,65 +533,10 @@ impl<R: AsyncRead + Unpin> Connection<R> {
     }
 }
 
-/// The payload types that this version knows; others are ignored and counted.
-fn is_known(text: &str) -> bool {
-    matches!(
-        text,
-        kind::TASK_SUBMIT
-            | kind::TASK_ANSWER
-            | kind::TASK_CANCEL
-            | kind::RESULT_PARTIAL
-            | kind::RESULT_PROVISIONAL
-            | kind::RESULT_FINAL
-            | kind::AGENT_LOG
-            | kind::ESTIMATE
-            | kind::ESTIMATE_RESULT
-            | kind::DISPATCH
-            | kind::AGENT_CANCEL
-            | kind::TOOL_REQUEST
-            | kind::TOOL_RESULT
-            | kind::HELLO
-            | kind::REDIRECT
-            | kind::CAPABILITIES
-            | kind::ACCEPTED
-            | kind::RESUME
-            | kind::BILL
-            | kind::STATUS
-            | kind::WINDOW_UPDATE
-            | kind::BUDGET_UPDATE
-            | kind::ACK
-            | kind::ERROR
-    )
-}
-
-/// What the registry needs of capabilities; the rest is judged by the `Agent`.
-fn check_capabilities(c: &Capabilities) -> Result<(), WireError> {
-    let bad = |field: &str, why: &str| Err(WireError::proto(format!("control.capabilities: {field}: {why}")));
-    if !is_id(c.agent.as_str()) {
-        return bad("agent", "a handle is 1 to 64 of A-Za-z0-9._-");
-    }
-    if !(1..=64).contains(&c.incarnation.len()) {
-        return bad("incarnation", "random text of 1 to 64 bytes, new per start of the agent's process");
-    }
-    if c.host.len() > 255 || c.adapter.len() > 64 {
-        return bad("host, adapter", "at most 255 and 64 bytes");
-    }
-    if c.models.len() > 256 || c.skills.len() > 256 || c.tools.len() > 256 || c.raw_apis.len() > 16 {
-        return bad("models, skills, tools, raw_apis", "at most 256, 256, 256 and 16 entries");
-    }
-    if c.models.iter().any(|m| m.id.len() > 128 || m.id.is_empty()) {
-        return bad("models[].id", "1 to 128 bytes");
-    }
-    if [&c.tool_permissions, &c.security_groups].iter().any(|l| l.len() > 256) {
-        return bad("tool_permissions, security_groups", "at most 256 entries each");
-    }
-    if [&c.tools, &c.tool_permissions].into_iter().flatten().any(|t| !is_id(t)) {
-        return bad("tools[], tool_permissions[]", "1 to 64 of A-Za-z0-9._-");
-    }
-    if c.calls.len() > 4096 {
-        return bad("calls", "at most 4096 entries");
-    }
-    Ok(())
+/// What a client is told whose stream's shard isn't served here now: another connection may find it.
+pub(crate) fn not_here() -> WireError {
+    WireError::new(Code::Draining, "this router is stopping, or the stream's shard is moving; connect again")
+        .retry_after_ms(1_000)
 }
 
 /// Says why a connection isn't taken, to a peer that has said nothing yet.

@@ -3,14 +3,17 @@
 use crate::agent_task::Agents;
 use crate::config::Config;
 use crate::identity;
-use crate::inbox::{Inbox, ToShard};
+use crate::inbox::ToShard;
 use crate::listen::Peer;
 use crate::log::Source;
+use crate::log::offline;
 use crate::metric;
 use crate::router::Router as AtpRouter;
 use crate::shard_task::Health;
+use crate::shards::Shards;
 use crate::store::StoreHealth;
-use crate::verify;
+use crate::verify::{self, Live};
+use crate::views;
 use atp_core::clock::rfc3339;
 use atp_core::message::{Answer, Input, LogRoom, Query, StreamAnswer};
 use atp_core::view::{AgentView, StreamView};
@@ -43,46 +46,55 @@ const HTTP_CONN: ConnId = ConnId(0);
 pub(crate) struct Site(Arc<Inner>);
 
 struct Inner {
-    inbox: Inbox,
+    shards: Shards,
     agents: Agents,
-    health: watch::Receiver<Health>,
     store: watch::Receiver<StoreHealth>,
     config: watch::Receiver<Arc<Config>>,
     prometheus: PrometheusHandle,
-    source: Source,
     atp: SocketAddr,
     http: SocketAddr,
 }
 
 impl Site {
-    pub(crate) fn new(router: &AtpRouter, prometheus: PrometheusHandle, source: Source) -> Self {
+    pub(crate) fn new(router: &AtpRouter, prometheus: PrometheusHandle) -> Self {
         Self(Arc::new(Inner {
-            inbox: router.inbox(),
+            shards: router.shards(),
             agents: router.agents(),
-            health: router.health(),
             store: router.store(),
             config: router.config(),
             prometheus,
-            source,
             atp: router.atp_addr(),
             http: router.http_addr(),
         }))
     }
 
-    async fn ask(&self, query: Query) -> Result<Answer, Problem> {
-        self.0
-            .inbox
-            .ask(query)
-            .await
-            .ok_or_else(|| Problem::new(WireError::new(Code::Draining, "this router is stopping"), None))
+    /// Asks the shard of a stream.
+    async fn ask(&self, tenant: &TenantId, stream: &StreamId, query: Query) -> Result<Answer, Problem> {
+        let shard = self.0.shards.of_stream(tenant, stream);
+        self.0.shards.ask(shard, query).await.ok_or_else(mismatch)
+    }
+
+    /// Asks every shard.
+    async fn ask_all(&self, query: &Query) -> Result<views::Answers, Problem> {
+        self.0.shards.ask_all(query).await.ok_or_else(mismatch)
     }
 
     async fn stream(&self, tenant: &TenantId, id: &str) -> Result<(StreamId, Box<StreamAnswer>), Problem> {
         let stream = stream_id(id)?;
-        match self.ask(Query::Stream { tenant: tenant.clone(), stream: stream.clone() }).await? {
+        match self.ask(tenant, &stream, Query::Stream { tenant: tenant.clone(), stream: stream.clone() }).await? {
             Answer::Stream(Some(answer)) => Ok((stream, answer)),
             _ => Err(not_found(id)),
         }
+    }
+
+    fn healths(&self) -> Vec<Health> {
+        self.0.shards.all_here().iter().map(|(_, here)| here.health.borrow().clone()).collect()
+    }
+
+    /// The log of a stream, to read.
+    fn source(&self, tenant: &TenantId, stream: &StreamId) -> Result<Source, Problem> {
+        let here = self.0.shards.here(self.0.shards.of_stream(tenant, stream));
+        here.map(|here| here.source).ok_or_else(mismatch)
     }
 }
 
@@ -191,10 +203,7 @@ async fn streams(
 }
 
 async fn list(site: &Site, tenant: TenantId) -> Result<Vec<StreamView>, Problem> {
-    match site.ask(Query::Streams { tenant }).await? {
-        Answer::Streams(rows) => Ok(rows),
-        _ => Err(mismatch()),
-    }
+    Ok(views::streams(site.ask_all(&Query::Streams { tenant }).await?))
 }
 
 async fn stream(
@@ -207,7 +216,7 @@ async fn stream(
     let result = match answer.result {
         Some(result) => Some(result),
         None if answer.view.state.is_closed() => {
-            let source = site.0.source.clone();
+            let source = site.source(&tenant, &stream)?;
             let read =
                 tokio::task::spawn_blocking(move || verify::read_final(&source, &tenant, &stream, answer.from)).await;
             read.map_err(|_| mismatch())?.map_err(|e| Problem::new(WireError::new(Code::Log, e), None))?
@@ -231,7 +240,7 @@ async fn bill(
     Path(id): Path<String>,
 ) -> Result<Response, Problem> {
     let stream = stream_id(&id)?;
-    match site.ask(Query::Bill { tenant, stream }).await? {
+    match site.ask(&tenant, &stream, Query::Bill { tenant: tenant.clone(), stream: stream.clone() }).await? {
         Answer::Bill(Some(bill)) => Ok(Json(bill).into_response()),
         _ => Err(not_found(&id)),
     }
@@ -253,14 +262,15 @@ async fn cancel(
             &TaskCancel { reason: Some("DELETE over HTTP".into()) },
         );
         let body = encode_body(&frame);
+        let inbox = site.0.shards.at(site.0.shards.of_stream(&tenant, &stream)).ok_or_else(mismatch)?;
         let input = Input::Client { conn: HTTP_CONN, tenant, received: Received { frame, body } };
-        site.0.inbox.send(256, ToShard::Input(Box::new(input))).await.map_err(|_| mismatch())?;
+        inbox.send(256, ToShard::Input(Box::new(input))).await.map_err(|_| mismatch())?;
     }
     Ok(StatusCode::ACCEPTED)
 }
 
 async fn agent_rows(site: &Site) -> Result<Vec<AgentView>, Problem> {
-    let Answer::Agents(mut rows) = site.ask(Query::Agents).await? else { return Err(mismatch()) };
+    let mut rows = views::agents(site.ask_all(&Query::Agents).await?, site.0.shards.placement());
     rows.iter_mut().for_each(|row| heartbeat(site, row));
     Ok(rows)
 }
@@ -282,11 +292,15 @@ async fn drain(site: &Site, name: &str, drained: bool) -> Result<Json<Value>, Pr
     if !is_id(name) {
         return Err(Problem::new(WireError::proto("agent name: 1 to 64 of A-Za-z0-9._-"), None));
     }
-    let Some(Answer::Agents(mut rows)) = site.0.inbox.drain_agent(AgentName::new(name), drained).await else {
-        return Err(mismatch());
-    };
+    let name = AgentName::new(name);
+    let mut answers = Vec::new();
+    for (shard, here) in site.0.shards.all_here() {
+        let answer = here.inbox.drain_agent(name.clone(), drained).await.ok_or_else(mismatch)?;
+        answers.push((shard, answer));
+    }
+    let mut rows = views::agents(answers, site.0.shards.placement());
     rows.iter_mut().for_each(|row| heartbeat(site, row));
-    if rows.is_empty() { Err(not_found(name)) } else { Ok(Json(json!({ "agents": rows }))) }
+    if rows.is_empty() { Err(not_found(name.as_str())) } else { Ok(Json(json!({ "agents": rows }))) }
 }
 
 async fn agents(State(site): State<Site>) -> Result<Json<Value>, Problem> {
@@ -326,7 +340,8 @@ async fn go_faster(
     if more.is_zero() || word.for_ms == 0 {
         return bad("tokens, usd_micros, for_ms: how much more, and for how long");
     }
-    let told = site.0.inbox.faster(TenantId::new(&name), more, word.for_ms, word.by).await;
+    let home = site.0.shards.at(site.0.shards.placement().home_of(&name)).ok_or_else(mismatch)?;
+    let told = home.faster(TenantId::new(&name), more, word.for_ms, word.by).await;
     let Some(Answer::Accounts { position, accounts }) = told else { return Err(mismatch()) };
     if accounts.is_empty() {
         return bad("account: has no pace to go faster than; accounts.*.pacing sets one");
@@ -335,10 +350,8 @@ async fn go_faster(
 }
 
 async fn account_rows(site: &Site) -> Result<Value, Problem> {
-    match site.ask(Query::Accounts).await? {
-        Answer::Accounts { position, accounts } => Ok(json!({ "position": position, "accounts": accounts })),
-        _ => Err(mismatch()),
-    }
+    let (position, accounts) = views::accounts(site.ask_all(&Query::Accounts).await?, site.0.shards.placement());
+    Ok(json!({ "position": position, "accounts": accounts }))
 }
 
 async fn accounts(State(site): State<Site>) -> Result<Json<Value>, Problem> {
@@ -353,7 +366,8 @@ async fn account(State(site): State<Site>, Path(id): Path<String>) -> Result<Jso
 }
 
 async fn fleet(State(site): State<Site>, Extension(tenant): Extension<TenantId>) -> Result<Json<Value>, Problem> {
-    let Answer::Verify(view) = site.ask(Query::Verify).await? else { return Err(mismatch()) };
+    let live = live(&site).await?;
+    let hashes: Vec<String> = live.iter().map(|live| live.view.state_hash.clone()).collect();
     let config = site.0.config.borrow().clone();
     let accounts = account_rows(&site).await?["accounts"].take();
     Ok(Json(json!({
@@ -362,8 +376,8 @@ async fn fleet(State(site): State<Site>, Extension(tenant): Extension<TenantId>)
             "version": env!("CARGO_PKG_VERSION"),
             "atp": config.advertise.clone().unwrap_or_else(|| site.0.atp.to_string()),
             "http": site.0.http.to_string(),
-            "position": view.position,
-            "state_hash": view.state_hash,
+            "position": live.iter().map(|live| live.view.position).sum::<u64>(),
+            "state_hash": offline::hash_of_all(&hashes),
         },
         "streams": list(&site, tenant).await?,
         "agents": agent_rows(&site).await?,
@@ -371,17 +385,26 @@ async fn fleet(State(site): State<Site>, Extension(tenant): Extension<TenantId>)
     })))
 }
 
-/// Folds the log up to the position of the live state, and compares.
+/// Each shard as it stands, and its log.
+async fn live(site: &Site) -> Result<Vec<Live>, Problem> {
+    let answers = site.ask_all(&Query::Verify).await?.into_iter().map(|(shard, answer)| match answer {
+        Answer::Verify(view) => Some(Live { shard, source: site.0.shards.here(shard)?.source, view }),
+        _ => None,
+    });
+    answers.collect::<Option<_>>().ok_or_else(mismatch)
+}
+
+/// Folds each shard's log up to the position of its live state, and compares.
 async fn verify_now(State(site): State<Site>) -> Result<Json<verify::Report>, Problem> {
-    let Answer::Verify(live) = site.ask(Query::Verify).await? else { return Err(mismatch()) };
-    let source = site.0.source.clone();
-    let report = tokio::task::spawn_blocking(move || verify::against_live(&source, &live)).await;
+    let live = live(&site).await?;
+    let report = tokio::task::spawn_blocking(move || verify::against_live(&live)).await;
     report.map_err(|_| mismatch())?.map(Json).map_err(|e| Problem::new(WireError::new(Code::Log, e), None))
 }
 
 async fn metrics(State(site): State<Site>) -> impl IntoResponse {
-    let health = site.0.health.borrow().clone();
-    metric::health(health.serving && health.failed.is_none(), health.room);
+    let all = site.healths();
+    let room = all.iter().map(|h| h.room).max().unwrap_or_default();
+    metric::health(all.iter().filter(|h| h.serving && h.failed.is_none()).count(), room);
     page(&site.0.prometheus)
 }
 
@@ -392,16 +415,27 @@ pub(crate) fn page(prometheus: &PrometheusHandle) -> impl IntoResponse + use<> {
 }
 
 async fn readyz(State(site): State<Site>) -> impl IntoResponse {
-    let health = site.0.health.borrow().clone();
-    let ready = health.serving && health.failed.is_none() && health.room == LogRoom::Enough;
-    let log = match (&health.failed, health.room) {
+    let all = site.healths();
+    let count = site.0.shards.placement().shards();
+    let serving = all.iter().filter(|h| h.serving).count();
+    let room = all.iter().map(|h| h.room).max().unwrap_or_default();
+    let failed = all.iter().find_map(|h| h.failed.as_ref());
+    let ready = serving == all.len() && serving > 0 && failed.is_none() && room == LogRoom::Enough;
+    let log = match (failed, room) {
         (Some(why), _) => format!("failed: {why}"),
         (None, LogRoom::Enough) => "ok".into(),
         (None, LogRoom::Low | LogRoom::Last) => "nearly full: free space on the disk of data_dir".into(),
     };
-    let store = site.0.store.borrow().to_string();
     let status = if ready { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
-    let body = json!({ "ready": ready, "log": log, "store": store, "durability": health.guarantee.as_str(), "durable": health.durable, "wall_clock_minus_logged_ms": health.clock_ms });
+    let body = json!({
+        "ready": ready,
+        "log": log,
+        "store": site.0.store.borrow().to_string(),
+        "shards": { "count": count, "serving": serving },
+        "durability": all.first().map(|h| h.guarantee.as_str()),
+        "durable": all.iter().map(|h| h.durable).sum::<u64>(),
+        "wall_clock_minus_logged_ms": all.iter().map(|h| h.clock_ms).min(),
+    });
     (status, Json(body))
 }
 

@@ -1,6 +1,8 @@
 //! The way into a shard: one bounded queue, in bytes and in count. Senders wait while it is full; the shard never waits.
 
+use crate::clients::Bounds;
 use crate::outbox::Outbox;
+use atp_core::escrow::Escrow;
 use atp_core::message::{Answer, FromAgent, Input, Query};
 use atp_core::settings::Settings;
 use atp_proto::codec::Received;
@@ -13,11 +15,12 @@ const MESSAGES_MAX: usize = 4096;
 
 /// One message to the owner task of a shard.
 pub(crate) enum ToShard {
-    /// A client's connection opened; its frames follow.
+    /// A client's connection has something for this shard; its frames follow.
     Opened {
         conn: ConnId,
         tenant: TenantId,
         outbox: Outbox,
+        bounds: Arc<Bounds>,
     },
     /// What one read of a client's connection yielded.
     Frames {
@@ -44,6 +47,11 @@ pub(crate) enum ToShard {
     },
     /// A fact from the shell itself.
     Input(Box<Input>),
+    /// What another shard says about an account's money.
+    Escrow {
+        from: u32,
+        message: Escrow,
+    },
     /// A full outbox has room again.
     Room {
         conn: ConnId,
@@ -110,6 +118,18 @@ impl Inbox {
         let weight = u32::try_from(weight).unwrap_or(u32::MAX).clamp(1, self.bytes_max);
         self.room.acquire_many(weight).await.map_err(|_| ShardGone)?.forget();
         self.queue.send((weight, message)).await.map_err(|_| ShardGone)
+    }
+
+    /// Queues the message if there is room for it now; false: it is dropped.
+    pub(crate) fn offer(&self, weight: usize, message: ToShard) -> bool {
+        let weight = u32::try_from(weight).unwrap_or(u32::MAX).clamp(1, self.bytes_max);
+        let Ok(room) = self.room.try_acquire_many(weight) else { return false };
+        let queued = self.queue.try_send((weight, message)).is_ok();
+        if queued {
+            // The shard gives it back.
+            room.forget();
+        }
+        queued
     }
 
     /// Asks the shard; `None` when it has ended.

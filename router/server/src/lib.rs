@@ -1,6 +1,7 @@
 //! The router's shell: sockets, tasks, the log and the HTTP surface around the core. Decides nothing about streams or money.
 
 mod agent_task;
+mod call_routes;
 mod catch_up;
 mod clients;
 pub mod config;
@@ -12,15 +13,20 @@ mod inbox;
 mod listen;
 pub mod log;
 mod metric;
+mod opening;
 mod outbox;
 mod router;
+mod running;
 mod shard_task;
+mod shards;
 mod standby;
 pub mod store;
 mod time;
 pub mod tool;
 pub mod verify;
+mod views;
 
 pub use config::Config;
 pub use identity::{Anonymous, DEFAULT_TENANT};
 pub use router::{Router, StartError};
+pub use views::accounts_of;

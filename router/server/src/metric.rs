@@ -2,10 +2,12 @@
 
 use atp_core::agent::breaker::BreakerState;
 use atp_core::message::{Flow, LogRoom, Metric};
-use atp_proto::AgentName;
+use atp_core::placement::Placement;
 use atp_proto::frame::kind;
-use metrics::{Counter, counter, gauge, histogram};
+use atp_proto::{AgentName, Qos, TenantId};
+use metrics::{Counter, Gauge, counter, gauge, histogram};
 use metrics_exporter_prometheus::{PrometheusBuilder, PrometheusHandle};
+use std::collections::BTreeMap;
 use std::sync::OnceLock;
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -119,10 +121,11 @@ pub(crate) fn agent(agent: &AgentName, status: &'static str, waiting: usize) {
     gauge!("atp_agent_waiting_calls", "agent" => agent.to_string()).set(waiting as f64);
 }
 
-/// Whether this router owns a shard and serves it, and how much room the log has: 0 enough, 1 low (new work is refused),
+/// How many shards this router owns and serves, and how much room the log has: 0 enough, 1 low (new work is refused),
 /// 2 nearly none (running calls are told to stop).
-pub(crate) fn health(serving: bool, room: LogRoom) {
-    gauge!("atp_shards_serving").set(if serving { 1.0 } else { 0.0 });
+#[allow(clippy::cast_precision_loss)] // a gauge is a float by its nature
+pub(crate) fn health(serving: usize, room: LogRoom) {
+    gauge!("atp_shards_serving").set(serving as f64);
     gauge!("atp_log_room_level").set(f64::from(room as u8));
 }
 
@@ -139,8 +142,93 @@ pub(crate) fn agent_flow(agent: &AgentName, flow: &Flow) {
     }
 }
 
+/// What one shard adds to a gauge that is the sum over all of them; nothing any more when it is dropped.
+pub(crate) struct Part {
+    gauge: Gauge,
+    value: f64,
+}
+
+impl Part {
+    pub(crate) fn of(gauge: Gauge) -> Self {
+        Self { gauge, value: 0.0 }
+    }
+
+    #[allow(clippy::float_cmp)] // whole numbers, compared with what was set
+    pub(crate) fn set(&mut self, value: f64) {
+        if value != self.value {
+            self.gauge.increment(value - self.value);
+            self.value = value;
+        }
+    }
+}
+
+impl Drop for Part {
+    fn drop(&mut self) {
+        self.gauge.decrement(self.value);
+    }
+}
+
+/// One shard's parts of the gauges that its facts set. What isn't a sum its home shard says.
+pub(crate) struct Facts {
+    shard: u32,
+    placement: Placement,
+    streams_open: BTreeMap<Qos, Part>,
+    calls_in_flight: BTreeMap<AgentName, Part>,
+    held: BTreeMap<TenantId, Part>,
+    remaining: BTreeMap<TenantId, Part>,
+}
+
+impl Facts {
+    pub(crate) fn of(shard: u32, placement: Placement) -> Self {
+        Self {
+            shard,
+            placement,
+            streams_open: BTreeMap::new(),
+            calls_in_flight: BTreeMap::new(),
+            held: BTreeMap::new(),
+            remaining: BTreeMap::new(),
+        }
+    }
+
+    #[allow(clippy::cast_precision_loss)] // a gauge is a float by its nature; money never comes back from here
+    pub(crate) fn record(&mut self, metric: Metric) {
+        match metric {
+            Metric::StreamsOpen { qos, n } => {
+                let part = || Part::of(gauge!("atp_streams_open", "qos" => qos.as_str()));
+                self.streams_open.entry(qos).or_insert_with(part).set(n as f64);
+            }
+            Metric::CallsInFlight { agent, n } => {
+                let part = || Part::of(gauge!("atp_calls_in_flight", "agent" => agent.to_string()));
+                self.calls_in_flight.entry(agent.clone()).or_insert_with(part).set(n as f64);
+            }
+            Metric::AgentTier { agent, tier } if self.placement.home_of_agent(&agent) == self.shard => {
+                gauge!("atp_agent_qos_tier", "agent" => agent.to_string()).set(f64::from(tier as u32));
+            }
+            Metric::Account { account, held_usd_micros, remaining_usd_micros, limit_usd_micros, ahead_of_pace } => {
+                let name = account.to_string();
+                let part = || Part::of(gauge!("atp_reserved_usd_micros", "account" => name.clone()));
+                self.held.entry(account.clone()).or_insert_with(part).set(held_usd_micros as f64);
+                if let Some(remaining) = remaining_usd_micros {
+                    let part = || Part::of(gauge!("atp_budget_remaining_usd_micros", "account" => name.clone()));
+                    self.remaining.entry(account.clone()).or_insert_with(part).set(remaining as f64);
+                }
+                if self.placement.home_of(&name) != self.shard {
+                    return;
+                }
+                if let Some(limit) = limit_usd_micros {
+                    gauge!("atp_budget_limit_usd_micros", "account" => name.clone()).set(limit as f64);
+                }
+                if let Some(ahead) = ahead_of_pace {
+                    gauge!("atp_account_ahead_of_pace", "account" => name).set(if ahead { 1.0 } else { 0.0 });
+                }
+            }
+            other => record(other),
+        }
+    }
+}
+
 #[allow(clippy::cast_precision_loss)] // a gauge is a float by its nature; money never comes back from here
-pub(crate) fn record(metric: Metric) {
+fn record(metric: Metric) {
     match metric {
         Metric::Admission { outcome, code } => {
             counter!("atp_admission_total", "outcome" => outcome, "code" => code).increment(1);
@@ -181,25 +269,9 @@ pub(crate) fn record(metric: Metric) {
         Metric::Tool { tool, outcome } => {
             counter!("atp_tool_calls_total", "tool" => tool.to_string(), "outcome" => outcome).increment(1);
         }
-        Metric::StreamsOpen { qos, n } => gauge!("atp_streams_open", "qos" => qos.as_str()).set(n as f64),
-        Metric::CallsInFlight { agent, n } => {
-            gauge!("atp_calls_in_flight", "agent" => agent.to_string()).set(n as f64);
-        }
-        Metric::AgentTier { agent, tier } => {
-            gauge!("atp_agent_qos_tier", "agent" => agent.to_string()).set(f64::from(tier as u32));
-        }
-        Metric::Account { account, held_usd_micros, remaining_usd_micros, limit_usd_micros, ahead_of_pace } => {
-            let account = account.to_string();
-            gauge!("atp_reserved_usd_micros", "account" => account.clone()).set(held_usd_micros as f64);
-            if let Some(remaining) = remaining_usd_micros {
-                gauge!("atp_budget_remaining_usd_micros", "account" => account.clone()).set(remaining as f64);
-            }
-            if let Some(limit) = limit_usd_micros {
-                gauge!("atp_budget_limit_usd_micros", "account" => account.clone()).set(limit as f64);
-            }
-            if let Some(ahead) = ahead_of_pace {
-                gauge!("atp_account_ahead_of_pace", "account" => account).set(if ahead { 1.0 } else { 0.0 });
-            }
-        }
+        Metric::StreamsOpen { .. }
+        | Metric::CallsInFlight { .. }
+        | Metric::AgentTier { .. }
+        | Metric::Account { .. } => {}
     }
 }

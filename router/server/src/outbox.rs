@@ -70,35 +70,26 @@ pub(crate) fn outbox(closed: CancellationToken) -> (Outbox, Writer) {
 
 impl Outbox {
     /// Queues the frames from the front as long as there is room; what stays in `frames` wasn't taken. Returns the weight
-    /// of what left `frames`.
+    /// of what left `frames`. Several shards may send at once.
     pub(crate) fn send(&self, frames: &mut VecDeque<Frame>) -> usize {
         if self.is_closed() {
             return frames.drain(..).map(|f| weight(&f)).sum();
         }
-        let mut room = UNSENT_BYTES_MAX.saturating_sub(self.gauge.unsent.load(Ordering::Acquire));
-        let (mut taken, mut bytes) = (0, 0);
-        for frame in frames.iter() {
-            let weight = weight(frame);
-            // A message larger than the whole outbox goes in alone.
-            if weight > room && room < UNSENT_BYTES_MAX {
-                break;
-            }
-            (room, taken, bytes) = (room.saturating_sub(weight), taken + 1, bytes + weight);
+        if frames.is_empty() {
+            return 0;
         }
-        if taken > 0 {
-            let Ok(permit) = self.queue.try_reserve() else {
-                if self.queue.is_closed() {
-                    return frames.drain(..).map(|f| weight(&f)).sum();
-                }
-                self.gauge.mark_full();
-                return 0;
-            };
-            self.gauge.unsent.fetch_add(bytes, Ordering::AcqRel);
-            if taken == 1 {
-                permit.send(Out::One(frames.pop_front().expect("one was taken")));
-            } else {
-                permit.send(Out::Many(frames.drain(..taken).collect()));
+        let Ok(permit) = self.queue.try_reserve() else {
+            if self.queue.is_closed() {
+                return frames.drain(..).map(|f| weight(&f)).sum();
             }
+            self.gauge.mark_full();
+            return 0;
+        };
+        let (taken, bytes) = self.gauge.take_room(frames);
+        match taken {
+            0 => {}
+            1 => permit.send(Out::One(frames.pop_front().expect("one was taken"))),
+            taken => permit.send(Out::Many(frames.drain(..taken).collect())),
         }
         if !frames.is_empty() {
             self.gauge.mark_full();
@@ -146,6 +137,27 @@ impl Outbox {
 }
 
 impl Gauge {
+    /// Takes the room that the first of these frames need: how many, and their weight. It is the writer's to give back.
+    fn take_room(&self, frames: &VecDeque<Frame>) -> (usize, usize) {
+        let mut unsent = self.unsent.load(Ordering::Acquire);
+        loop {
+            let mut room = UNSENT_BYTES_MAX.saturating_sub(unsent);
+            let (mut taken, mut bytes) = (0, 0);
+            for frame in frames {
+                let weight = weight(frame);
+                // A message larger than the whole outbox goes in alone.
+                if weight > room && room < UNSENT_BYTES_MAX {
+                    break;
+                }
+                (room, taken, bytes) = (room.saturating_sub(weight), taken + 1, bytes + weight);
+            }
+            match self.unsent.compare_exchange_weak(unsent, unsent + bytes, Ordering::AcqRel, Ordering::Acquire) {
+                Ok(_) => return (taken, bytes),
+                Err(now) => unsent = now,
+            }
+        }
+    }
+
     fn mark_full(&self) {
         let now = 1 + u64::try_from(self.origin.elapsed().as_millis()).unwrap_or(u64::MAX - 1);
         let _ = self.full_since.compare_exchange(0, now, Ordering::SeqCst, Ordering::SeqCst);

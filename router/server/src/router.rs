@@ -1,23 +1,19 @@
-//! Puts a router together: log, state, shard task, agents, listeners; drains and stops it. Installs no signal handler.
+//! Puts a router together: log, state, shard tasks, agents, listeners; drains and stops it. Installs no signal handler.
 
 use crate::agent_task::Agents;
-use crate::config::{Config, LogPlace, Problem};
+use crate::config::{Config, Problem};
 use crate::connection::Shared;
 use crate::descriptors::Connections;
-use crate::inbox::{Inbox, ToShard, inbox};
+use crate::inbox::ToShard;
 use crate::listen::{self, Doors};
-use crate::log::offline::Follower;
-use crate::log::{self, Guarantee, LocalLog, Log, LogError, Source};
-use crate::shard_task::{Begin, Health, ShardTask};
+use crate::log::{self, LogError};
+use crate::opening::{self, Opened, settings_of};
+use crate::running::Running;
+use crate::shards::Shards;
 use crate::standby;
 use crate::store::{self, StoreHealth};
 use crate::time::Clocks;
-use crate::tool::Tools;
 use crate::{http, metric};
-use atp_core::record::{Genesis, hex};
-use atp_core::shard::Shard;
-use atp_core::state::{FORMAT, State};
-use bytes::Bytes;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
@@ -60,11 +56,10 @@ pub struct Router {
     http: SocketAddr,
     doors: Doors,
     shared: Arc<Shared>,
-    health: watch::Receiver<Health>,
     store: watch::Receiver<StoreHealth>,
     settings: watch::Sender<Arc<Config>>,
-    /// Cancelled when the shard's task is to end.
-    stop_shard: CancellationToken,
+    /// Cancelled when the shards' tasks are to end.
+    stop_shards: CancellationToken,
     /// Cancelled when the listeners are to close.
     stop_listening: CancellationToken,
     ended: tokio::sync::Mutex<Option<oneshot::Receiver<Result<(), String>>>>,
@@ -108,52 +103,37 @@ impl Router {
         let clocks = Clocks::start();
         let (all, name) = (config.clone(), incarnation.clone());
         let follower = follower.flatten();
-        let opened = tokio::task::spawn_blocking(move || open(&all, disk, &name, clocks, follower)).await;
-        let Opened { log, source, shard, position, guarantee, serving, report } =
+        let opened = tokio::task::spawn_blocking(move || opening::open(&all, disk, &name, clocks, follower)).await;
+        let Opened { log_id, placement, guarantee, shards: opened, report } =
             opened.map_err(|e| StartError::Stopped(e.to_string()))??;
         for fact in &report {
             tracing::info!("log: {fact}");
         }
-        let log_id = hex(shard.state().log_id());
-        let store = store::Opened::open(&config.store, &log_id, position).await.map_err(StartError::Store)?;
-        let settings = Arc::new(config.settings.clone());
+        let ends: Vec<(u32, u64)> = opened.iter().map(|one| (one.number, one.position)).collect();
+        let store = store::Opened::open(&config.store, &log_id, &ends).await.map_err(StartError::Store)?;
 
-        let (inbox, taking) = inbox(config.limits.inbox_bytes);
         let tasks = TaskTracker::new();
-        let agents = Agents::new(settings, inbox.clone(), clocks, tasks.clone(), config.limits.agents);
-        let health = Health { guarantee, serving, durable: shard.state().position(), ..Health::default() };
-        let (health_sender, health) = watch::channel(health);
-        let (stop_shard, stop_listening) = (CancellationToken::new(), CancellationToken::new());
+        let shards = Shards::new(placement);
+        let settings = Arc::new(config.settings.clone());
+        let agents = Agents::new(settings, shards.clone(), clocks, tasks.clone(), config.limits.agents);
+        let (stop_shards, stop_listening) = (CancellationToken::new(), CancellationToken::new());
         let shared = Arc::new(Shared {
-            inbox: inbox.clone(),
+            shards: shards.clone(),
             agents: agents.clone(),
             anonymous: config.anonymous,
             incarnation,
             heartbeat: Duration::from_millis(config.limits.heartbeat_ms),
             streams_max: config.limits.streams_per_connection,
+            waiting_bytes: Arc::default(),
             stopping: CancellationToken::new(),
             tasks: tasks.clone(),
         });
-        let task = ShardTask::new(Begin {
-            shard,
-            taking,
-            inbox: inbox.clone(),
-            log,
-            agents: agents.clone(),
-            clocks,
-            source: source.clone(),
-            health: health_sender,
-            streams_max: config.limits.streams_per_connection,
-            stop: stop_shard.clone(),
-            tasks: tasks.clone(),
-            tools: Tools::new(config.tools.clone(), inbox.clone(), tasks.clone()),
-        });
+        let mut running = Running::new(&config, &shared, guarantee, clocks, stop_shards.clone());
+        opened.into_iter().for_each(|one| running.start(one));
         let (told, ended) = oneshot::channel();
         let stopping = shared.stopping.clone();
         tokio::spawn(async move {
-            let outcome = task.run().await;
-            // Nothing may be served by a router that can't write.
-            stopping.cancel();
+            let outcome = running.end(stopping).await;
             drop(given_up);
             if let Some(keeping) = keeping {
                 let _ = keeping.await;
@@ -167,7 +147,7 @@ impl Router {
             atp: config.advertise.clone().unwrap_or_else(|| atp_addr.to_string()),
             http: http_addr.to_string(),
         };
-        let store = store.project(inbox, identity, clocks, stop_shard.clone(), &tasks);
+        let store = store.project((shards, agents), identity, clocks, stop_shards.clone(), &tasks);
         let doors = Doors {
             shared: shared.clone(),
             next_conn: Arc::new(AtomicU64::new(1)),
@@ -179,10 +159,9 @@ impl Router {
             http: http_addr,
             doors,
             shared,
-            health,
             store,
             settings,
-            stop_shard,
+            stop_shards,
             stop_listening,
             ended: tokio::sync::Mutex::new(Some(ended)),
             outcome: watch::Sender::new(None),
@@ -191,20 +170,22 @@ impl Router {
         };
         router.serving().await?;
         tasks.spawn(listen::native(atp, router.doors.clone(), router.stop_listening.clone()));
-        let site = http::Site::new(&router, prometheus, source);
+        let site = http::Site::new(&router, prometheus);
         tasks.spawn(listen::http(http, http::routes(site), router.stop_listening.clone(), connections.http));
         Ok(router)
     }
 
-    /// Waits until the own Epoch is durable.
+    /// Waits until the own Epoch of every shard is durable.
     async fn serving(&self) -> Result<(), StartError> {
-        let mut health = self.health.clone();
-        let served = health.wait_for(|h| h.serving || h.failed.is_some()).await;
-        match served {
-            Ok(h) if h.serving => Ok(()),
-            Ok(h) => Err(StartError::Stopped(h.failed.clone().unwrap_or_default())),
-            Err(_) => Err(StartError::Stopped("its task is gone".into())),
+        for (_, here) in self.shared.shards.all_here() {
+            let mut health = here.health;
+            match health.wait_for(|h| h.serving || h.failed.is_some()).await {
+                Ok(h) if h.serving => {}
+                Ok(h) => return Err(StartError::Stopped(h.failed.clone().unwrap_or_default())),
+                Err(_) => return Err(StartError::Stopped("a shard's task is gone".into())),
+            }
         }
+        Ok(())
     }
 
     /// Where agents and clients connect.
@@ -250,8 +231,14 @@ impl Router {
 
     /// Refuses new work with EDRAINING and returns when the running streams have ended.
     pub async fn drain(&self) {
-        let (over, none_open) = oneshot::channel();
-        if self.shared.inbox.send(64, ToShard::Drain { over }).await.is_ok() {
+        let mut waiting = Vec::new();
+        let drain = |_| {
+            let (over, none_open) = oneshot::channel();
+            waiting.push(none_open);
+            ToShard::Drain { over }
+        };
+        self.shared.shards.tell_all(drain).await;
+        for none_open in waiting {
             // A shard that has stopped has none either.
             let _ = none_open.await;
         }
@@ -267,9 +254,11 @@ impl Router {
         if !problems.is_empty() {
             return Err(problems);
         }
-        let settings = Arc::new(config.settings.clone());
+        let settings = config.settings.clone();
         self.settings.send_replace(Arc::new(config));
-        let _ = self.shared.inbox.send(64, ToShard::Settings(settings)).await;
+        let shards = &self.shared.shards;
+        shards.tell_all(|shard| ToShard::Settings(settings_of(&settings, shard, shards.placement()))).await;
+        self.shared.agents.set_settings(&Arc::new(settings)).await;
         Ok(())
     }
 
@@ -280,7 +269,7 @@ impl Router {
     pub async fn wait(&self) -> Result<(), String> {
         let mut ended = self.ended.lock().await;
         if let Some(receiver) = ended.as_mut() {
-            let outcome = receiver.await.unwrap_or_else(|_| Err("the shard's task ended early".into()));
+            let outcome = receiver.await.unwrap_or_else(|_| Err("the shards' tasks ended early".into()));
             *ended = None;
             self.outcome.send_replace(Some(outcome));
         }
@@ -294,7 +283,7 @@ impl Router {
     pub async fn stop(&self) -> Result<(), String> {
         self.stop_listening.cancel();
         self.shared.stopping.cancel();
-        self.stop_shard.cancel();
+        self.stop_shards.cancel();
         let outcome = self.wait().await;
         self.shared.agents.close();
         self.shared.tasks.close();
@@ -302,14 +291,11 @@ impl Router {
         outcome
     }
 
-    pub(crate) fn inbox(&self) -> Inbox {
-        self.shared.inbox.clone()
+    pub(crate) fn shards(&self) -> Shards {
+        self.shared.shards.clone()
     }
     pub(crate) fn agents(&self) -> Agents {
         self.shared.agents.clone()
-    }
-    pub(crate) fn health(&self) -> watch::Receiver<Health> {
-        self.health.clone()
     }
     pub(crate) fn store(&self) -> watch::Receiver<StoreHealth> {
         self.store.clone()
@@ -323,7 +309,7 @@ impl Drop for Router {
     fn drop(&mut self) {
         self.stop_listening.cancel();
         self.shared.stopping.cancel();
-        self.stop_shard.cancel();
+        self.stop_shards.cancel();
     }
 }
 
@@ -333,85 +319,4 @@ pub(crate) async fn bind(name: &'static str, address: SocketAddr) -> Result<TcpL
 
 pub(crate) fn address(listener: &TcpListener, asked: SocketAddr) -> SocketAddr {
     listener.local_addr().unwrap_or(asked)
-}
-
-/// A log whose state is rebuilt, and the shard over it.
-struct Opened {
-    log: Box<dyn Log>,
-    source: Source,
-    shard: Shard,
-    /// What was durable before this owner's first entry, or with it.
-    position: u64,
-    guarantee: Guarantee,
-    /// The own Epoch is durable already.
-    serving: bool,
-    report: Vec<String>,
-}
-
-#[cfg_attr(not(feature = "kafka"), expect(unused_variables))]
-fn open(
-    config: &Config,
-    disk: Arc<dyn log::Disk>,
-    incarnation: &str,
-    clocks: Clocks,
-    follower: Option<Follower>,
-) -> Result<Opened, StartError> {
-    match &config.log {
-        LogPlace::Local => open_local(config, disk, incarnation, clocks),
-        #[cfg(feature = "kafka")]
-        LogPlace::Kafka(place) => open_kafka(config, place, incarnation, clocks, follower),
-        #[cfg(not(feature = "kafka"))]
-        LogPlace::Kafka(_) => Err(StartError::Config(config.problems())),
-    }
-}
-
-fn open_local(
-    config: &Config,
-    disk: Arc<dyn log::Disk>,
-    incarnation: &str,
-    clocks: Clocks,
-) -> Result<Opened, StartError> {
-    let dir = config.log_dir();
-    let options =
-        log::Options { dir: dir.clone(), segment_bytes: config.limits.segment_bytes, durability: config.durability };
-    let (log, recovered) = LocalLog::open_on(options, disk).map_err(StartError::Log)?;
-    let source = Source::Local(dir);
-    let state = if recovered.last_position == 0 {
-        State::default()
-    } else {
-        let folded = log::offline::recover_state(&source).map_err(|error| match error {
-            LogError::Entry { position, what } => StartError::Fold { log: source.to_string(), position, what },
-            error => StartError::Log(error),
-        });
-        folded?.0
-    };
-    let genesis = (state.position() == 0).then(|| Genesis {
-        log_id: Bytes::copy_from_slice(&log.log_id()),
-        format: FORMAT,
-        shards: 1,
-        hash_seed: 0,
-    });
-    let shard = Shard::recover(Arc::new(config.settings.clone()), state, clocks.now(), incarnation, genesis);
-    let (position, guarantee) = (recovered.last_position, config.durability.into());
-    Ok(Opened { log: Box::new(log), source, shard, position, guarantee, serving: false, report: recovered.report })
-}
-
-#[cfg(feature = "kafka")]
-fn open_kafka(
-    config: &Config,
-    place: &crate::config::KafkaPlace,
-    incarnation: &str,
-    clocks: Clocks,
-    follower: Option<Follower>,
-) -> Result<Opened, StartError> {
-    let options = config.kafka_options(place);
-    let router = &config.settings.router_id;
-    let opened = log::KafkaLog::open_behind(&options, router, incarnation, clocks.now().wall_ms, follower);
-    let log::Opened { log, source, state, guarantee, report } = opened.map_err(|error| match error {
-        LogError::Entry { position, what } => StartError::Fold { log: options.address.to_string(), position, what },
-        error => StartError::Kafka(error),
-    })?;
-    let shard = Shard::recover_behind_epoch(Arc::new(config.settings.clone()), state, clocks.now());
-    let position = shard.state().position();
-    Ok(Opened { log: Box::new(log), source, shard, position, guarantee, serving: true, report })
 }

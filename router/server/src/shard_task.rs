@@ -4,16 +4,19 @@
 use crate::agent_task::{AgentMessage, Agents, sleep_until};
 use crate::catch_up::Replay;
 use crate::clients::Clients;
+use crate::connection::not_here;
 use crate::inbox::{Inbox, Taking, ToShard};
 use crate::log::{Event, Events, Guarantee, Log, LogError, QueuedEntry, Source};
-use crate::metric;
+use crate::metric::{self, Facts, Part};
+use crate::shards::Shards;
 use crate::time::Clocks;
 use crate::tool::Tools;
 use atp_core::clock::Now;
+use atp_core::escrow::Escrow;
 use atp_core::message::{Answer, Effect, FromAgent, Input, LogRoom, Machine, ToAgent};
 use atp_core::shard::Shard;
 use atp_proto::AgentName;
-use metrics::{Gauge, Histogram, gauge, histogram};
+use metrics::{Histogram, gauge, histogram};
 use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
 use tokio::sync::mpsc::error::TrySendError;
@@ -43,26 +46,31 @@ pub(crate) struct Health {
 
 /// What the task needs to begin.
 pub(crate) struct Begin {
+    pub(crate) number: u32,
     pub(crate) shard: Shard,
     pub(crate) taking: Taking,
     pub(crate) inbox: Inbox,
     pub(crate) log: Box<dyn Log>,
     pub(crate) agents: Agents,
+    pub(crate) shards: Shards,
     pub(crate) clocks: Clocks,
     pub(crate) source: Source,
     pub(crate) health: watch::Sender<Health>,
-    pub(crate) streams_max: usize,
     pub(crate) stop: CancellationToken,
     pub(crate) tasks: TaskTracker,
     pub(crate) tools: Tools,
 }
 
 pub(crate) struct ShardTask {
+    number: u32,
     shard: Shard,
     taking: Taking,
+    /// The way into itself, for those who work for it.
+    inbox: Inbox,
     log: Box<dyn Log>,
     events: Events,
     agents: Agents,
+    shards: Shards,
     tools: Tools,
     clocks: Clocks,
     health: watch::Sender<Health>,
@@ -84,8 +92,9 @@ pub(crate) struct ShardTask {
 
 struct Meters {
     append_seconds: Histogram,
-    inbox_bytes: Gauge,
-    lag_entries: Gauge,
+    inbox_bytes: Part,
+    lag_entries: Part,
+    facts: Facts,
 }
 
 /// Writes what is queued and seals. That waits for the disk and for threads, so no async worker does it.
@@ -101,13 +110,17 @@ fn log_failed(why: &LogError) -> String {
 
 impl ShardTask {
     pub(crate) fn new(begin: Begin) -> Self {
+        let placement = begin.shards.placement().clone();
         Self {
-            clients: Clients::new(begin.streams_max, begin.inbox.clone(), begin.source, begin.tasks),
+            clients: Clients::new(placement.shards(), begin.inbox.clone(), begin.source, begin.tasks),
+            inbox: begin.inbox,
+            number: begin.number,
             shard: begin.shard,
             taking: begin.taking,
             events: begin.log.events(),
             log: begin.log,
             agents: begin.agents,
+            shards: begin.shards,
             tools: begin.tools,
             clocks: begin.clocks,
             health: begin.health,
@@ -121,8 +134,9 @@ impl ShardTask {
             checkpoint_waits: false,
             meters: Meters {
                 append_seconds: histogram!("atp_log_append_seconds"),
-                inbox_bytes: gauge!("atp_shard_inbox_bytes"),
-                lag_entries: gauge!("atp_log_lag_entries"),
+                inbox_bytes: Part::of(gauge!("atp_shard_inbox_bytes")),
+                lag_entries: Part::of(gauge!("atp_log_lag_entries")),
+                facts: Facts::of(begin.number, placement),
             },
         }
     }
@@ -133,6 +147,7 @@ impl ShardTask {
     /// Why the log can't be written any more. Nothing may be served after that.
     pub(crate) async fn run(mut self) -> Result<(), String> {
         let ended = self.serve().await;
+        self.clients.close_all(&not_here());
         match ended {
             Ok(()) => {
                 self.health.send_modify(|h| h.serving = false);
@@ -153,6 +168,9 @@ impl ShardTask {
     async fn serve(&mut self) -> Result<(), String> {
         // The Epoch of this owner.
         self.drain().await?;
+        if self.health.borrow().serving {
+            self.ask_who_is_here();
+        }
         let mut batch = Vec::with_capacity(BATCH_MAX);
         let stop = self.stop.clone();
         let stopped = stop.cancelled();
@@ -209,11 +227,14 @@ impl ShardTask {
                 let clock_ms = i64::try_from(now.wall_ms)
                     .unwrap_or(i64::MAX)
                     .saturating_sub_unsigned(self.shard.state().logged_ms());
-                self.health.send_if_modified(|h| {
+                let first = self.health.send_if_modified(|h| {
                     let first = !h.serving;
                     (h.serving, h.durable, h.clock_ms) = (true, position, clock_ms);
                     first
                 });
+                if first {
+                    self.ask_who_is_here();
+                }
             }
             Event::Room(room) => {
                 match room {
@@ -242,14 +263,22 @@ impl ShardTask {
         Ok(())
     }
 
+    /// Agents that came before this owner say that they are here.
+    fn ask_who_is_here(&mut self) {
+        let (shard, epoch) = (self.number, self.shard.epoch());
+        for agent in self.agents.names() {
+            self.to_agents.entry(agent).or_default().push(ToAgent::Owner { shard, epoch });
+        }
+    }
+
     /// Entries that are decided and not durable.
-    fn lag(&self, durable: u64) {
+    fn lag(&mut self, durable: u64) {
         self.meters.lag_entries.set(self.shard.state().position().saturating_sub(durable) as f64);
     }
 
     async fn message(&mut self, now: Now, message: ToShard) {
         match message {
-            ToShard::Opened { conn, tenant, outbox } => self.clients.open(conn, tenant, outbox),
+            ToShard::Opened { conn, tenant, outbox, bounds } => self.clients.open(conn, tenant, outbox, bounds),
             ToShard::Frames { conn, frames } => self.clients.frames(&mut self.shard, now, conn, frames),
             ToShard::Gone { conn } => {
                 self.clients.gone(conn);
@@ -274,6 +303,7 @@ impl ShardTask {
                 }
             }
             ToShard::Input(input) => self.shard.handle(now, *input),
+            ToShard::Escrow { from, message } => self.shard.handle(now, Input::Escrow { from, message }),
             ToShard::Room { conn } => {
                 for input in self.clients.room(conn) {
                     self.shard.handle(now, input);
@@ -291,11 +321,7 @@ impl ShardTask {
                 let id = self.ask(reply);
                 self.shard.handle(now, Input::Faster { id, account, more, for_ms, by });
             }
-            ToShard::Settings(settings) => {
-                self.shard.set_settings(settings.clone());
-                let agents = self.agents.clone();
-                tokio::spawn(async move { agents.set_settings(&settings).await });
-            }
+            ToShard::Settings(settings) => self.shard.set_settings(settings),
             ToShard::Drain { over } => {
                 self.draining.push(over);
                 self.shard.handle(now, Input::Drain);
@@ -329,9 +355,10 @@ impl ShardTask {
                     }
                 }
                 Effect::Tool { call, attempt, request, tool, args } => {
-                    self.tools.run(call, attempt, request, tool, args);
+                    self.tools.run(self.inbox.clone(), call, attempt, request, tool, args);
                 }
-                Effect::Metric(metric) => metric::record(metric),
+                Effect::ToShard { shard, message } => self.to_shard(shard, message),
+                Effect::Metric(metric) => self.meters.facts.record(metric),
             }
         }
         if let Some((last, _, _)) = self.appends.last() {
@@ -345,6 +372,15 @@ impl ShardTask {
         self.clients.flush();
         self.tell_agents();
         Ok(())
+    }
+
+    /// Never waits: two shards that wait for each other would for ever. What is lost is said again.
+    fn to_shard(&self, shard: u32, message: Escrow) {
+        let message = ToShard::Escrow { from: self.number, message };
+        let taken = self.shards.at(shard).is_some_and(|inbox| inbox.offer(256, message));
+        if !taken {
+            metric::dropped("escrow");
+        }
     }
 
     fn tell_agents(&mut self) {

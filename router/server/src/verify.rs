@@ -2,6 +2,7 @@
 //! (checkpoint hashes, bills of closed streams). Only reads.
 
 use crate::log::Source;
+use crate::log::offline;
 use atp_core::record::{CostPb, Entry, Key, Record, hex};
 use atp_core::state::{FOLD_VERSION, State};
 use atp_core::view::{AccountView, VerifyView};
@@ -10,7 +11,7 @@ use atp_proto::{StreamId, TenantId};
 use prost::Message;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 /// The object of `atp verify`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -36,13 +37,27 @@ pub struct Difference {
     pub live: Value,
 }
 
-/// Folds the log up to the live state's position and compares account by account.
+/// A shard as it stands, and its log.
+pub struct Live {
+    pub shard: u32,
+    pub source: Source,
+    pub view: Box<VerifyView>,
+}
+
+/// Folds the log of each shard up to its live state's position and compares account by account.
 ///
 /// # Errors
 /// The log can't be read up to there.
-pub fn against_live(source: &Source, live: &VerifyView) -> Result<Report, String> {
-    let mut state = State::default();
-    let records = fold(source, Some(live.position), &mut state, |_, _, _| {})?;
+pub fn against_live(live: &[Live]) -> Result<Report, String> {
+    let Some(first) = live.first() else { return Ok(report(String::new(), Vec::new())) };
+    let upto = live.iter().map(|live| (live.shard, Some(live.view.position))).collect();
+    let folded = fold(&first.source, &upto, |_, _, _, _| {})?;
+    let found = live.iter().zip(folded).map(|(live, folded)| compare(&live.view, folded));
+    Ok(report(first.source.to_string(), found.collect()))
+}
+
+fn compare(live: &VerifyView, folded: Folded) -> Found {
+    let Folded { shard, state, records } = folded;
     let folded = state.verify_view();
     let mut differences = Vec::new();
     let mut differ = |account: &str, field: &str, log: Value, live: Value| {
@@ -68,20 +83,23 @@ pub fn against_live(source: &Source, live: &VerifyView) -> Result<Report, String
             differ(&format!("{}/{}", key.0, key.1), field, log, live);
         }
     }
-    Ok(report(source, &state, records, differences))
+    Found { shard, shards: state.genesis().shards, view: folded, records, differences }
 }
 
-/// Folds a whole log and compares with what it records of itself: each checkpoint's hash, each bill's settled amount.
+/// Folds a whole log, all shards of it, and compares with what it records of itself: each checkpoint's hash, each bill's settled
+/// amount.
 ///
 /// # Errors
 /// The log can't be read, or holds a record that can't be.
 pub fn offline_verify(source: &Source) -> Result<Report, String> {
-    let hashes = checkpoint_hashes(source)?;
-    let mut differences = Vec::new();
+    let shards = source.shards().map_err(|e| e.to_string())?;
+    let whole: BTreeMap<u32, Option<u64>> = (0..shards).map(|shard| (shard, None)).collect();
+    let hashes = checkpoint_hashes(source, &whole)?;
+    let mut differences: BTreeMap<u32, Vec<Difference>> = BTreeMap::new();
     let mut settled: BTreeMap<Key, BTreeMap<u32, CostPb>> = BTreeMap::new();
-    let mut state = State::default();
-    let records = fold(source, None, &mut state, |position, entry, state| {
-        if let Some(recorded) = hashes.get(&position) {
+    let folded = fold(source, &whole, |shard, position, entry, state| {
+        let differences = differences.entry(shard).or_default();
+        if let Some(recorded) = hashes.get(&(shard, position)) {
             let log = state.hash();
             let live = format!("{FOLD_VERSION}:{recorded}");
             if !log.ends_with(recorded.as_str()) {
@@ -117,63 +135,137 @@ pub fn offline_verify(source: &Source) -> Result<Report, String> {
             }
         }
     })?;
-    Ok(report(source, &state, records, differences))
-}
-
-fn report(source: &Source, state: &State, records: u64, differences: Vec<Difference>) -> Report {
-    let view = state.verify_view();
-    let accounts: std::collections::BTreeSet<&str> = view.accounts.iter().map(|a| a.account.as_str()).collect();
-    Report {
-        log: source.to_string(),
-        position: view.position,
+    let found = folded.into_iter().map(|Folded { shard, state, records }| Found {
+        shard,
+        shards,
+        view: state.verify_view(),
         records,
-        shards: state.genesis().shards,
-        accounts: accounts.len() as u64,
-        streams: view.streams,
-        open_reservations: view.open_reservations,
-        ok: differences.is_empty(),
-        differences,
-        state_hash: view.state_hash,
-    }
+        differences: differences.remove(&shard).unwrap_or_default(),
+    });
+    Ok(report(source.to_string(), found.collect()))
 }
 
-/// Folds from the beginning, so that no checkpoint is believed. Returns the number of records.
+/// What was found in one shard.
+struct Found {
+    shard: u32,
+    shards: u32,
+    view: VerifyView,
+    records: u64,
+    differences: Vec<Difference>,
+}
+
+/// All shards in one: the position is the number of entries.
+fn report(log: String, found: Vec<Found>) -> Report {
+    let accounts: BTreeSet<&str> =
+        found.iter().flat_map(|f| &f.view.accounts).map(|account| account.account.as_str()).collect();
+    let hashes: Vec<String> = found.iter().map(|f| f.view.state_hash.clone()).collect();
+    let mut all = Report {
+        log,
+        position: found.iter().map(|f| f.view.position).sum(),
+        records: found.iter().map(|f| f.records).sum(),
+        shards: found.first().map_or(0, |f| f.shards),
+        accounts: accounts.len() as u64,
+        streams: found.iter().map(|f| f.view.streams).sum(),
+        open_reservations: found.iter().map(|f| f.view.open_reservations).sum(),
+        differences: Vec::new(),
+        state_hash: offline::hash_of_all(&hashes),
+        ok: false,
+    };
+    let many = found.len() > 1;
+    for one in found {
+        let named = one.differences.into_iter().map(|difference| match many {
+            true => Difference { field: format!("shard {}: {}", one.shard, difference.field), ..difference },
+            false => difference,
+        });
+        all.differences.extend(named);
+    }
+    all.ok = all.differences.is_empty();
+    all
+}
+
+/// One shard's fold.
+struct Folded {
+    shard: u32,
+    state: State,
+    records: u64,
+}
+
+/// Folds these shards from the beginning, so that no checkpoint is believed: up to their positions, or to their ends.
 fn fold(
     source: &Source,
-    upto: Option<u64>,
-    state: &mut State,
-    mut each: impl FnMut(u64, &Entry, &State),
-) -> Result<u64, String> {
-    let entries = match upto {
-        Some(upto) => source.entries_between(1, upto),
-        None => source.entries(1),
-    };
-    let mut records = 0;
-    for item in entries.map_err(|e| e.to_string())? {
-        let (position, bytes) = item.map_err(|e| e.to_string())?;
-        let entry = Entry::decode(bytes).map_err(|e| format!("entry {position}: {e}"))?;
-        records += entry.records.len() as u64;
-        state.apply(position, &entry).map_err(|e| format!("entry {position}: {e}"))?;
-        each(position, &entry, state);
+    upto: &BTreeMap<u32, Option<u64>>,
+    mut each: impl FnMut(u32, u64, &Entry, &State),
+) -> Result<Vec<Folded>, String> {
+    let mut folded: BTreeMap<u32, Folded> =
+        upto.keys().map(|shard| (*shard, Folded { shard: *shard, state: State::default(), records: 0 })).collect();
+    read(source, upto, |shard, position, entry| {
+        let Some(Folded { state, records, .. }) = folded.get_mut(&shard) else { return Ok(()) };
+        *records += entry.records.len() as u64;
+        state.apply(position, &entry).map_err(|e| e.to_string())?;
+        each(shard, position, &entry, state);
+        Ok(())
+    })?;
+    for (shard, upto) in upto {
+        let ends = folded[shard].state.position();
+        if upto.is_some_and(|upto| ends < upto) {
+            return Err(format!("shard {shard} of the log ends at {ends}, and more was acknowledged"));
+        }
     }
-    Ok(records)
+    Ok(folded.into_values().collect())
 }
 
-/// By position of the fold: the hash that a checkpoint recorded of it.
-fn checkpoint_hashes(source: &Source) -> Result<BTreeMap<u64, String>, String> {
+/// Reads these shards: a local log once for all of them.
+fn read(
+    source: &Source,
+    upto: &BTreeMap<u32, Option<u64>>,
+    mut each: impl FnMut(u32, u64, Entry) -> Result<(), String>,
+) -> Result<(), String> {
+    let mut one = |shard, position, bytes| {
+        let wrong = |e: String| format!("entry {position} of shard {shard}: {e}");
+        let entry = Entry::decode(bytes).map_err(|e| wrong(e.to_string()))?;
+        each(shard, position, entry).map_err(wrong)
+    };
+    if let (Source::Local { .. }, 2..) = (source, upto.len()) {
+        let shards = source.shards().map_err(|e| e.to_string())?;
+        for item in source.all(vec![1; shards as usize]).map_err(|e| e.to_string())? {
+            let (shard, position, bytes) = item.map_err(|e| e.to_string())?;
+            if upto.get(&shard).is_some_and(|upto| upto.is_none_or(|upto| position <= upto)) {
+                one(shard, position, bytes)?;
+            }
+        }
+        return Ok(());
+    }
+    for (shard, upto) in upto {
+        let source = source.shard(*shard);
+        let entries = match upto {
+            Some(upto) => source.entries_between(1, *upto),
+            None => source.entries(1),
+        };
+        for item in entries.map_err(|e| e.to_string())? {
+            let (position, bytes) = item.map_err(|e| e.to_string())?;
+            one(*shard, position, bytes)?;
+        }
+    }
+    Ok(())
+}
+
+/// By shard and position of the fold: the hash that a checkpoint recorded of it.
+fn checkpoint_hashes(
+    source: &Source,
+    upto: &BTreeMap<u32, Option<u64>>,
+) -> Result<BTreeMap<(u32, u64), String>, String> {
     let mut hashes = BTreeMap::new();
-    for item in source.entries(1).map_err(|e| e.to_string())? {
-        let (position, bytes) = item.map_err(|e| e.to_string())?;
-        let entry = Entry::decode(bytes).map_err(|e| format!("entry {position}: {e}"))?;
+    read(source, upto, |shard, _, entry| {
         for record in entry.records {
             if let Some(Record::Checkpoint(r)) = record.record {
                 // A fold of another version hashes otherwise.
                 if r.piece == 0 && r.fold_version == FOLD_VERSION {
-                    hashes.insert(r.position, hex(&r.hash));
+                    hashes.insert((shard, r.position), hex(&r.hash));
                 }
             }
         }
-    }
+        Ok(())
+    })?;
     Ok(hashes)
 }
 

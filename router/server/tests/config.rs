@@ -89,7 +89,7 @@ fn every_mistake_is_named_with_its_place() {
 #[test]
 fn what_a_later_version_can_do_is_refused_not_ignored() {
     assert_eq!(only("listen: {tls: {cert: a.pem}}"), "1:22 listen.tls.cert");
-    assert_eq!(only("shards: {count: 2}"), "1:17 shards.count");
+    assert_eq!(only("shards: {count: 1025}"), "1:17 shards.count");
     assert_eq!(only("auth: {oidc: {issuer: x}}"), "1:23 auth.oidc.issuer");
     assert_eq!(only("auth: {tokens_file: t}"), "1:21 auth.tokens_file");
     assert_eq!(only("auth: {anonymous: never}"), "1:19 auth.anonymous");
@@ -311,14 +311,14 @@ fn a_log_in_kafka_has_brokers_and_a_topic() {
     use atp_router::config::LogPlace;
     let LogPlace::Kafka(place) = read(text).log else { panic!("local") };
     assert_eq!(place.address.to_string(), "kafka://a:9092,127.0.0.1:9093/atp.frames");
-    assert_eq!((place.single_broker, place.shards, place.address.tls, place.address.sasl), (true, 1, None, None));
+    assert_eq!((place.single_broker, place.address.tls, place.address.sasl), (true, None, None));
     // Its keys alone don't move the log.
     assert_eq!(read("log: {kafka: {brokers: [a:9092]}}").log, LogPlace::Local);
 
     assert_eq!(only("log: {kind: kafka}"), "1:13 log.kafka.brokers");
     assert_eq!(only("log: {kind: kafka, kafka: {brokers: [a]}}"), "1:37 log.kafka.brokers");
     assert_eq!(only("log: {kind: kafka, kafka: {brokers: [a:1], topic: a b}}"), "1:51 log.kafka.topic");
-    assert_eq!(only("log: {kind: kafka, kafka: {brokers: [a:1]}}\nshards: {count: 64}"), "2:17 shards.count");
+    assert_eq!(only("log: {kind: kafka, kafka: {brokers: [a:1]}}\nshards: {count: 0}"), "2:17 shards.count");
 }
 
 #[cfg(feature = "kafka")]

@@ -15,14 +15,14 @@ fn what_was_appended_is_read_back_after_close_and_open() {
     let dir = tempfile::tempdir().unwrap();
     let (log, recovered) = LocalLog::open(options(dir.path())).unwrap();
     assert!(recovered.new);
-    assert_eq!(recovered.last_position, 0);
+    assert_eq!(recovered.positions[0], 0);
     let id = log.log_id();
     for position in 1..=20 {
         add(&log, position, 300);
     }
     log.close().unwrap();
     let (log, recovered) = LocalLog::open(options(dir.path())).unwrap();
-    assert_eq!((recovered.last_position, recovered.torn_bytes, recovered.new), (20, 0, false));
+    assert_eq!((recovered.positions[0], recovered.torn_bytes, recovered.new), (20, 0, false));
     assert!(recovered.sealed);
     assert_eq!(log.log_id(), id);
     add(&log, 21, 10);
@@ -166,9 +166,9 @@ fn a_failed_sync_stops_the_log_for_good() {
         assert_eq!(disk.syncs_after_failure.load(Ordering::SeqCst), 0, "a failed {fault} is not retried");
         // A new process reads what it finds, and makes it durable before it goes on.
         let (log, recovered) = LocalLog::open(options(dir.path())).unwrap();
-        assert!(recovered.last_position >= 1);
-        add(&log, recovered.last_position + 1, 10);
-        assert_eq!(intact(&read(dir.path()).unwrap()), recovered.last_position + 1);
+        assert!(recovered.positions[0] >= 1);
+        add(&log, recovered.positions[0] + 1, 10);
+        assert_eq!(intact(&read(dir.path()).unwrap()), recovered.positions[0] + 1);
     }
 }
 

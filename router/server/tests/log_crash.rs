@@ -34,7 +34,7 @@ fn recovered(dir: &Path) -> Option<u64> {
         Ok((log, recovered)) => {
             log.close().unwrap();
             let last = intact(&read(dir).unwrap());
-            assert_eq!(last, recovered.last_position);
+            assert_eq!(last, recovered.positions[0]);
             Some(last)
         }
         Err(LogError::Corrupt { file, .. }) => {
@@ -143,7 +143,7 @@ fn every_subset_of_the_last_blocks_pages_is_the_torn_tail_and_a_second_crash_cha
         std::fs::write(segment(work.path(), 2), &image).unwrap();
         let due = if subset + 1 == 1 << pages { 3 } else { 2 };
         let (log, first) = LocalLog::open(options(work.path())).unwrap();
-        assert_eq!(first.last_position, due, "subset {subset:b}");
+        assert_eq!(first.positions[0], due, "subset {subset:b}");
         assert_eq!(first.torn_bytes > 0, subset != 0 && due == 2, "subset {subset:b}: {:?}", first.report);
         drop(log);
         // What was cut is zero: nothing of it comes back.
@@ -213,7 +213,7 @@ fn a_kill_at_any_step_of_opening_and_appending_loses_nothing() {
             let mut acknowledged = if torn { 2 } else { 3 };
             let disk = Arc::new(Dying { left: steps.into() });
             if let Ok((log, recovered)) = LocalLog::open_on(options(work.path()), disk) {
-                assert_eq!(recovered.last_position, acknowledged);
+                assert_eq!(recovered.positions[0], acknowledged);
                 let mut events = log.events();
                 for next in acknowledged + 1..acknowledged + 4 {
                     if log.try_append(&mut vec![(next, entry(next, 30_000), false)]).is_err() {
@@ -246,7 +246,7 @@ fn the_state_comes_back_from_the_beginning_and_from_a_checkpoint() {
     };
     let first = write(vec![Record::Genesis(genesis), Record::Epoch(epoch.clone())]);
     add_all(&log, vec![(1, first, false)]);
-    let (state, report) = offline::recover_state(&Source::Local(dir.path().into())).unwrap();
+    let (state, report) = offline::recover_state(&Source::local(dir.path())).unwrap();
     assert_eq!((state.position(), state.epoch(), report.checkpoint, report.entries), (1, 1, None, 1));
     let mut next = 2;
     for piece in state.to_checkpoint(0) {
@@ -254,12 +254,12 @@ fn the_state_comes_back_from_the_beginning_and_from_a_checkpoint() {
         next += 1;
     }
     add_all(&log, vec![(next, write(vec![Record::Epoch(Epoch { incarnation: "i2".into(), ..epoch })]), false)]);
-    let (from_checkpoint, report) = offline::recover_state(&Source::Local(dir.path().into())).unwrap();
+    let (from_checkpoint, report) = offline::recover_state(&Source::local(dir.path())).unwrap();
     assert_eq!((report.checkpoint, report.last_position), (Some(2), next));
-    let (from_start, _) = offline::fold_from_start(&Source::Local(dir.path().into()), Some(next)).unwrap();
+    let (from_start, _) = offline::fold_from_start(&Source::local(dir.path()), Some(next)).unwrap();
     assert_eq!(from_checkpoint.hash(), from_start.hash());
     add_all(&log, vec![(next + 1, Bytes::from_static(b"\xff\xff"), false)]);
-    let error = offline::recover_state(&Source::Local(dir.path().into())).map(|_| ()).unwrap_err();
+    let error = offline::recover_state(&Source::local(dir.path())).map(|_| ()).unwrap_err();
     assert!(matches!(error, LogError::Entry { position, .. } if position == next + 1));
 }
 
@@ -300,7 +300,7 @@ fn the_newest_whole_checkpoint_is_found_and_a_half_written_one_ignored() {
     assert_eq!(newest(), Some(2));
     drop(log);
     let (log, recovered) = LocalLog::open(options(dir.path())).unwrap();
-    assert_eq!(recovered.checkpoint, Some(2));
+    assert_eq!(recovered.checkpoints[0], Some(2));
     add_all(&log, vec![(9, piece(8, 0, 1), true)]);
     assert_eq!(newest(), Some(9));
 }
@@ -407,8 +407,8 @@ fn a_disk_that_others_fill_leaves_room_for_what_runs_then_stops_and_recovers() {
     // Room again: everything acknowledged is there.
     std::fs::remove_file(disk.0.path().join("other")).unwrap();
     let (log, recovered) = LocalLog::open(options).unwrap();
-    assert!(recovered.last_position >= next - 1);
-    add(&log, recovered.last_position + 1, 100);
+    assert!(recovered.positions[0] >= next - 1);
+    add(&log, recovered.positions[0] + 1, 100);
     log.close().unwrap();
-    assert_eq!(intact(&read(&dir).unwrap()), recovered.last_position + 1);
+    assert_eq!(intact(&read(&dir).unwrap()), recovered.positions[0] + 1);
 }

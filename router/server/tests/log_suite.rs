@@ -10,7 +10,7 @@ use atp_router::log::{ENTRY_BYTES_MAX, Events, LocalLog, Log, LogError, Options,
 use bytes::Bytes;
 use kafka_support::{address, block_on, entry, try_add};
 use prost::Message;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use tempfile::TempDir;
 
 /// An open log whose newest entry is its owner's Epoch.
@@ -51,8 +51,8 @@ impl Place for Local {
     fn open(&self, machine: &str) -> Result<Open, LogError> {
         let dir = self.0.path().join("log");
         let (log, recovered) = LocalLog::open(Options { segment_bytes: 64 << 10, ..Options::new(&dir) })?;
-        let source = Source::Local(dir);
-        let (mut state, report) = match recovered.last_position {
+        let source = Source::local(dir);
+        let (mut state, report) = match recovered.positions[0] {
             0 => Default::default(),
             _ => offline::recover_state(&source)?,
         };
@@ -121,7 +121,7 @@ fn what_is_durable_is_read_back_in_order() {
         assert_eq!(open.source.entries(last + 1).unwrap().count(), 0);
         assert_eq!(open.source.entries_between(5, 4).unwrap().count(), 0);
         let missing = open.source.entries_between(last, last + 1).unwrap().last().unwrap();
-        assert!(matches!(missing, Err(LogError::Missing { position }) if position == last + 1));
+        assert!(matches!(missing, Err(LogError::Missing { position, .. }) if position == last + 1));
     });
 }
 
@@ -303,5 +303,5 @@ fn sources_are_written_as_they_are_read() {
     for wrong in ["nowhere", "local:", "kafka://", "kafka:x"] {
         assert!(wrong.parse::<Source>().is_err(), "{wrong}");
     }
-    assert!(Source::Local(Path::new("/nowhere/at/all").into()).entries(1).is_err());
+    assert!(Source::local("/nowhere/at/all").entries(1).is_err());
 }

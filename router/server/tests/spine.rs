@@ -122,7 +122,7 @@ async fn a_task_goes_from_submit_to_bill_and_survives_a_restart() {
     router.drain().await;
     router.stop().await.expect("seals");
 
-    let offline = atp_router::verify::offline_verify(&Source::Local(dir.path().join("log"))).expect("readable");
+    let offline = atp_router::verify::offline_verify(&Source::local(dir.path().join("log"))).expect("readable");
     assert!(offline.ok, "{:?}", offline.differences);
     let router = Router::start(config(dir.path())).await.expect("starts again");
     let (_, again) = http(&router, "GET /v1/streams/s1").await;

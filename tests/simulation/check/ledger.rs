@@ -352,6 +352,12 @@ impl Ledger {
                 self.grow(&r.key, r.lane, to, verdict);
             }
             Record::Tool(_) => {}
+            // One shard lends nothing.
+            Record::Share(_)
+            | Record::ShareIn(_)
+            | Record::ShareOut(_)
+            | Record::ShareBack(_)
+            | Record::ShareLate(_) => {}
             Record::Faster(_) => {}
             Record::Checkpoint(_) => self.seen.checkpoints += 1,
             // No money moves with it.

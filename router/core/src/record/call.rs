@@ -78,6 +78,9 @@ pub struct WindowRef {
     /// The window's id.
     #[prost(string, tag = "2")]
     pub window: String,
+    /// The hold stands in shares of it: the account's home is another shard.
+    #[prost(bool, tag = "3")]
+    pub shared: bool,
 }
 
 /// Durable before the dispatch leaves. What a new owner must know of the agent stands here too.

@@ -1,6 +1,6 @@
 //! Records as `replay` prints them.
 
-use super::{AmountPb, CostPb, LimitPb, Record, ToolVerdict, hex};
+use super::{AmountPb, CostPb, LimitPb, Record, Shared, ToolVerdict, hex};
 use atp_proto::Limit;
 use bytes::Bytes;
 use serde_json::{Value, json};
@@ -14,6 +14,10 @@ impl Record {
             |c: &CostPb| json!({"in_tokens": c.in_tokens, "out_tokens": c.out_tokens, "usd_micros": c.usd_micros});
         let limit = |l: &LimitPb| serde_json::to_value(Limit::from(*l)).unwrap_or_default();
         let document = |b: &Bytes| serde_json::from_slice::<Value>(b).unwrap_or_default();
+        let shared = |s: &Shared| {
+            json!({"account": s.account, "window": s.window, "per": s.per, "current": s.current, "calls": s.calls,
+                "ends_at": s.ends_ms.map(crate::clock::rfc3339), "amount": amount(&s.amount)})
+        };
         match self {
             Self::Genesis(r) => {
                 json!({"log_id": hex(&r.log_id), "format": r.format, "shards": r.shards, "hash_seed": r.hash_seed})
@@ -86,6 +90,15 @@ impl Record {
             Self::Tier(r) => {
                 json!({"agent": r.agent, "tier": r.tier, "runs": r.runs, "under_ppm": r.under_ppm})
             }
+            Self::Share(r) => json!({"holder": r.holder, "no": r.no, "of": shared(&r.of)}),
+            Self::ShareIn(r) => json!({"home": r.home, "no": r.no, "of": shared(&r.of)}),
+            Self::ShareOut(r) => {
+                json!({"home": r.home, "no": r.no, "settled": amount(&r.settled), "unused": amount(&r.unused)})
+            }
+            Self::ShareBack(r) => json!({"home": r.home, "holder": r.holder, "no": r.no,
+                "settled": amount(&r.settled), "unused": amount(&r.unused)}),
+            Self::ShareLate(r) => json!({"home": r.home, "holder": r.holder, "evidence": r.late.evidence,
+                "account": r.late.account, "window": r.late.window, "from": amount(&r.late.from), "to": amount(&r.late.to)}),
             Self::Agent(r) => {
                 json!({"agent": r.agent, "incarnation": r.incarnation, "status": r.status(), "reason": r.reason,
                 "suggested_window": r.suggested(), "retry_at": r.until_ms.map(crate::clock::rfc3339), "drained": r.drained})

@@ -4,6 +4,7 @@
 mod agent;
 mod amount;
 mod call;
+mod escrow;
 mod json;
 mod tool;
 
@@ -12,6 +13,7 @@ pub use amount::{AmountPb, CostPb, LimitPb};
 use atp_proto::{CallId, StreamId, TenantId};
 use bytes::Bytes;
 pub use call::{Adjust, Ended, Extend, Intent, ProofPb, Reserve, ReserveCall, Settle, SourcePb, Void, WindowRef};
+pub use escrow::{Late, Share, ShareBack, ShareIn, ShareLate, ShareOut, Shared};
 use prost::Message;
 pub use tool::{Tool, ToolVerdict};
 
@@ -29,7 +31,10 @@ pub struct Entry {
 /// One record. Without one it is of a kind that a newer version wrote.
 #[derive(Clone, PartialEq, Message)]
 pub struct AnyRecord {
-    #[prost(oneof = "Record", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 20, 21, 30")]
+    #[prost(
+        oneof = "Record",
+        tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 20, 21, 22, 23, 24, 25, 26, 30"
+    )]
     pub record: Option<Record>,
 }
 
@@ -69,6 +74,16 @@ pub enum Record {
     Tool(Tool),
     #[prost(message, tag = "21")]
     Tier(Tier),
+    #[prost(message, tag = "22")]
+    Share(Share),
+    #[prost(message, tag = "23")]
+    ShareIn(ShareIn),
+    #[prost(message, tag = "24")]
+    ShareOut(ShareOut),
+    #[prost(message, tag = "25")]
+    ShareBack(ShareBack),
+    #[prost(message, tag = "26")]
+    ShareLate(ShareLate),
     #[prost(message, tag = "30")]
     Faster(Faster),
 }
@@ -364,6 +379,11 @@ impl Record {
             Self::Tier(_) => "tier",
             Self::Agent(_) => "agent",
             Self::Faster(_) => "faster",
+            Self::Share(_) => "share",
+            Self::ShareIn(_) => "share_in",
+            Self::ShareOut(_) => "share_out",
+            Self::ShareBack(_) => "share_back",
+            Self::ShareLate(_) => "share_late",
         }
     }
 
@@ -388,6 +408,11 @@ impl Record {
             | Self::Checkpoint(_)
             | Self::Agent(_)
             | Self::Tier(_)
+            | Self::Share(_)
+            | Self::ShareIn(_)
+            | Self::ShareOut(_)
+            | Self::ShareBack(_)
+            | Self::ShareLate(_)
             | Self::Faster(_) => None,
         }
     }

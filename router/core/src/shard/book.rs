@@ -11,8 +11,9 @@ use crate::stream::Stream;
 use atp_proto::Amount;
 use std::collections::{BTreeMap, BTreeSet};
 
-/// Waiting tasks that are woken when money comes back.
+/// Waiting tasks that are woken when money comes back; when a share comes, which is for many.
 const WOKEN_MAX: usize = 16;
+const WOKEN_BY_SHARE_MAX: usize = 256;
 
 /// Who waits for an account's money.
 #[derive(Default)]
@@ -59,6 +60,10 @@ impl Shard {
 
     /// The account's window at this time, and the record that begins it where the log doesn't have it.
     pub(super) fn window_now(&self, tenant: &str) -> (AccountWindow, WindowRef, Option<Window>) {
+        if !self.is_home(tenant) {
+            let (purse, at) = self.purse_now(tenant);
+            return (purse, at, None);
+        }
         let settings = self.account_settings(tenant);
         let (mut id, mut ends_ms) = window_at(settings.per, self.clock.logged_ms());
         let account = self.state.accounts.get(tenant);
@@ -81,7 +86,7 @@ impl Shard {
             per: settings.per.as_str().into(),
         });
         let window = AccountWindow { limit, ends_ms, ..known.cloned().unwrap_or_default() };
-        (window, WindowRef { account: tenant.into(), window: id }, record)
+        (window, WindowRef { account: tenant.into(), window: id, shared: false }, record)
     }
 
     pub(super) fn roll_timer(&mut self, account: &str) {
@@ -120,6 +125,20 @@ impl Shard {
         self.roll_timer(account);
     }
 
+    /// What tasks need that wait for money here, first come first: at most `most` of them, each with its tier.
+    pub(super) fn waiting_for_money(&self, account: &str, most: usize) -> Vec<(u32, Amount)> {
+        let waiting = self.books.get(account).into_iter().flat_map(|b| &b.waiting);
+        waiting.take(most).map(|((qos, _), need)| (*qos, *need)).collect()
+    }
+
+    /// What tasks here have a claim on before a wish of this tier and age, and running calls below their estimate.
+    pub(super) fn claims_before(&self, book: &Book, qos: u32, since: u64) -> Amount {
+        let older = |no: u64| self.state.stream(no).is_some_and(|s| s.accepted_at <= since);
+        let waiting = book.waiting.iter().filter(|((q, no), _)| *q < qos || (*q == qos && older(*no)));
+        let claims = waiting.map(|(_, need)| need).chain(book.short.values());
+        claims.fold(Amount::ZERO, |sum, claim| sum.add(*claim).unwrap_or(sum))
+    }
+
     /// The levels of a call of this stream: its account's window in which it was reserved, and the stream.
     pub(super) fn levels(&self, stream: &Stream, windows: &[WindowRef]) -> Vec<Level> {
         let window =
@@ -129,15 +148,19 @@ impl Shard {
 
     /// Gives money that came back: first to running calls, oldest first, then to waiting tasks.
     pub(super) fn money_returned(&mut self, account: &str) {
-        let Some(book) = self.books.get(account) else { return };
-        for (no, lane) in book.starved.iter().copied().collect::<Vec<_>>() {
+        let starved = self.books.get(account).map(|b| b.starved.iter().copied().collect::<Vec<_>>());
+        for (no, lane) in starved.into_iter().flatten() {
             self.extend(no, lane);
         }
-        let Some(book) = self.books.get(account) else { return };
-        if book.starved.is_empty() {
-            let woken: Vec<u64> = book.waiting.keys().map(|(_, no)| *no).take(WOKEN_MAX).collect();
+        if self.settings.placement.shards() > 1 {
+            self.serve(account);
+        }
+        if let Some(book) = self.books.get(account).filter(|b| b.starved.is_empty()) {
+            let most = if self.is_home(account) { WOKEN_MAX } else { WOKEN_BY_SHARE_MAX };
+            let woken: Vec<u64> = book.waiting.keys().map(|(_, no)| *no).take(most).collect();
             woken.into_iter().for_each(|no| self.ask(no));
         }
+        self.return_wanted(account);
     }
 
     /// Keeps the account's list of calls whose hold is below their estimate true.

@@ -2,6 +2,7 @@
 
 use super::choice::Request;
 use super::closing::Stopping;
+use super::offer::Refusal;
 use super::tool::Needs;
 use super::{Shard, Timer};
 use crate::estimate::{CALL_AMOUNT_MAX, prompt_tokens};
@@ -211,7 +212,7 @@ impl Shard {
 
     // ---- submit -----------------------------------------------------------------------------------------------------
 
-    fn submit(&mut self, conn: ConnId, tenant: &TenantId, id: &StreamId, message: Message) {
+    pub(super) fn submit(&mut self, conn: ConnId, tenant: &TenantId, id: &StreamId, message: Message) {
         let frame = &message.frame;
         let key = frame.meta.as_ref().map_or("", |m| m.idempotency_key.as_str());
         let read = self.read_submit(frame, id, key);
@@ -252,7 +253,14 @@ impl Shard {
         let settings = self.settings.clone();
         let facts = Facts { tenant: tenant.as_str(), qos, meta: frame.meta.as_deref() };
         let (number, rule) = settings.policy.rule(&facts).map_or((0, None), |(n, rule)| (n, Some(rule)));
-        if let Err(error) = secure.and_then(|()| self.judge(tenant, &submit, &wants, &request, rule)) {
+        let secure = secure.map_err(Refusal::of);
+        let refusal = secure.and_then(|()| self.judge(tenant, &submit, &wants, &request, rule)).err();
+        if let Some(need) = refusal.as_ref().and_then(|r| r.short)
+            && self.parks(tenant, need)
+        {
+            return self.park(conn, tenant, message);
+        }
+        if let Some(Refusal { error, .. }) = refusal.filter(|r| !r.waits) {
             self.metric(Metric::Admission { outcome: "denied", code: error.code.as_str() });
             if !self.may_deny(tenant) {
                 let error = WireError::new(Code::Limit, "too many refusals a second; slow down").retry_after_ms(1_000);
@@ -476,6 +484,7 @@ impl Shard {
         self.books.values_mut().for_each(|book| book.followers.gone(conn));
         self.pending.retain(|(c, _), _| *c != conn);
         self.replaying.retain(|(c, _), _| *c != conn);
+        self.unpark(conn);
     }
 
     fn cancel(&mut self, no: u64, frame: &Frame) {

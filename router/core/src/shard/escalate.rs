@@ -63,6 +63,10 @@ impl Shard {
                         self.reserve(no, &offers, &holds, 0);
                         return true;
                     }
+                    Fit::Wait(need) if self.seeks(&tenant, "", need) => {
+                        self.ask_later(no);
+                        return true;
+                    }
                     Fit::Wait(_) => format!("{rule}: no free money for agent {agent}"),
                     Fit::Never(error) => format!("{rule}: agent {agent} was not asked: {error}"),
                 }

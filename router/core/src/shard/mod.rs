@@ -8,7 +8,10 @@ mod choice;
 mod client;
 mod closing;
 mod escalate;
+mod escrow;
+mod holder;
 mod lane;
+mod lender;
 mod offer;
 mod outflow;
 mod output;
@@ -35,6 +38,7 @@ use atp_proto::{AgentName, CallId, ConnId, Frame, StreamId, TenantId};
 use book::Book;
 use client::{Bucket, Pending};
 use closing::Stopping;
+use escrow::Escrows;
 use lane::LiveCall;
 use outflow::Outflow;
 use preflight::Preflight;
@@ -80,6 +84,12 @@ enum Timer {
     AccountWindow(String),
     /// An agent that was asked for an estimate has had its time.
     Preflight(CallId, AgentName),
+    /// Who asked for an account's money decides without it.
+    Sought(String),
+    /// Shares of an account may be idle.
+    Idle(String),
+    /// What other shards haven't confirmed.
+    Escrow,
 }
 
 /// What the memory holds of an open stream beside the fold.
@@ -136,6 +146,7 @@ pub struct Shard {
     /// Slots in use per agent, as far as this shard's calls go.
     in_flight: BTreeMap<AgentName, u32>,
     timers: BTreeSet<(u64, Timer)>,
+    escrows: Escrows,
     acks: BTreeMap<CallId, u64>,
     acks_held: (Position, BTreeMap<CallId, u64>),
 }
@@ -207,6 +218,7 @@ impl Shard {
             denials: BTreeMap::new(),
             in_flight: BTreeMap::new(),
             timers: BTreeSet::new(),
+            escrows: Escrows::default(),
             acks: BTreeMap::new(),
             acks_held: (0, BTreeMap::new()),
         }
@@ -239,6 +251,7 @@ impl Shard {
         let mut accounts: BTreeSet<String> = self.state.accounts.keys().cloned().chain(configured).collect();
         accounts.insert("default".into());
         accounts.into_iter().for_each(|account| self.rolled(&account));
+        self.rebuild_escrow();
     }
 
     fn new_live(&self, stream: &Stream) -> Live {
@@ -260,6 +273,7 @@ impl Shard {
     /// Takes new settings. A limit that changed is recorded at once: running calls live under it too.
     pub fn set_settings(&mut self, settings: Arc<Settings>) {
         self.settings = settings;
+        self.forget_told();
         let accounts: Vec<String> = self.state.accounts.keys().cloned().collect();
         accounts.into_iter().for_each(|account| self.rolled(&account));
         self.note_settings();
@@ -452,6 +466,9 @@ impl Shard {
             Timer::Window(no) => self.tell_window(no),
             Timer::AccountWindow(account) => self.tell_account_window(&account),
             Timer::Preflight(call, agent) => self.preflight_due(call, &agent),
+            Timer::Sought(account) => self.sought(&account),
+            Timer::Idle(account) => self.idle_due(&account),
+            Timer::Escrow => self.say_all_again(),
         }
     }
 }
@@ -471,6 +488,7 @@ impl Machine for Shard {
             Input::LogRoom(room) => self.log_room(room),
             Input::Replayed { conn, tenant, stream, upto } => self.replayed(conn, &tenant, &stream, upto),
             Input::Query { id, query } => self.query(id, query),
+            Input::Escrow { from, message } => self.escrow(from, message),
             Input::Checkpoint => self.checkpoint(),
             Input::ToolDone(done) => self.tool_done(*done),
             Input::Drain => self.draining = true,

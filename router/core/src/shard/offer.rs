@@ -29,6 +29,22 @@ pub(super) enum Fit {
     /// Never in this window.
     Never(WireError),
 }
+
+/// Why a task isn't accepted.
+pub(super) struct Refusal {
+    pub(super) error: Box<WireError>,
+    /// So much money isn't free now.
+    pub(super) short: Option<Amount>,
+    /// It is no refusal if nothing more is known: the task waits.
+    pub(super) waits: bool,
+}
+
+impl Refusal {
+    pub(super) fn of(error: WireError) -> Self {
+        Self { error: Box::new(error), short: None, waits: false }
+    }
+}
+
 impl Shard {
     /// The agents of a task in order of rank: the named ones (all of them must be here), or those that match.
     pub(super) fn offers(&self, wants: &super::client::Wants, request: &Request<'_>) -> Result<Vec<Offer>, AgentName> {
@@ -53,7 +69,7 @@ impl Shard {
         wants: &super::client::Wants,
         request: &Request<'_>,
         rule: Option<&Rule>,
-    ) -> Result<(), WireError> {
+    ) -> Result<(), Refusal> {
         let budget = submit.budget.min(rule.map_or(Limit::NONE, |r| r.budget));
         let limit = budget.min(self.settings.stream_window.limit);
         let waits = submit.wait && self.on_limit(tenant.as_str()).queue;
@@ -64,28 +80,32 @@ impl Shard {
                 let filters = self.filters(request);
                 let why = if filters.is_empty() { String::new() } else { format!(" ({filters})") };
                 let message = format!("no connected agent matches{why}; connect one, or wait for it");
-                return Err(WireError::new(Code::AgentDown, message));
+                return Err(Refusal::of(WireError::new(Code::AgentDown, message)));
             }
             Err(_) if submit.wait => return Ok(()),
             Err(agent) => {
                 let message = format!("agent {agent} isn't connected");
-                return Err(WireError::new(Code::AgentDown, message).scope(format!("agent:{agent}")));
+                let error = WireError::new(Code::AgentDown, message);
+                return Err(Refusal::of(error.scope(format!("agent:{agent}"))));
             }
         };
         let stream = Level { limit, ..Level::default() };
         let floor = rule.and_then(|r| r.floor.as_deref()).unwrap_or_default();
         offers = self.stepped(tenant.as_str(), u64::MAX, &stream, !wants.agents.is_empty(), floor, offers);
         if wants.agents.is_empty() {
-            self.drop_unaffordable(tenant.as_str(), u64::MAX, &stream, &mut offers)?;
+            self.drop_unaffordable(tenant.as_str(), u64::MAX, &stream, &mut offers).map_err(Refusal::of)?;
         }
         match self.fit(tenant.as_str(), u64::MAX, &stream, 0, &offers[..1]) {
-            Fit::Never(error) => Err(error),
-            Fit::Wait(need) if !waits => Err(self.window_error(tenant.as_str(), need)),
+            Fit::Never(error) => Err(Refusal::of(error)),
+            // Whether it can ever be paid is known at the account's home.
+            Fit::Wait(need) if !waits || !self.is_home(tenant.as_str()) => {
+                Err(Refusal { short: Some(need), waits, ..Refusal::of(self.window_error(tenant.as_str(), need)) })
+            }
             Fit::Wait(_) | Fit::Lanes(_) => {
                 let busy = |o: &Offer| self.in_flight(&o.agent) >= self.seat_window(&o.agent);
                 match !submit.wait && offers.iter().all(busy) {
                     false => Ok(()),
-                    true => Err(self.slot_error(&offers[0].agent)),
+                    true => Err(Refusal::of(self.slot_error(&offers[0].agent))),
                 }
             }
         }
@@ -129,14 +149,15 @@ impl Shard {
     /// Whether the money holds these offers, lowest ranked dropped until the rest fits. `no` is the asking stream: those
     /// that wait longer keep their claim.
     pub(super) fn fit(&self, tenant: &str, no: u64, stream: &Level, open_lanes: u32, offers: &[Offer]) -> Fit {
-        let (window, reference, _) = self.window_now(tenant);
+        let (_, reference, _) = self.window_now(tenant);
+        let window = self.shown_window(tenant);
         let account = window.level();
         let (left, free) = self.money(tenant, no, stream);
         let book = self.books.get(tenant);
         // Running calls go first; an account ahead of its pace begins nothing.
         let starved = book.is_some_and(|b| !b.starved.is_empty()) || self.is_held_back(tenant);
         let room = |most: Option<u32>, open: usize| most.map_or(usize::MAX, |m| (m as usize).saturating_sub(open));
-        let in_account = room(self.account_settings(tenant).max_parallel, book.map_or(0, |b| b.open.len()));
+        let in_account = room(self.calls_max(tenant), book.map_or(0, |b| b.open.len()));
         let room = room(self.settings.stream_window.max_parallel, open_lanes as usize).min(in_account);
         let (mut holds, mut used) = (Vec::new(), Amount::ZERO);
         for (n, offer) in offers.iter().enumerate() {
@@ -206,10 +227,10 @@ impl Shard {
 
     /// EWINDOW for money that isn't free now: the level and dimension that bind, and when to come back.
     pub(super) fn window_error(&self, tenant: &str, need: Amount) -> WireError {
-        let (window, reference, _) = self.window_now(tenant);
+        let (_, reference, _) = self.window_now(tenant);
+        let window = self.shown_window(tenant);
         let level = window.level();
-        let (open, most) =
-            (self.books.get(tenant).map_or(0, |b| b.open.len()), self.account_settings(tenant).max_parallel);
+        let (open, most) = (self.books.get(tenant).map_or(0, |b| b.open.len()), self.calls_max(tenant));
         if let Some(most) = most.filter(|most| open >= *most as usize) {
             let error =
                 WireError::new(Code::Window, format!("the account has {open} calls in flight, as many as it may"));
@@ -227,6 +248,7 @@ impl Shard {
         };
         let now = self.clock.logged_ms();
         let held_back = self.pace(tenant).filter(|_| self.is_held_back(tenant)).map(|(_, p)| p.resumes_ms(now));
+        let held_back = held_back.or(Some(self.home_resumes_ms(tenant)).filter(|at| *at > now));
         let retry = held_back.map_or(1_000, |at| at.saturating_sub(now).max(1_000));
         let mut error = WireError::new(Code::Window, message).used(used, limit);
         error.reset_at = window.ends_ms.map(|at| crate::clock::rfc3339(at).into());

@@ -105,7 +105,17 @@ impl Shard {
         let ids: Vec<CallId> = (1..=fanout as u32).map(|lane| stream.call_id(lane)).collect();
         let wait = live.wants.wait && self.on_limit(&tenant).queue;
         self.take_preflights(no, named, &mut offers);
-        offers = self.stepped(&tenant, no, &level, named, &stream.accept.floor, offers);
+        // The ladder and every refusal look at all the money that there is.
+        if self.settings.placement.shards() > 1
+            && !offers.is_empty()
+            && let Fit::Wait(need) = self.fit(&tenant, no, &level, 0, &offers[..1])
+            && self.seeks(&tenant, "", need)
+        {
+            self.wait_for_money(no, need);
+            return self.ask_later(no);
+        }
+        let floor = self.state.stream(no).map_or_else(String::new, |s| s.accept.floor.clone());
+        offers = self.stepped(&tenant, no, &level, named, &floor, offers);
         if !named
             && !offers.is_empty()
             && let Err(error) = self.drop_unaffordable(&tenant, no, &level, &mut offers)
@@ -273,6 +283,7 @@ impl Shard {
             Fit::Lanes(holds) => holds,
             Fit::Wait(need) => {
                 let wait = self.live.get(&no).is_some_and(|l| l.wants.wait) && self.on_limit(&tenant).queue;
+                let wait = wait || self.seeks(&tenant, "", need);
                 self.withdraw_loudly(no, None);
                 if !wait {
                     let error = self.window_error(&tenant, need);
@@ -393,7 +404,10 @@ impl Shard {
                 self.reserve(no, &[offer], &holds, failed);
                 Ok(true)
             }
-            Fit::Wait(_) => Ok(false),
+            Fit::Wait(need) => {
+                self.seeks(&tenant, "", need);
+                Ok(false)
+            }
             Fit::Never(error) => Err(error),
         }
     }

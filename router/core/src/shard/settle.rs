@@ -47,16 +47,21 @@ impl Shard {
         }
         let account = stream.accept.account.clone();
         let levels = self.levels(stream, &call.reserve.windows);
+        let purse = call.reserve.windows.iter().find(|w| w.shared).map(|w| w.window.clone());
+        let shared = purse.is_some() || self.has_lent(&account);
         let (key, id, counting) = (stream.accept.key.clone(), stream.call_id(lane), margin_ppm(call));
         let older = self.books.get(&account).is_some_and(|b| b.starved.first().is_some_and(|first| *first < at));
         let free = levels.iter().map(crate::account::Level::free).reduce(Amount::min).unwrap_or_default();
         let blocked = older || self.room > LogRoom::Enough;
         let given = if blocked { Amount::ZERO } else { useful.min(free) };
-        let book = self.books.entry(account).or_default();
+        let book = self.books.entry(account.clone()).or_default();
         match useful.fits(given) {
             true => book.starved.remove(&at),
             false => book.starved.insert(at),
         };
+        if !useful.fits(given) && !blocked {
+            self.seeks(&account, purse.as_deref().unwrap_or_default(), useful.less(given));
+        }
         let Ok(total) = hold.add(given) else { return };
         if given.is_zero() {
             return;
@@ -65,6 +70,7 @@ impl Shard {
         self.note_short(no, lane);
         // No more will come where nobody else holds what could come back.
         let last = !wanted.fits(given)
+            && !shared
             && levels.iter().any(|l| l.held == hold && !wanted.less(given).fits(l.free().less(given)));
         let update = BudgetUpdate {
             call_id: id,
@@ -235,7 +241,9 @@ impl Shard {
         let actual = call.with_tools(actual);
         let (actual, source) = (actual.into(), source as i32);
         let agent = call.agent();
+        let late = format!("{}:{evidence}", key.call(lane));
         self.record(Record::Adjust(Adjust { key, lane, evidence, actual, source, complete }));
+        self.tell_late(&late);
         self.judge_tier(&agent);
         self.money_returned(&account);
     }

@@ -2,7 +2,7 @@
 //! The arithmetic is in `ladder` and `pacing`; reserves nothing.
 
 use super::Shard;
-use super::offer::Offer;
+use super::offer::{Offer, stream_qos};
 use crate::account::{Level, window_begin};
 use crate::clock::rfc3339;
 use crate::estimate::{CALL_AMOUNT_MAX, Estimate};
@@ -20,11 +20,18 @@ impl Shard {
         let (window, ..) = self.window_now(tenant);
         let account = window.level();
         let mut free = account.free();
+        let left = if self.is_home(tenant) {
+            let of = self.state.stream(no).map_or((u32::MAX, u64::MAX), |s| (stream_qos(s) as u32, s.accepted_at));
+            free = free.less(self.wishes_before(tenant, of.0, of.1));
+            account.left()
+        } else {
+            self.left_elsewhere(tenant)
+        };
         let book = self.books.get(tenant);
         for claim in book.into_iter().flat_map(|b| self.claims(b, no)) {
             free = free.less(*claim);
         }
-        (account.left().min(stream.left()), free.min(stream.free()))
+        (left.min(stream.left()), free.min(stream.free()))
     }
 
     pub(super) fn on_limit(&self, tenant: &str) -> OnLimit {
@@ -107,7 +114,8 @@ impl Shard {
     /// The account's pace in its current window; `None` where it isn't paced.
     pub(super) fn pace(&self, tenant: &str) -> Option<(Mode, Pace)> {
         let settings = self.account_settings(tenant);
-        let mode = settings.pacing?;
+        // The home lends no more than the pace allows.
+        let mode = settings.pacing.filter(|_| self.is_home(tenant))?;
         let (window, ..) = self.window_now(tenant);
         let ends_ms = window.ends_ms?;
         let level = window.level();

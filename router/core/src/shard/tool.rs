@@ -176,8 +176,21 @@ impl Shard {
             Err(error) => (ToolRequest::default(), Err(error)),
         };
         let named = stream.tool_permissions.contains(&request.tool);
+        // Money that may be found elsewhere is no refusal yet.
+        let purse = match &leave {
+            Err(error) if error.code == Code::Budget => call.reserve.windows.iter().find(|w| w.shared).cloned(),
+            _ => None,
+        };
         let label: Arc<str> = if named { request.tool.as_str().into() } else { OTHER.into() };
         let attempt = call.intents;
+        let cost = self.settings.tools.mediated.get(&request.tool).copied().unwrap_or(request.budget);
+        let leave = match purse {
+            Some(at) if self.seeks(&at.account, &at.window, cost) => {
+                let message = "the account's money is on its way to this shard; ask again".to_owned();
+                Err(refusal(&request.tool, Code::Window, message).retry_after_ms(100))
+            }
+            _ => leave,
+        };
         let mut tool = Tool {
             key: key.clone(),
             lane,

@@ -170,9 +170,23 @@ impl Shard {
     /// What is left of the account's current window.
     fn account_window(&self, account: &str) -> WindowView {
         let open = self.books.get(account).map_or(0, |b| b.open.len());
+        if !self.is_home(account) {
+            return self.window_elsewhere(account, open);
+        }
         let known = self.state.accounts.get(account).and_then(|a| a.windows.get(&a.current));
         let level = known.map_or_else(|| self.window_now(account).0.level(), AccountWindow::level);
-        left(&level, self.account_settings(account).max_parallel, open)
+        left(&level, self.calls_max(account), open)
+    }
+
+    /// What the home of an account had left when it last said so, and what is left of its shares here.
+    fn window_elsewhere(&self, account: &str, open: usize) -> WindowView {
+        let here = self.window_now(account).0.level().free();
+        let there = left(&self.shown_window(account).level(), None, 0);
+        WindowView {
+            max_tokens: there.max_tokens.map(|n| n.add(here.tokens).unwrap_or(n)),
+            max_usd_micros: there.max_usd_micros.map(|n| n.add(here.usd_micros).unwrap_or(n)),
+            max_parallel: left(&Level::default(), self.account_settings(account).max_parallel, open).max_parallel,
+        }
     }
 
     pub(super) fn tell_window(&mut self, no: u64) {

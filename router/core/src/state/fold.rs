@@ -4,7 +4,7 @@ use super::{Done, FORMAT, REMEMBERED_MS, RESULT_BYTES_MAX, RESULT_FINDINGS_MAX, 
 use crate::account::{AccountWindow, replace};
 use crate::record::{
     Accept, Adjust, Close, CostPb, Deny, Epoch, Extend, FrameRecord, Genesis, Intent, Key, Reserve, Settle, SourcePb,
-    Tier, Void, Window, hex,
+    Tier, Void, Window, WindowRef, hex,
 };
 use crate::said::Said;
 use crate::statistics::Run;
@@ -30,7 +30,7 @@ impl State {
         if r.log_id != self.genesis.log_id {
             return Err(format!("log id {} is not Genesis's {}", hex(&r.log_id), hex(&self.genesis.log_id)));
         }
-        self.epoch = self.position + 1;
+        (self.epoch, self.shard) = (self.position + 1, r.shard);
         Ok(())
     }
 
@@ -44,6 +44,7 @@ impl State {
         account.windows.retain(|id, w| {
             id == current
                 || !Amount::from(w.held).is_zero()
+                || !Amount::from(w.lent).is_zero()
                 || w.ends_ms.is_none_or(|ends| ends + REMEMBERED_MS >= at_ms)
         });
         Ok(())
@@ -117,11 +118,12 @@ impl State {
         for call in holds {
             self.by_call.insert(r.key.call(call.lane), (no, call.lane));
             self.move_held(&call.windows, Amount::ZERO, call.hold.into())?;
+            self.count_open(&call.windows, true)?;
         }
         Ok(())
     }
 
-    pub(super) fn move_held(&mut self, windows: &[crate::record::WindowRef], from: Amount, to: Amount) -> Done {
+    pub(super) fn move_held(&mut self, windows: &[WindowRef], from: Amount, to: Amount) -> Done {
         for at in windows {
             match self.account_window(&at.account, &at.window) {
                 Ok(window) => replace(&mut window.held, from, to).map_err(range)?,
@@ -129,6 +131,16 @@ impl State {
                 Err(_) if from.is_zero() && to.is_zero() => {}
                 Err(e) => return Err(e),
             }
+        }
+        Ok(())
+    }
+
+    /// A call begins or ends on the purses that it stands in.
+    fn count_open(&mut self, windows: &[WindowRef], begins: bool) -> Done {
+        for at in windows.iter().filter(|at| at.shared) {
+            let window = self.account_window(&at.account, &at.window)?;
+            let open = if begins { window.open.checked_add(1) } else { window.open.checked_sub(1) };
+            window.open = open.ok_or_else(|| format!("window {} has no call open", at.window))?;
         }
         Ok(())
     }
@@ -205,6 +217,7 @@ impl State {
                 replace(&mut window.settled, Amount::ZERO, actual).map_err(range)?;
             }
         }
+        self.count_open(&windows, false)?;
         let totals = self.agents.entry(agent).or_default();
         // A statistic, unlike the levels above: it may stop at the end of its range.
         totals.spent_usd_micros = totals.spent_usd_micros.saturating_add(actual.usd_micros.0);
@@ -264,7 +277,8 @@ impl State {
         if r.ended.out_seq > 0 {
             told(stream, r.ended.out_seq)?;
         }
-        self.move_held(&windows, hold, Amount::ZERO)
+        self.move_held(&windows, hold, Amount::ZERO)?;
+        self.count_open(&windows, false)
     }
 
     pub(super) fn adjust(&mut self, r: &Adjust) -> Done {
@@ -285,6 +299,10 @@ impl State {
         let (windows, agent) = (call.reserve.windows.clone(), call.reserve.agent.clone());
         replace(&mut stream.settled, from, to).map_err(range)?;
         for w in &windows {
+            if w.shared {
+                self.adjust_share(w, format!("{}:{}", r.key.call(r.lane), r.evidence), from, to)?;
+                continue;
+            }
             // A window that is long over may be forgotten.
             if let Ok(window) = self.account_window(&w.account, &w.window) {
                 replace(&mut window.settled, from, to).map_err(range)?;

@@ -1,12 +1,12 @@
 //! The state seen from outside: its hash, the rows of `accounts` and `verify`, and checkpoints.
 
-use super::{AgentTotals, Corrupt, FOLD_VERSION, PIECE_BYTES, State};
-use crate::account::Account;
-use crate::record::{AgentRecord, Checkpoint, Genesis, hex};
+use super::{AgentTotals, Corrupt, FOLD_VERSION, Holding, Lent, PIECE_BYTES, State};
+use crate::account::{Account, Level};
+use crate::record::{AgentRecord, Checkpoint, Genesis, Late, hex};
 use crate::statistics::{LearnedImage, Statistics};
 use crate::stream::Stream;
 use crate::view::{AccountView, VerifyView};
-use atp_proto::Limit;
+use atp_proto::{Amount, Limit};
 use bytes::{Bytes, BytesMut};
 use prost::Message;
 use sha2::{Digest, Sha256};
@@ -39,6 +39,15 @@ struct Image {
     /// By the agent's name.
     #[prost(btree_map = "string, message", tag = "7")]
     standings: BTreeMap<String, AgentRecord>,
+    /// As home, by holder.
+    #[prost(btree_map = "uint32, message", tag = "8")]
+    lent: BTreeMap<u32, Lent>,
+    /// As holder, by home.
+    #[prost(btree_map = "uint32, message", tag = "9")]
+    holding: BTreeMap<u32, Holding>,
+    /// By evidence.
+    #[prost(btree_map = "string, message", tag = "10")]
+    late: BTreeMap<String, Late>,
 }
 impl State {
     /// SHA-256 over money and keys at this position, the fold's version in front.
@@ -66,8 +75,22 @@ impl State {
                 for n in [w.settled.tokens, w.settled.usd_micros, w.held.tokens, w.held.usd_micros] {
                     number(&mut hash, n);
                 }
+                // A log of one shard hashes as it did before there were shares.
+                if w.shares.is_empty() && w.late.is_empty() && Amount::from(w.lent).is_zero() {
+                    continue;
+                }
+                text(&mut hash, &w.encode_to_vec());
             }
         }
+        for (shard, line) in &self.lent {
+            number(&mut hash, u64::from(*shard));
+            text(&mut hash, &line.encode_to_vec());
+        }
+        for (shard, line) in &self.holding {
+            number(&mut hash, u64::from(*shard));
+            text(&mut hash, &line.encode_to_vec());
+        }
+        self.late.values().for_each(|late| text(&mut hash, &late.encode_to_vec()));
         for (no, s) in &self.streams {
             number(&mut hash, *no);
             text(&mut hash, &s.accept.encode_to_vec());
@@ -112,8 +135,9 @@ impl State {
         let mut rows = Vec::new();
         for (name, account) in &self.accounts {
             for (id, w) in &account.windows {
-                let level = w.level();
-                if *id == account.current || !level.held.is_zero() {
+                // What is lent is for others to show, as held or as settled.
+                let level = Level { held: w.held.into(), ..w.level() };
+                if *id == account.current || !w.level().held.is_zero() {
                     rows.push(AccountView {
                         account: name.clone(),
                         per: account.per.clone(),
@@ -123,6 +147,8 @@ impl State {
                         settled: level.settled,
                         held: level.held,
                         remaining: remaining(&level),
+                        lent: w.lent.into(),
+                        of_shares: account.shared,
                         pace: None,
                     });
                 }
@@ -156,6 +182,9 @@ impl State {
             next_no: self.next_no,
             statistics: self.statistics.to_image(),
             standings: self.standings.clone(),
+            lent: self.lent.clone(),
+            holding: self.holding.clone(),
+            late: self.late.clone(),
         };
         let data = Bytes::from(image.encode_to_vec());
         let pieces = data.len().div_ceil(PIECE_BYTES).max(1);
@@ -207,6 +236,10 @@ impl State {
             next_no: image.next_no,
             statistics: Statistics::from_image(image.statistics),
             standings: image.standings,
+            shard: first.shard,
+            lent: image.lent,
+            holding: image.holding,
+            late: image.late,
             ..Self::default()
         };
         state.index();

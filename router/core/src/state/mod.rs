@@ -1,12 +1,13 @@
 //! The fold: what a log says, and nothing else. Live shard, recovery, verify and replay share it, so that replay calls no
 //! decision: every number that a decision used stands in its record. A record out of its grammar is corruption.
 
+mod escrow;
 mod fold;
 mod image;
 mod tool;
 
 use crate::account::Account;
-use crate::record::{AgentRecord, AmountPb, AnyRecord, Entry, Genesis, Record};
+use crate::record::{AgentRecord, AmountPb, AnyRecord, Entry, Genesis, Late, Record};
 use crate::said::Said;
 use crate::statistics::Statistics;
 use crate::stream::Stream;
@@ -18,7 +19,7 @@ use std::collections::{BTreeMap, VecDeque};
 /// Version of this fold and of its checkpoints.
 pub const FOLD_VERSION: u32 = 1;
 /// Version of the record format that Genesis names.
-pub const FORMAT: u32 = 1;
+pub const FORMAT: u32 = 2;
 /// Ids and keys are remembered for this long after a stream's end (ATP-4), in logged time.
 pub const REMEMBERED_MS: u64 = 24 * 3_600_000;
 /// Bytes of text and findings of all lanes in a result; more is cut there and marked, the partials had it all. It bounds
@@ -66,6 +67,11 @@ pub struct State {
     by_key: BTreeMap<String, BTreeMap<String, u64>>,
     by_call: BTreeMap<CallId, (u64, u32)>,
     ended: VecDeque<(u64, u64)>,
+    /// This shard's number.
+    shard: u32,
+    lent: BTreeMap<u32, Lent>,
+    holding: BTreeMap<u32, Holding>,
+    late: BTreeMap<String, Late>,
 }
 
 type Done = Result<(), String>;
@@ -228,6 +234,11 @@ impl State {
                 Ok(())
             }
             Record::Checkpoint(_) => Ok(()),
+            Record::Share(r) => self.share(r),
+            Record::ShareIn(r) => self.share_in(r),
+            Record::ShareOut(r) => self.share_out(r),
+            Record::ShareBack(r) => self.share_back(r),
+            Record::ShareLate(r) => self.share_late(r),
             Record::Agent(r) => {
                 self.standings.insert(r.agent.clone(), r.clone());
                 Ok(())
@@ -236,6 +247,7 @@ impl State {
     }
 }
 
+pub use escrow::{Holding, Lent, LentTo, Out, Piece};
 pub use fold::NO_COST;
 pub(crate) use fold::read_said;
 pub use image::remaining;

@@ -124,7 +124,7 @@ impl House {
                     self.shard.handle(self.now, Input::Replayed { conn, tenant, stream, upto });
                 }
                 Effect::Close { error, .. } => panic!("{error}"),
-                Effect::Answer { .. } | Effect::Tool { .. } | Effect::Metric(_) => {}
+                Effect::Answer { .. } | Effect::Tool { .. } | Effect::ToShard { .. } | Effect::Metric(_) => {}
             }
         }
     }

@@ -23,9 +23,10 @@ struct Slow {
 impl Slow {
     fn new() -> Self {
         let (inbox, taking) = inbox(1 << 20);
-        let mut clients = Clients::new(16, inbox, Source::Local("".into()), TaskTracker::new());
+        let mut clients = Clients::new(1, inbox, Source::local(""), TaskTracker::new());
         let (outbox, writer) = outbox(CancellationToken::new());
-        clients.open(CONN, TenantId::new("default"), outbox);
+        let bounds = Arc::new(Bounds::new(16, Arc::default()));
+        clients.open(CONN, TenantId::new("default"), outbox, bounds);
         Self { clients, taking, writer: Some(writer) }
     }
 
@@ -35,6 +36,11 @@ impl Slow {
             self.clients.send(CONN, frame);
         }
         self.clients.flush();
+    }
+
+    /// Bytes that wait here.
+    fn waiting(&self) -> usize {
+        self.clients.list[&CONN].bounds.all_bytes.load(Ordering::Relaxed)
     }
 
     fn accepted(&mut self, stream: &str) {
@@ -89,7 +95,7 @@ async fn what_the_outbox_refuses_waits_in_memory_in_order() {
     assert!(slow.clients.list[&CONN].lagging.is_empty());
     let reading = tokio::spawn(read(slow.wake(), "a", 330));
     slow.chunks("a", 321..=330);
-    while slow.clients.bytes > 0 {
+    while slow.waiting() > 0 {
         assert_eq!(slow.room().await, []);
     }
     assert_eq!(reading.await.expect("read"), (1..=330).collect::<Vec<_>>());
@@ -101,7 +107,7 @@ async fn no_frame_overtakes_a_stream_that_lags() {
     slow.chunks("a", 1..=1000);
     let after = slow.clients.list[&CONN].lagging["a"].after;
     assert!(after < 1000, "more waits than may");
-    assert_eq!(slow.clients.bytes, 0, "its memory is given back");
+    assert_eq!(slow.waiting(), 0, "its memory is given back");
     slow.chunks("a", 1001..=1001);
 
     let reading = tokio::spawn(read(slow.wake(), "a", 1003));
@@ -121,7 +127,8 @@ async fn streams_that_attach_to_one_take_one_place_together() {
     let places = |slow: &Slow| slow.clients.list[&CONN].streams.iter().map(ToString::to_string).collect::<Vec<_>>();
     for try_no in 2..=4 {
         let id = format!("k-1.{try_no}");
-        slow.clients.list.get_mut(&CONN).expect("open").streams.insert(StreamId::new(&id));
+        let client = slow.clients.list.get_mut(&CONN).expect("open");
+        assert!(client.bounds.open() && client.streams.insert(StreamId::new(&id)));
         let attached = Accepted {
             stream_id: "k-1.1".into(),
             state: TaskState::Running,
@@ -134,4 +141,5 @@ async fn streams_that_attach_to_one_take_one_place_together() {
     }
     slow.clients.send(CONN, Frame::raw("k-1.1", 9, Flags::FIN, kind::BILL, "{}".into()));
     assert!(places(&slow).is_empty());
+    assert_eq!(slow.clients.list[&CONN].bounds.streams.load(Ordering::Relaxed), 0);
 }

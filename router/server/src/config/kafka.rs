@@ -24,10 +24,9 @@ impl Walk<'_> {
             self.problem(self.mark("log.kafka.topic"), "log.kafka.topic", message, "leave it out, or choose another");
         }
         let single_broker = self.value("log.kafka.single_broker") == Some(Read::Bool(true));
-        let shards = self.whole("shards.count").and_then(|n| u32::try_from(n).ok()).unwrap_or(1);
         let (tls, sasl) = (self.kafka_tls(), self.kafka_sasl());
         let address = KafkaAddress { brokers, topic, tls, sasl };
-        config.log = LogPlace::Kafka(KafkaPlace { address, single_broker, shards });
+        config.log = LogPlace::Kafka(KafkaPlace { address, single_broker });
     }
 
     fn kafka_tls(&mut self) -> Option<KafkaTls> {

@@ -19,6 +19,8 @@ pub use crate::log::Durability;
 use crate::log::{KafkaAddress, Source};
 use crate::store::StoreConfig;
 use crate::tool::ToolConfig;
+#[cfg(feature = "kafka")]
+use atp_core::placement::SHARDS;
 use atp_core::settings::Settings;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
@@ -30,6 +32,8 @@ pub struct Config {
     /// What others are told to dial; empty: the address that is bound.
     pub advertise: Option<String>,
     pub data_dir: PathBuf,
+    /// How many shards the log has; `None`: as it was made, and a new one the default.
+    pub shards: Option<u32>,
     /// Of the local log.
     pub durability: Durability,
     pub log: LogPlace,
@@ -67,8 +71,6 @@ pub struct KafkaPlace {
     pub address: KafkaAddress,
     /// One broker is wanted.
     pub single_broker: bool,
-    /// Partitions of a new log.
-    pub shards: u32,
 }
 
 /// How the process's own log lines look.
@@ -133,6 +135,7 @@ impl Default for Config {
             },
             advertise: None,
             data_dir: "./atp-data".into(),
+            shards: None,
             durability: Durability::Fsync,
             log: LogPlace::Local,
             store: StoreConfig::Memory,
@@ -185,20 +188,20 @@ impl Config {
     /// This build has no Kafka.
     pub fn source(&self) -> Result<Source, String> {
         match &self.log {
-            LogPlace::Local => Ok(Source::Local(self.log_dir())),
+            LogPlace::Local => Ok(Source::local(self.log_dir())),
             LogPlace::Kafka(place) => Source::kafka(place.address.clone(), 0),
         }
     }
 
-    /// How the Kafka log is opened: shard 0.
+    /// How the Kafka log is opened, or made.
     #[cfg(feature = "kafka")]
     #[must_use]
     pub fn kafka_options(&self, place: &KafkaPlace) -> crate::log::KafkaOptions {
         crate::log::KafkaOptions {
             address: place.address.clone(),
             single_broker: place.single_broker,
-            shards: place.shards,
-            shard: 0,
+            shards: self.shards.unwrap_or(SHARDS),
+            exact: self.shards.is_some(),
             data_dir: self.data_dir.clone(),
             checkpoint_every: self.limits.segment_bytes,
         }
@@ -241,6 +244,7 @@ impl Config {
             ("listen", self.listen != new.listen),
             ("router", self.settings.router_id != new.settings.router_id || self.advertise != new.advertise),
             ("data_dir", self.data_dir != new.data_dir),
+            ("shards.count", self.shards != new.shards),
             ("log", self.durability != new.durability || self.log != new.log),
             ("store", self.store != new.store),
             ("auth.anonymous", self.anonymous != new.anonymous),

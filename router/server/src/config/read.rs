@@ -472,6 +472,7 @@ impl Walk<'_> {
         limits.streams_per_connection = self.size("limits.streams_per_connection", old.streams_per_connection);
         limits.agents = self.size("limits.agents", old.agents);
         limits.heartbeat_ms = self.whole("limits.heartbeat").unwrap_or(old.heartbeat_ms);
+        config.shards = self.whole("shards.count").and_then(|n| u32::try_from(n).ok());
         limits.lease_ms = self.whole("shards.lease").unwrap_or(old.lease_ms);
         limits.segment_bytes = self.whole("limits.segment_bytes").unwrap_or(old.segment_bytes);
         config.settings.limits.streams_open_max =

@@ -1,5 +1,7 @@
 //! Every key of the configuration: kind, default, meaning. Parser, JSON Schema and reference page all read this table.
 
+use atp_core::placement::SHARDS_MAX;
+
 /// What may stand behind a key.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Takes {
@@ -76,7 +78,7 @@ pub(super) const KEYS: &[Key] = &[
     key("store.kind", Takes::Choice(&["memory", "redis"]), "memory", "where others can see what runs; it may be lost at any time"),
     key("store.redis.url", Takes::Text, "", "`redis://[user:password@]host:port[/db]`, `rediss://` for TLS; better as `${ENV}`"),
     key("store.redis.prefix", Takes::Text, "atp", "of every key, 1 to 64 of `A-Za-z0-9._-`; one for each log"),
-    key("shards.count", Takes::Whole(1, 1), "", "only for a new log; then it stands in the log"),
+    key("shards.count", Takes::Whole(1, SHARDS_MAX as u64), "", "of a new log, absent: 64; then it stands in the log and can't be changed"),
     key("shards.lease", Takes::Duration, "5s", "how long a shard's owner is believed to live, where routers share a log in Kafka and a store in Redis"),
     key("auth.anonymous", Takes::Choice(&["never", "loopback"]), "loopback", "who may come without a credential"),
     later("auth.tokens_file", Takes::Path, "", "hashed tokens", TOKENS),
@@ -127,11 +129,11 @@ pub(super) const KEYS: &[Key] = &[
     key("agents[].argv", Takes::Texts, "", "program and arguments of a command"),
     key("agents[].script", Takes::Path, "", "of a scripted agent"),
     key("agents[].timeout", Takes::Duration, "", "of one call"),
-    key("limits.inbox_bytes", Takes::Whole(1_048_576, 1_073_741_824), "67108864", "frames that wait for the shard"),
+    key("limits.inbox_bytes", Takes::Whole(1_048_576, 1_073_741_824), "67108864", "frames that wait for the shards, and 1 MiB for each at least"),
     key("limits.connections", Takes::Whole(1, 1_000_000), "10000", "native connections at once"),
     key("limits.http_connections", Takes::Whole(1, 100_000), "1024", "HTTP connections at once"),
     key("limits.streams_per_connection", Takes::Whole(1, 65_536), "1024", "open streams of one connection"),
-    key("limits.streams_open", Takes::Whole(1, 10_000_000), "100000", "open streams of the router"),
+    key("limits.streams_open", Takes::Whole(1, 10_000_000), "100000", "open streams of each shard"),
     key("limits.agents", Takes::Whole(1, 65_536), "1024", "agent handles"),
     key("limits.preempt_after", Takes::Duration, "2s", "a gold task that waited this long presses on the tiers below it"),
     key("limits.aimd_base", Takes::Whole(1, 4096), "4", "calls at once of an agent whose results are not known yet"),

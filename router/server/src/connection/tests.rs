@@ -2,21 +2,29 @@
 
 use super::*;
 use crate::inbox::{Taking, inbox};
+use crate::log::Source;
+use crate::shard_task::Health;
+use crate::shards::Here;
 use crate::time::Clocks;
+use atp_core::placement::Placement;
 use tokio::io::{AsyncWriteExt, DuplexStream};
 use tokio::task::JoinHandle;
 
 fn connect() -> (DuplexStream, JoinHandle<Ended>, Taking) {
     let (inbox, taking) = inbox(1 << 20);
     let tasks = TaskTracker::new();
-    let agents = Agents::new(Arc::default(), inbox.clone(), Clocks::start(), tasks.clone(), 2);
+    let shards = Shards::new(Placement::default());
+    let health = tokio::sync::watch::channel(Health::default()).1;
+    shards.open(0, Here { inbox, source: Source::local(""), health });
+    let agents = Agents::new(Arc::default(), shards.clone(), Clocks::start(), tasks.clone(), 2);
     let shared = Arc::new(Shared {
-        inbox,
+        shards,
         agents,
         anonymous: Anonymous::Loopback,
         incarnation: "test".into(),
         heartbeat: Duration::from_secs(5),
         streams_max: 2,
+        waiting_bytes: Arc::default(),
         stopping: CancellationToken::new(),
         tasks,
     });

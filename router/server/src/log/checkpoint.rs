@@ -19,18 +19,25 @@ pub(super) struct Found {
 }
 
 impl Reader {
-    /// The position of the first piece of the newest checkpoint that is whole; one whose pieces don't all follow each other
-    /// is passed over.
+    /// The position of the first piece of the newest checkpoint of this shard that is whole; one whose pieces don't all follow
+    /// each other is passed over.
     ///
     /// # Errors
     /// I/O, corruption on the way.
     pub fn newest_checkpoint(&self) -> Result<Option<u64>, LogError> {
-        Ok(newest(self)?.map(|found| found.position))
+        Ok(newest(self, &[self.of()])?[0].map(|found| found.position))
     }
 }
 
-pub(super) fn newest(reader: &Reader) -> Result<Option<Found>, LogError> {
+/// The newest whole checkpoint of each of these shards, by one walk from the log's end.
+pub(super) fn newest(reader: &Reader, shards: &[u32]) -> Result<Vec<Option<Found>>, LogError> {
+    let mut found = vec![None; shards.len()];
+    // Indexes of those that are still looked for.
+    let mut wanted: Vec<usize> = (0..shards.len()).collect();
     for number in reader.segments().iter().rev() {
+        if wanted.is_empty() {
+            break;
+        }
         let segment = reader.segment(*number)?;
         let (mut begun, mut offset) = (Vec::new(), 0);
         while let Some(header) = segment.header(offset)? {
@@ -41,21 +48,24 @@ pub(super) fn newest(reader: &Reader) -> Result<Option<Found>, LogError> {
         }
         for offset in begun.into_iter().rev() {
             let Some(block) = segment.block(offset)? else { continue };
-            let first_pieces: Vec<u64> = block
-                .entries()
-                .filter(|(position, entry)| {
-                    piece(entry).is_some_and(|piece| piece.piece == 0 && piece.position + 1 == *position)
-                })
-                .map(|(position, _)| position)
-                .collect();
-            for position in first_pieces.into_iter().rev() {
-                if let Some((_, bytes)) = whole(reader.entries(position))? {
-                    return Ok(Some(Found { position, bytes, segment: *number, offset }));
+            let mut candidates: Vec<_> = block.entries().collect();
+            candidates.retain(|(of, position, entry)| {
+                wanted.iter().any(|index| shards[*index] == *of)
+                    && piece(entry).is_some_and(|piece| piece.piece == 0 && piece.position + 1 == *position)
+            });
+            for (shard, position, _) in candidates.into_iter().rev() {
+                let Some(at) = wanted.iter().position(|index| shards[*index] == shard) else { continue };
+                if let Some((_, bytes)) = whole(reader.entries_at(shard, *number, offset, position))? {
+                    found[wanted.remove(at)] = Some(Found { position, bytes, segment: *number, offset });
                 }
             }
         }
+        // Before a segment that begins with a shard's first entry there is nothing of it.
+        if let Some((head, _)) = segment.head(0)? {
+            wanted.retain(|index| head.run(shards[*index]).is_some_and(|run| run.first > 1));
+        }
     }
-    Ok(None)
+    Ok(found)
 }
 
 /// The checkpoint that these entries begin with: its first piece and the bytes of all, if all follow each other.

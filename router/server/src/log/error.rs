@@ -19,13 +19,19 @@ pub enum LogError {
     Corrupt { file: PathBuf, offset: u64, what: String },
     #[error("{} at offset {offset} belongs to log {}, not to {}; remove the file that came from elsewhere", file.display(), hex(found), hex(expected))]
     OtherLog { file: PathBuf, offset: u64, found: LogId, expected: LogId },
-    #[error("the log ends before entry {position}, which was durable; restore its last segments from a copy")]
-    Missing { position: u64 },
+    #[error(
+        "shard {shard} of the log ends before entry {position}, which was durable; restore the log's end from a copy"
+    )]
+    Missing { shard: u32, position: u64 },
+    #[error("the log has {shards} shards, from 0 on: there is no shard {shard}")]
+    NoShard { shard: u32, shards: u32 },
+    #[error("{found} shards: a log has 1 to {max}")]
+    Shards { found: u32, max: u32 },
     #[error("entry {position} has {bytes} bytes, the limit is {limit}")]
     EntryTooBig { position: u64, bytes: usize, limit: usize },
     /// The caller numbers entries otherwise than the log: a bug, nothing was written.
-    #[error("entry {found} was appended where entry {expected} is due")]
-    Position { expected: u64, found: u64 },
+    #[error("entry {found} was appended to shard {shard} where entry {expected} is due")]
+    Position { shard: u32, expected: u64, found: u64 },
     #[error("segment_bytes is {found}: it must be a multiple of 4096 and at least {min}")]
     SegmentBytes { found: u64, min: u64 },
     /// Fail-stop: a write or sync failed before, nothing is retried.
@@ -53,8 +59,8 @@ pub enum LogError {
     #[error("{} can't be read or written: {what}; restore it from a copy, or remove it to trust the topic as it is", path.display())]
     Memory { path: PathBuf, what: String },
     /// The entries are whole, but what they say cannot be.
-    #[error("entry {position}: {what}")]
-    Entry { position: u64, what: String },
+    #[error("entry {position} of shard {shard}: {what}")]
+    Entry { shard: u32, position: u64, what: String },
 }
 
 impl LogError {

@@ -1,4 +1,5 @@
-//! The handle of an open log: options, opening, appending, closing. One per directory; its threads do the work.
+//! The handles of an open log: options, opening, appending, closing. One log per directory, whose threads do the work; each
+//! shard of it is a log of its own to its owner.
 
 use super::disk::{Disk, Lock, RealDisk};
 use super::queue::{Entry, Queue};
@@ -8,6 +9,7 @@ use super::status::{Events, Status};
 use super::sync::Dirty;
 use super::writer::{Setup, Writer};
 use super::{Guarantee, Log, LogError, LogId};
+use atp_core::placement::SHARDS_MAX;
 use futures_util::future::BoxFuture;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -40,34 +42,46 @@ pub struct Options {
     /// Size of a segment in bytes, a multiple of 4096.
     pub segment_bytes: u64,
     pub durability: Durability,
+    /// Of a log that is made; one that is there keeps its number.
+    pub shards: u32,
 }
 
 impl Options {
     const SEGMENT_BYTES_MIN: u64 = 16 << 10;
 
-    /// Segments of 64 MiB, `fsync`.
+    /// Segments of 64 MiB, `fsync`, one shard.
     pub fn new(dir: impl Into<PathBuf>) -> Self {
-        Self { dir: dir.into(), segment_bytes: 64 << 20, durability: Durability::Fsync }
+        Self { dir: dir.into(), segment_bytes: 64 << 20, durability: Durability::Fsync, shards: 1 }
     }
 
     fn check(&self) -> Result<(), LogError> {
         if self.segment_bytes < Self::SEGMENT_BYTES_MIN || !self.segment_bytes.is_multiple_of(super::block::PAGE) {
             return Err(LogError::SegmentBytes { found: self.segment_bytes, min: Self::SEGMENT_BYTES_MIN });
         }
+        if !(1..=SHARDS_MAX).contains(&self.shards) {
+            return Err(LogError::Shards { found: self.shards, max: SHARDS_MAX });
+        }
         Ok(())
     }
 }
 
-/// An open log: the exclusive right to append. Dropped without [`LocalLog::close`] it is closed too, errors unseen.
+/// One shard of an open log: the exclusive right to append to it. The log is open as long as one of its shards is; the last
+/// that is closed, or dropped (errors unseen), seals it and gives its lock back.
 #[derive(Debug)]
 pub struct LocalLog {
+    shard: u32,
+    open: Arc<Open>,
+}
+
+#[derive(Debug)]
+struct Open {
     dir: PathBuf,
     log_id: LogId,
     queue: Arc<Queue>,
     spares: Arc<Spares>,
     dirty: Arc<Dirty>,
-    status: watch::Receiver<Status>,
-    durable_at_open: u64,
+    /// By shard: its status, and what was durable when the log was opened.
+    shards: Vec<(watch::Receiver<Status>, u64)>,
     threads: Vec<JoinHandle<()>>,
     /// Holds the writer's lock.
     _lock: Lock,
@@ -75,10 +89,10 @@ pub struct LocalLog {
 
 impl LocalLog {
     /// Takes the lock, cuts a torn tail, writes the last block anew; all that stands is durable when this returns. Makes
-    /// the directory and the log if there is none. Blocks for some milliseconds.
+    /// the directory and the log if there is none. This is shard 0 of it. Blocks for some milliseconds.
     ///
     /// # Errors
-    /// `InUse`, `Corrupt`, `OtherLog`, `SegmentBytes`, I/O.
+    /// `InUse`, `Corrupt`, `OtherLog`, `SegmentBytes`, `Shards`, I/O.
     pub fn open(options: Options) -> Result<(Self, Recovered), LogError> {
         Self::open_on(options, Arc::new(RealDisk))
     }
@@ -89,21 +103,22 @@ impl LocalLog {
     /// As `open`.
     pub fn open_on(options: Options, disk: Arc<dyn Disk>) -> Result<(Self, Recovered), LogError> {
         options.check()?;
-        let Options { dir, segment_bytes, durability } = options;
+        let Options { dir, segment_bytes, durability, shards } = options;
         make_dir(&dir, &*disk)?;
         let lock_path = dir.join("lock");
         let lock = Lock::take(&lock_path).map_err(LogError::io("lock", &lock_path))?;
         let Some(lock) = lock else { return Err(LogError::InUse { dir }) };
 
-        let mut end = recovery::recover(&dir, &*disk, uuid::Uuid::new_v4().into_bytes())?;
+        let mut end = recovery::recover(&dir, &*disk, uuid::Uuid::new_v4().into_bytes(), shards)?;
         let recovered = end.recovered.clone();
         let log_id = end.link.log_id;
-        let queue = Arc::new(Queue::new(end.link.next_position));
+        let queue = Arc::new(Queue::new(end.next.clone()));
         let ready = std::mem::take(&mut end.spares);
         let next_number = ready.iter().map(|spare| spare.number).max().unwrap_or(end.segment.number) + 1;
         let spares = Arc::new(Spares::new(ready, durability));
         let dirty = Arc::new(Dirty::default());
-        let (sender, status) = watch::channel(Status { durable: recovered.last_position, ..Status::default() });
+        let status = |durable: &u64| watch::channel(Status { durable: *durable, ..Status::default() });
+        let (senders, receivers): (Vec<_>, Vec<_>) = recovered.positions.iter().map(status).unzip();
         let setup = Setup {
             dir: dir.clone(),
             disk: disk.clone(),
@@ -112,32 +127,108 @@ impl LocalLog {
             queue: queue.clone(),
             spares: spares.clone(),
             dirty: dirty.clone(),
-            status: sender.clone(),
+            status: senders.clone(),
             next_number,
         };
-        let mut log = Self {
+        let mut open = Open {
             log_id,
             queue: queue.clone(),
             spares: spares.clone(),
             dirty: dirty.clone(),
-            status,
-            durable_at_open: recovered.last_position,
+            shards: receivers.into_iter().zip(recovered.positions.iter().copied()).collect(),
             threads: Vec::new(),
             _lock: lock,
             dir,
         };
-        let started = log.start(Writer::new(setup, end), disk, durability, segment_bytes, sender);
-        started.map_err(LogError::io("start the threads of the log in", &log.dir))?;
-        Ok((log, recovered))
+        let started = open.start(Writer::new(setup, end), disk, durability, segment_bytes, senders);
+        started.map_err(LogError::io("start the threads of the log in", &open.dir))?;
+        Ok((Self { shard: 0, open: Arc::new(open) }, recovered))
     }
 
+    /// Shard `shard` of the same log.
+    ///
+    /// # Panics
+    /// If there is no such shard: `Recovered::positions` says how many there are.
+    #[must_use]
+    pub fn shard(&self, shard: u32) -> Self {
+        assert!((shard as usize) < self.open.shards.len(), "the log has no shard {shard}");
+        Self { shard, open: self.open.clone() }
+    }
+
+    /// How many shards the log has.
+    #[must_use]
+    pub fn shards(&self) -> u32 {
+        u32::try_from(self.open.shards.len()).expect("bounded by SHARDS_MAX")
+    }
+
+    /// Drawn when the log was made; Genesis repeats it.
+    #[must_use]
+    pub fn log_id(&self) -> LogId {
+        self.open.log_id
+    }
+    #[must_use]
+    pub fn dir(&self) -> &Path {
+        &self.open.dir
+    }
+
+    /// As [`Log::append`].
+    ///
+    /// # Errors
+    /// As there.
+    pub async fn append(&self, entries: Vec<(u64, bytes::Bytes, bool)>) -> Result<(), LogError> {
+        self.open.queue.put(self.shard, entries).await
+    }
+
+    /// As `append` without waiting: takes all of `entries` or, if there is no room (`Ok(false)`), none.
+    ///
+    /// # Errors
+    /// As `append`.
+    pub fn try_append(&self, entries: &mut Vec<Entry>) -> Result<bool, LogError> {
+        self.open.queue.offer(self.shard, entries)
+    }
+
+    /// News of this shard, from the log's opening on; of the disk every shard is told. Each call gives a stream of its own.
+    #[must_use]
+    pub fn events(&self) -> Events {
+        let (status, durable_at_open) = &self.open.shards[self.shard as usize];
+        Events::new(status.clone(), *durable_at_open)
+    }
+
+    /// Spare segments that wait, zero-filled.
+    #[must_use]
+    pub fn spares_ready(&self) -> usize {
+        self.open.spares.ready()
+    }
+
+    /// Makes durable what is queued; the last shard to be closed seals the log and gives its lock back. Blocks until that is
+    /// done.
+    ///
+    /// # Errors
+    /// `Stopped` if the log failed before or now.
+    pub fn close(self) -> Result<(), LogError> {
+        let queue = self.open.queue.clone();
+        match Arc::try_unwrap(self.open) {
+            Ok(mut last) => last.finish(),
+            Err(open) => {
+                queue.wait_until_written();
+                // Another shard may have been closed meanwhile, and this be the last one now.
+                if let Some(mut last) = Arc::into_inner(open) {
+                    last.finish();
+                }
+            }
+        }
+        queue.stopped().map_or(Ok(()), |why| Err(LogError::Stopped(why)))
+    }
+}
+
+impl Open {
     fn start(
         &mut self,
         writer: Writer,
         disk: Arc<dyn Disk>,
         durability: Durability,
         segment_bytes: u64,
-        status: watch::Sender<Status>,
+        status: Vec<watch::Sender<Status>>,
     ) -> std::io::Result<()> {
         self.threads.push(spare::spawn(self.spares.clone(), disk.clone(), self.dir.clone(), segment_bytes)?);
         if durability == Durability::Async {
@@ -145,7 +236,9 @@ impl LocalLog {
             let failed = move |error| {
                 let error = Arc::new(error);
                 queue.stop(&error);
-                status.send_modify(|status| status.failed = Some(error.clone()));
+                for status in &status {
+                    status.send_modify(|status| status.failed = Some(error.clone()));
+                }
             };
             let sync = std::thread::Builder::new().name("atp-log-sync".into());
             self.threads.push(sync.spawn(move || dirty.run(&*disk, failed))?);
@@ -155,54 +248,7 @@ impl LocalLog {
         Ok(())
     }
 
-    /// Drawn when the log was made; Genesis repeats it.
-    #[must_use]
-    pub const fn log_id(&self) -> LogId {
-        self.log_id
-    }
-    #[must_use]
-    pub fn dir(&self) -> &Path {
-        &self.dir
-    }
-
-    /// Queues entries (position, bytes, first piece of a checkpoint); `Event::Durable` says when they are durable. Waits
-    /// while 16 MiB are queued. Positions follow each other, so one task appends.
-    ///
-    /// # Errors
-    /// `Stopped` after a failure, `Closed`, `EntryTooBig`, `Position`; nothing was queued then.
-    pub async fn append(&self, entries: Vec<(u64, bytes::Bytes, bool)>) -> Result<(), LogError> {
-        self.queue.put(entries).await
-    }
-
-    /// As `append` without waiting: takes all of `entries` or, if there is no room (`Ok(false)`), none.
-    ///
-    /// # Errors
-    /// As `append`.
-    pub fn try_append(&self, entries: &mut Vec<Entry>) -> Result<bool, LogError> {
-        self.queue.offer(entries)
-    }
-
-    /// News of this log, from its opening on. Each call gives a stream of its own.
-    #[must_use]
-    pub fn events(&self) -> Events {
-        Events::new(self.status.clone(), self.durable_at_open)
-    }
-
-    /// Spare segments that wait, zero-filled.
-    #[must_use]
-    pub fn spares_ready(&self) -> usize {
-        self.spares.ready()
-    }
-
-    /// Writes what is queued, seals, syncs, and gives the lock back. Blocks until that is done.
-    ///
-    /// # Errors
-    /// `Stopped` if the log failed before or now.
-    pub fn close(mut self) -> Result<(), LogError> {
-        self.finish();
-        self.queue.stopped().map_or(Ok(()), |why| Err(LogError::Stopped(why)))
-    }
-
+    /// Writes what is queued, seals, syncs; the lock goes with this value.
     fn finish(&mut self) {
         self.queue.close();
         self.spares.close();
@@ -233,7 +279,7 @@ fn join(thread: JoinHandle<()>) {
     }
 }
 
-impl Drop for LocalLog {
+impl Drop for Open {
     fn drop(&mut self) {
         self.queue.close();
         self.spares.close();

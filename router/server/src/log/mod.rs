@@ -26,13 +26,13 @@ pub use address::{KafkaAddress, KafkaSasl, KafkaTls, check_broker, check_topic};
 pub use disk::{Disk, RealDisk};
 pub use error::LogError;
 #[cfg(feature = "kafka")]
-pub use kafka::{KafkaEntries, KafkaLog, KafkaOptions, KafkaSource, Made, Opened, init};
+pub use kafka::{KafkaEntries, KafkaLog, KafkaOptions, KafkaShards, KafkaSource, Made, Opened, init};
 pub use local::{Durability, LocalLog, Options};
 pub use queue::Entry as QueuedEntry;
-pub use reader::{Entries as LocalEntries, Reader};
+pub use reader::{AllEntries as LocalAllEntries, Entries as LocalEntries, Reader};
 pub use recovery::Recovered;
 pub use room::LAST_BYTES;
-pub use source::{Entries, Source};
+pub use source::{AllEntries, Entries, Source};
 pub use status::{Event, Events};
 
 use futures_util::future::BoxFuture;
@@ -43,19 +43,20 @@ pub type LogId = [u8; 16];
 /// The largest entry: a message of 16 MiB and what is recorded around it.
 pub const ENTRY_BYTES_MAX: usize = 32 << 20;
 
-/// An open log: the exclusive right to append.
+/// An open log, one shard of it: the exclusive right to append.
 pub trait Log: Send + Sync {
     /// Queues entries (position, bytes, first piece of a checkpoint); `Event::Durable` says when they are durable. Waits
-    /// while 16 MiB are queued. Positions follow each other, so one task appends.
+    /// while 16 MiB are queued, of all shards that share the queue. Positions follow each other, so one task appends.
     ///
     /// # Errors
     /// `Stopped` after a failure, `Closed`, `EntryTooBig`, `Position`; nothing was queued then.
     fn append(&self, entries: Vec<QueuedEntry>) -> BoxFuture<'_, Result<(), LogError>>;
 
-    /// News of this log, from its opening on. Each call gives a stream of its own.
+    /// News of this shard, from its opening on. Each call gives a stream of its own.
     fn events(&self) -> Events;
 
-    /// Makes durable what is queued, and gives the right back. Blocks until that is done.
+    /// Makes durable what is queued, and gives the right back; what the shards share is closed with the last of them. Blocks
+    /// until that is done.
     ///
     /// # Errors
     /// `Stopped` if the log failed before or now.

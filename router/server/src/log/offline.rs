@@ -1,9 +1,10 @@
 //! Rebuilds the state from a log: newest whole checkpoint, then every later entry. Takes no lock and writes nothing.
 
-use super::{Entries, LogError, Source, checkpoint};
-use atp_core::record::{Checkpoint, Entry, Record};
-use atp_core::state::State;
+use super::{Entries, LogError, Reader, Source, checkpoint};
+use atp_core::record::{Checkpoint, Entry, hex};
+use atp_core::state::{FOLD_VERSION, State};
 use prost::Message;
+use sha2::{Digest, Sha256};
 
 /// What a recovery read.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -20,31 +21,80 @@ pub struct Report {
     pub last_position: u64,
 }
 
-/// The state that a log stands for.
+/// The state that a shard of a log stands for.
 ///
 /// # Errors
 /// `NoLog`, `NotThisLog`, `Corrupt`, I/O; `Entry` for an entry that cannot be read or contradicts what came before it.
 pub fn recover_state(source: &Source) -> Result<(State, Report), LogError> {
+    let shard = source.number();
     let mut state = State::default();
     let mut report = Report { checkpoint: source.newest_checkpoint()?, ..Report::default() };
     if let Some(position) = report.checkpoint {
-        let pieces = pieces(source.entries(position)?, &mut report)?;
-        state = State::from_checkpoint(&pieces)
-            .map_err(|corrupt| LogError::Entry { position: corrupt.position, what: corrupt.message })?;
+        state = from_checkpoint(shard, source.entries(position)?, &mut report)?;
     }
     report.last_position = state.position();
     go_on(&mut state, source, &mut report)?;
     Ok((state, report))
 }
 
+/// The states of all shards of a log, by shard. A local log is read once for all of them.
+///
+/// # Errors
+/// As [`recover_state`].
+pub fn recover_all(source: &Source) -> Result<Vec<(State, Report)>, LogError> {
+    let shards = source.shards()?;
+    let Source::Local { dir, .. } = source else {
+        return (0..shards).map(|shard| recover_state(&source.shard(shard))).collect();
+    };
+    let reader = Reader::open(dir)?;
+    let numbers: Vec<u32> = (0..shards).collect();
+    let mut all = Vec::new();
+    for (shard, found) in (0..).zip(checkpoint::newest(&reader, &numbers)?) {
+        let (mut state, mut report) = (State::default(), Report::default());
+        if let Some(found) = found {
+            report.checkpoint = Some(found.position);
+            let entries = reader.entries_at(shard, found.segment, found.offset, found.position);
+            state = from_checkpoint(shard, Box::new(entries), &mut report)?;
+        }
+        report.last_position = state.position();
+        all.push((state, report));
+    }
+    for item in reader.all(all.iter().map(|(state, _)| state.position() + 1).collect())? {
+        let (shard, position, bytes) = item?;
+        let (state, report) = &mut all[shard as usize];
+        apply(state, shard, (position, bytes), report)?;
+    }
+    Ok(all)
+}
+
+fn from_checkpoint(shard: u32, entries: Entries, report: &mut Report) -> Result<State, LogError> {
+    State::from_checkpoint(&pieces(shard, entries, report)?).map_err(|corrupt| LogError::Entry {
+        shard,
+        position: corrupt.position,
+        what: corrupt.message,
+    })
+}
+
 fn go_on(state: &mut State, source: &Source, report: &mut Report) -> Result<(), LogError> {
     for item in source.entries(state.position() + 1)? {
-        apply(state, item?, report)?;
+        apply(state, source.number(), item?, report)?;
     }
     Ok(())
 }
 
-/// A state that is kept up with a log which somebody else writes.
+/// The hash of the states of all shards, given theirs in order: of one its own, of more a SHA-256 over their texts, one behind
+/// the other.
+#[must_use]
+pub fn hash_of_all(hashes: &[String]) -> String {
+    if let [one] = hashes {
+        return one.clone();
+    }
+    let mut all = Sha256::new();
+    hashes.iter().for_each(|hash| all.update(hash));
+    format!("v{FOLD_VERSION}:{}", hex(&all.finalize()))
+}
+
+/// A shard's state that is kept up with a log which somebody else writes.
 pub struct Follower {
     source: Source,
     state: State,
@@ -98,29 +148,35 @@ impl Follower {
 pub fn fold_from_start(source: &Source, upto: Option<u64>) -> Result<(State, Report), LogError> {
     let (mut state, mut report) = (State::default(), Report::default());
     for item in upto.map_or_else(|| source.entries(1), |upto| source.entries_between(1, upto))? {
-        apply(&mut state, item?, &mut report)?;
+        apply(&mut state, source.number(), item?, &mut report)?;
     }
     Ok((state, report))
 }
 
-fn apply(state: &mut State, (position, bytes): (u64, bytes::Bytes), report: &mut Report) -> Result<(), LogError> {
+fn apply(
+    state: &mut State,
+    shard: u32,
+    (position, bytes): (u64, bytes::Bytes),
+    report: &mut Report,
+) -> Result<(), LogError> {
     report.bytes += bytes.len() as u64;
-    let entry = Entry::decode(bytes).map_err(|error| LogError::Entry { position, what: error.to_string() })?;
-    state.apply(position, &entry).map_err(|corrupt| LogError::Entry { position, what: corrupt.message })?;
+    let wrong = |what| LogError::Entry { shard, position, what };
+    let entry = Entry::decode(bytes).map_err(|error| wrong(error.to_string()))?;
+    state.apply(position, &entry).map_err(|corrupt| wrong(corrupt.message))?;
     report.entries += 1;
     report.last_position = position;
     Ok(())
 }
 
 /// The pieces of the whole checkpoint that these entries begin with.
-fn pieces(entries: Entries, report: &mut Report) -> Result<Vec<Checkpoint>, LogError> {
+fn pieces(shard: u32, entries: Entries, report: &mut Report) -> Result<Vec<Checkpoint>, LogError> {
     let mut pieces: Vec<Checkpoint> = Vec::new();
     for item in entries {
         let (position, entry) = item?;
         report.checkpoint_bytes += entry.len() as u64;
         let piece = checkpoint::piece(&entry).ok_or_else(|| {
             let what = "a piece of a checkpoint is due here".into();
-            LogError::Entry { position, what }
+            LogError::Entry { shard, position, what }
         })?;
         let last = piece.piece + 1 >= piece.pieces;
         pieces.push(piece);
@@ -129,18 +185,4 @@ fn pieces(entries: Entries, report: &mut Report) -> Result<Vec<Checkpoint>, LogE
         }
     }
     Ok(pieces)
-}
-
-/// One entry as its records, for callers that print a log.
-///
-/// # Errors
-/// `Entry`: not readable, or a record that was written by a newer version.
-pub fn records(position: u64, bytes: bytes::Bytes) -> Result<(u64, Vec<Record>), LogError> {
-    let entry = Entry::decode(bytes).map_err(|error| LogError::Entry { position, what: error.to_string() })?;
-    let records: Option<Vec<Record>> = entry.records.into_iter().map(|any| any.record).collect();
-    let records = records.ok_or_else(|| LogError::Entry {
-        position,
-        what: "written by a newer version; read it with that one".into(),
-    })?;
-    Ok((entry.at_ms, records))
 }

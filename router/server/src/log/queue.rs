@@ -4,27 +4,42 @@ use super::{ENTRY_BYTES_MAX, LogError};
 use bytes::Bytes;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
-use tokio::sync::Notify;
+use tokio::sync::{Semaphore, TryAcquireError};
 
-/// Entries that wait, in bytes, before an append has to wait too. A larger entry goes in alone.
+/// Entries that wait, of all shards, in bytes, before an append has to wait too. A larger append goes in alone.
 const QUEUE_BYTES_MAX: usize = 16 << 20;
 
 /// One entry: its position, its bytes, whether it is the first piece of a checkpoint.
 pub type Entry = (u64, Bytes, bool);
 
+/// One that waits; its position follows from those before it.
+#[derive(Clone, Debug)]
+pub(super) struct Waiting {
+    pub(super) shard: u32,
+    pub(super) entry: Bytes,
+    pub(super) checkpoint: bool,
+}
+
 #[derive(Debug)]
 pub(super) struct Queue {
     state: Mutex<State>,
+    /// Bytes that there is room for. Who waits for some is served in turn, so no shard is passed over for ever.
+    room: Semaphore,
     filled: Condvar,
-    drained: Notify,
+    written: Condvar,
 }
 
 #[derive(Debug)]
 struct State {
-    entries: Vec<Entry>,
-    bytes: usize,
-    /// The position that the next append must begin with.
-    next: u64,
+    entries: Vec<Waiting>,
+    /// What they hold of the room.
+    held: usize,
+    /// Appends so far, of them taken by the writer, of them written.
+    appends: u64,
+    taken: u64,
+    written: u64,
+    /// By shard: the position that its next append must begin with.
+    next: Vec<u64>,
     writer_waits: bool,
     closing: bool,
     stopped: Option<Arc<LogError>>,
@@ -38,10 +53,46 @@ pub(super) enum Wake {
     Close,
 }
 
+impl State {
+    /// The room that `entries` need, if they may be appended.
+    fn check(&self, shard: u32, entries: &[Entry]) -> Result<u32, LogError> {
+        if let Some(why) = &self.stopped {
+            return Err(LogError::Stopped(why.clone()));
+        }
+        if self.closing {
+            return Err(LogError::Closed);
+        }
+        let mut bytes = 0;
+        for (due, (position, entry, _)) in (self.next[shard as usize]..).zip(entries.iter()) {
+            if *position != due {
+                return Err(LogError::Position { shard, expected: due, found: *position });
+            }
+            if entry.len() > ENTRY_BYTES_MAX {
+                let (position, bytes) = (*position, entry.len());
+                return Err(LogError::EntryTooBig { position, bytes, limit: ENTRY_BYTES_MAX });
+            }
+            bytes += entry.len();
+        }
+        Ok(u32::try_from(bytes.min(QUEUE_BYTES_MAX)).unwrap_or(u32::MAX))
+    }
+}
+
 impl Queue {
-    pub(super) fn new(next: u64) -> Self {
-        let state = State { entries: Vec::new(), bytes: 0, next, writer_waits: false, closing: false, stopped: None };
-        Self { state: Mutex::new(state), filled: Condvar::new(), drained: Notify::new() }
+    /// `next`: by shard, the position of its next entry.
+    pub(super) fn new(next: Vec<u64>) -> Self {
+        let state = State {
+            entries: Vec::new(),
+            held: 0,
+            appends: 0,
+            taken: 0,
+            written: 0,
+            next,
+            writer_waits: false,
+            closing: false,
+            stopped: None,
+        };
+        let room = Semaphore::new(QUEUE_BYTES_MAX);
+        Self { state: Mutex::new(state), room, filled: Condvar::new(), written: Condvar::new() }
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -50,59 +101,55 @@ impl Queue {
     }
 
     /// Queues `entries` and leaves them empty; `Ok(false)`: there is no room, nothing was taken.
-    pub(super) fn offer(&self, entries: &mut Vec<Entry>) -> Result<bool, LogError> {
-        let mut state = self.lock();
-        if let Some(why) = &state.stopped {
-            return Err(LogError::Stopped(why.clone()));
+    pub(super) fn offer(&self, shard: u32, entries: &mut Vec<Entry>) -> Result<bool, LogError> {
+        let bytes = self.lock().check(shard, entries)?;
+        match self.room.try_acquire_many(bytes) {
+            Ok(room) => room.forget(),
+            Err(TryAcquireError::NoPermits) => return Ok(false),
+            // `push` says why.
+            Err(TryAcquireError::Closed) => {}
         }
-        if state.closing {
-            return Err(LogError::Closed);
-        }
-        let mut bytes = 0;
-        for (due, (position, entry, _)) in (state.next..).zip(entries.iter()) {
-            if *position != due {
-                return Err(LogError::Position { expected: due, found: *position });
-            }
-            if entry.len() > ENTRY_BYTES_MAX {
-                let (position, bytes) = (*position, entry.len());
-                return Err(LogError::EntryTooBig { position, bytes, limit: ENTRY_BYTES_MAX });
-            }
-            bytes += entry.len();
-        }
-        if state.bytes > 0 && state.bytes + bytes > QUEUE_BYTES_MAX {
-            return Ok(false);
-        }
-        state.next += entries.len() as u64;
-        state.bytes += bytes;
-        state.entries.append(entries);
-        if state.writer_waits {
-            state.writer_waits = false;
-            self.filled.notify_one();
-        }
+        self.push(shard, entries, bytes)?;
         Ok(true)
     }
 
     /// As `offer`, but waits for room.
-    pub(super) async fn put(&self, mut entries: Vec<Entry>) -> Result<(), LogError> {
-        loop {
-            let drained = self.drained.notified();
-            tokio::pin!(drained);
-            drained.as_mut().enable();
-            if self.offer(&mut entries)? {
-                return Ok(());
-            }
-            drained.await;
+    pub(super) async fn put(&self, shard: u32, mut entries: Vec<Entry>) -> Result<(), LogError> {
+        let bytes = self.lock().check(shard, &entries)?;
+        if let Ok(room) = self.room.acquire_many(bytes).await {
+            room.forget();
         }
+        self.push(shard, &mut entries, bytes)
     }
 
-    /// Writer: takes all that waits into the empty `batch`, or waits for it until `deadline`.
-    pub(super) fn take(&self, batch: &mut Vec<Entry>, deadline: Instant) -> Wake {
+    fn push(&self, shard: u32, entries: &mut Vec<Entry>, bytes: u32) -> Result<(), LogError> {
         let mut state = self.lock();
+        if let Err(error) = state.check(shard, entries) {
+            self.room.add_permits(bytes as usize);
+            return Err(error);
+        }
+        state.next[shard as usize] += entries.len() as u64;
+        state.held += bytes as usize;
+        state.appends += 1;
+        let waiting = |(_, entry, checkpoint)| Waiting { shard, entry, checkpoint };
+        state.entries.extend(entries.drain(..).map(waiting));
+        if state.writer_waits {
+            state.writer_waits = false;
+            self.filled.notify_one();
+        }
+        Ok(())
+    }
+
+    /// Writer: takes all that waits into the empty `batch`, or waits for it until `deadline`. What was taken before is written.
+    pub(super) fn take(&self, batch: &mut Vec<Waiting>, deadline: Instant) -> Wake {
+        let mut state = self.lock();
+        state.written = state.taken;
+        self.written.notify_all();
         loop {
             if !state.entries.is_empty() {
                 std::mem::swap(&mut state.entries, batch);
-                state.bytes = 0;
-                self.drained.notify_waiters();
+                state.taken = state.appends;
+                self.room.add_permits(std::mem::take(&mut state.held));
                 return Wake::Entries;
             }
             if state.closing {
@@ -118,6 +165,14 @@ impl Queue {
         }
     }
 
+    /// Blocks until all that was queued before is written, or never will be.
+    pub(super) fn wait_until_written(&self) {
+        let state = self.lock();
+        let upto = state.appends;
+        let waits = |state: &mut State| state.written < upto && state.stopped.is_none();
+        drop(self.written.wait_while(state, waits));
+    }
+
     /// No append after this; the writer ends when it has written what waits.
     pub(super) fn close(&self) {
         self.lock().closing = true;
@@ -129,10 +184,10 @@ impl Queue {
         let mut state = self.lock();
         state.stopped.get_or_insert_with(|| why.clone());
         state.entries.clear();
-        state.bytes = 0;
         state.closing = true;
         self.filled.notify_one();
-        self.drained.notify_waiters();
+        self.written.notify_all();
+        self.room.close();
     }
 
     pub(super) fn stopped(&self) -> Option<Arc<LogError>> {
@@ -149,41 +204,61 @@ mod tests {
     }
 
     #[test]
-    fn the_queue_is_bounded_in_bytes() {
-        let queue = Queue::new(1);
-        assert!(queue.offer(&mut vec![entry(1, QUEUE_BYTES_MAX - 1)]).unwrap());
-        assert!(queue.offer(&mut vec![entry(2, 1)]).unwrap());
-        let mut refused = vec![entry(3, 1)];
-        assert!(!queue.offer(&mut refused).unwrap());
+    fn the_queue_is_bounded_in_bytes_over_all_shards() {
+        let queue = Queue::new(vec![1, 9]);
+        assert!(queue.offer(0, &mut vec![entry(1, QUEUE_BYTES_MAX - 1)]).unwrap());
+        assert!(queue.offer(1, &mut vec![entry(9, 1)]).unwrap());
+        let mut refused = vec![entry(10, 1)];
+        assert!(!queue.offer(1, &mut refused).unwrap());
         assert_eq!(refused.len(), 1, "nothing is taken from a refused append");
         let mut batch = Vec::new();
         assert_eq!(queue.take(&mut batch, Instant::now()), Wake::Entries);
-        assert!(queue.offer(&mut refused).unwrap());
+        assert!(queue.offer(1, &mut refused).unwrap());
     }
 
     #[test]
     fn an_entry_of_the_limit_goes_in_alone_and_one_byte_more_never() {
-        let queue = Queue::new(1);
-        assert!(queue.offer(&mut vec![entry(1, ENTRY_BYTES_MAX)]).unwrap());
-        let too_big = queue.offer(&mut vec![entry(2, ENTRY_BYTES_MAX + 1)]);
+        let queue = Queue::new(vec![1]);
+        assert!(queue.offer(0, &mut vec![entry(1, ENTRY_BYTES_MAX)]).unwrap());
+        let too_big = queue.offer(0, &mut vec![entry(2, ENTRY_BYTES_MAX + 1)]);
         assert!(matches!(too_big, Err(LogError::EntryTooBig { position: 2, .. })));
+        assert!(!queue.offer(0, &mut vec![entry(2, 1)]).unwrap());
     }
 
     #[test]
-    fn positions_must_follow_each_other() {
-        let queue = Queue::new(5);
-        assert!(matches!(queue.offer(&mut vec![entry(4, 1)]), Err(LogError::Position { expected: 5, found: 4 })));
-        assert!(matches!(
-            queue.offer(&mut vec![entry(5, 1), entry(7, 1)]),
-            Err(LogError::Position { expected: 6, found: 7 })
-        ));
-        assert!(queue.offer(&mut vec![entry(5, 1), entry(6, 1)]).unwrap());
+    fn positions_of_a_shard_must_follow_each_other() {
+        let queue = Queue::new(vec![5, 1]);
+        let before = queue.offer(0, &mut vec![entry(4, 1)]);
+        assert!(matches!(before, Err(LogError::Position { shard: 0, expected: 5, found: 4 })));
+        let gap = queue.offer(1, &mut vec![entry(1, 1), entry(3, 1)]);
+        assert!(matches!(gap, Err(LogError::Position { shard: 1, expected: 2, found: 3 })));
+        assert!(queue.offer(0, &mut vec![entry(5, 1), entry(6, 1)]).unwrap());
+        assert!(queue.offer(1, &mut vec![entry(1, 1)]).unwrap());
     }
 
-    #[test]
-    fn after_a_stop_every_append_names_the_cause() {
-        let queue = Queue::new(1);
+    #[tokio::test]
+    async fn whoever_waits_for_room_comes_before_those_who_ask_later() {
+        let queue = Queue::new(vec![1, 1]);
+        assert!(queue.offer(0, &mut vec![entry(1, 9)]).unwrap());
+        let large = queue.put(1, vec![entry(1, QUEUE_BYTES_MAX)]);
+        tokio::pin!(large);
+        assert!(futures_util::poll!(&mut large).is_pending());
+        assert!(!queue.offer(0, &mut vec![entry(2, 9)]).unwrap(), "else a large append might wait for ever");
+        queue.take(&mut Vec::new(), Instant::now());
+        large.await.unwrap();
+        queue.take(&mut Vec::new(), Instant::now());
+        assert!(queue.offer(0, &mut vec![entry(2, 9)]).unwrap());
+    }
+
+    #[tokio::test]
+    async fn after_a_stop_every_append_names_the_cause() {
+        let queue = Queue::new(vec![1]);
+        assert!(queue.offer(0, &mut vec![entry(1, QUEUE_BYTES_MAX)]).unwrap());
+        let waits = queue.put(0, vec![entry(2, 1)]);
+        tokio::pin!(waits);
+        assert!(futures_util::poll!(&mut waits).is_pending());
         queue.stop(&Arc::new(LogError::Closed));
-        assert!(matches!(queue.offer(&mut vec![entry(1, 1)]), Err(LogError::Stopped(_))));
+        assert!(matches!(waits.await, Err(LogError::Stopped(_))));
+        assert!(matches!(queue.offer(0, &mut vec![entry(2, 1)]), Err(LogError::Stopped(_))));
     }
 }

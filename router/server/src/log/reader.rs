@@ -1,20 +1,23 @@
 //! Reading a log, without a lock, also while it is written: whole blocks in their order up to the last one.
 //! It tells the end of the log from damage in its middle, and it never changes anything.
 
-use super::block::{Block, Header};
+use super::block::{Block, Header, Run};
 use super::segment::{self, Segment, Tail};
 use super::{LogError, LogId};
 use bytes::Bytes;
 use std::path::{Path, PathBuf};
 
-/// A log to read. Cheap to open: one directory listing.
+/// A log to read, as one of its shards. Cheap to open: one directory listing.
 #[derive(Clone, Debug)]
 pub struct Reader {
     dir: PathBuf,
     segments: Vec<u64>,
+    shard: u32,
 }
 
 impl Reader {
+    /// Shard 0 of the log in `dir`.
+    ///
     /// # Errors
     /// `NoLog` where `dir` holds no segment; I/O.
     pub fn open(dir: impl Into<PathBuf>) -> Result<Self, LogError> {
@@ -26,7 +29,13 @@ impl Reader {
         if segments.is_empty() {
             return Err(LogError::NoLog { dir });
         }
-        Ok(Self { dir, segments })
+        Ok(Self { dir, segments, shard: 0 })
+    }
+
+    /// The same log's shard `shard`.
+    #[must_use]
+    pub fn shard(self, shard: u32) -> Self {
+        Self { shard, ..self }
     }
 
     /// The entries from position `from` (0 and 1 are the beginning) to the end of the log. The end is searched for damage:
@@ -43,19 +52,48 @@ impl Reader {
         Entries::new(self, from, Some(upto))
     }
 
+    /// The entries of all shards in the order in which they were written, of each from its position in `from` on: one pass.
+    ///
+    /// # Errors
+    /// I/O; `NoShard` where `from` has more shards than the log.
+    pub fn all(&self, from: Vec<u64>) -> Result<AllEntries, LogError> {
+        let mut begin = self.segments.len() - 1;
+        for (shard, from) in (0..).zip(&from) {
+            begin = begin.min(self.place(shard, *from)?);
+        }
+        Ok(AllEntries { blocks: Blocks::at(self, begin, 0), from, block: Vec::new().into_iter(), done: false })
+    }
+
     /// The id that the log's blocks carry; `None`: no whole block yet.
     ///
     /// # Errors
     /// I/O.
     pub fn log_id(&self) -> Result<Option<LogId>, LogError> {
+        Ok(self.first_header()?.map(|header| header.log_id))
+    }
+
+    /// How many shards the log has.
+    ///
+    /// # Errors
+    /// `NoLog` where there is no whole block; I/O.
+    pub fn shards(&self) -> Result<u32, LogError> {
+        let first = self.first_header()?.ok_or_else(|| LogError::NoLog { dir: self.dir.clone() })?;
+        Ok(first.shards)
+    }
+
+    fn first_header(&self) -> Result<Option<Header>, LogError> {
         for number in &self.segments {
             if let Some(header) = self.segment(*number)?.header(0)? {
-                return Ok(Some(header.log_id));
+                return Ok(Some(header));
             }
         }
         Ok(None)
     }
 
+    /// The shard that it reads.
+    pub(super) const fn of(&self) -> u32 {
+        self.shard
+    }
     pub(super) fn segments(&self) -> &[u64] {
         &self.segments
     }
@@ -63,13 +101,26 @@ impl Reader {
         Segment::open(&self.dir, number)
     }
 
-    /// The last segment that begins at or before `from`. One that doesn't begin with a whole header counts as later: reading
-    /// toward it finds out what is wrong with it.
-    fn place(&self, from: u64) -> Result<usize, LogError> {
+    /// The entries of a shard from the block that stands at `offset` of this segment.
+    pub(super) fn entries_at(&self, shard: u32, segment: u64, offset: u64, from: u64) -> Entries {
+        let index = self.segments.partition_point(|number| *number < segment);
+        let begun = Some(Blocks::at(self, index, offset));
+        Entries { shard, blocks: begun, ..Entries::new(self, from, None) }
+    }
+
+    /// The last segment before which the shard has no entry from `from` on. One that doesn't begin with a whole block counts as
+    /// later: reading toward it finds out what is wrong with it.
+    fn place(&self, shard: u32, from: u64) -> Result<usize, LogError> {
+        if let Some(header) = self.first_header()?
+            && shard >= header.shards
+        {
+            return Err(LogError::NoShard { shard, shards: header.shards });
+        }
         let (mut low, mut high) = (0, self.segments.len());
         while high - low > 1 {
             let middle = usize::midpoint(low, high);
-            let before = self.segment(self.segments[middle])?.header(0)?.is_some_and(|h| h.first <= from);
+            let head = self.segment(self.segments[middle])?.head(0)?;
+            let before = head.and_then(|(head, _)| head.run(shard)).is_some_and(|run| run.first <= from);
             if before {
                 low = middle;
             } else {
@@ -84,18 +135,20 @@ impl Reader {
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Link {
     pub(super) log_id: LogId,
+    pub(super) shards: u32,
     pub(super) number: u64,
     pub(super) checksum: u32,
-    pub(super) next_position: u64,
+    pub(super) next_entry: u64,
 }
 
 impl Link {
     pub(super) const fn of(header: &Header) -> Self {
         Self {
             log_id: header.log_id,
+            shards: header.shards,
             number: header.number,
             checksum: header.checksum,
-            next_position: header.next_position(),
+            next_entry: header.next_entry(),
         }
     }
 
@@ -112,11 +165,38 @@ impl Link {
         if header.previous != self.checksum {
             return Err(LogError::corrupt(file, header.offset, "it does not chain to the block before it"));
         }
-        if header.first != self.next_position {
-            let what = format!("it begins with entry {}, entry {} is due", header.first, self.next_position);
+        if (header.first, header.shards) != (self.next_entry, self.shards) {
+            let what = format!(
+                "it begins with entry {} of a log of {} shards, entry {} of {} shards is due",
+                header.first, header.shards, self.next_entry, self.shards
+            );
             return Err(LogError::corrupt(file, header.offset, what));
         }
         Ok(true)
+    }
+}
+
+/// By shard: the position that is due, 0 where it isn't known yet.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Due(Vec<u64>);
+
+impl Due {
+    /// Goes on behind a block that wasn't read before.
+    pub(super) fn pass(&mut self, header: &Header, runs: &[Run], file: &Path) -> Result<(), LogError> {
+        self.0.resize(header.shards as usize, 0);
+        for run in runs {
+            let due = &mut self.0[run.shard as usize];
+            if *due > 0 && run.first != *due {
+                let what = format!("shard {} goes on with entry {}, entry {due} is due", run.shard, run.first);
+                return Err(LogError::corrupt(file, header.offset, what));
+            }
+            *due = run.next();
+        }
+        Ok(())
+    }
+
+    pub(super) fn positions(&self) -> &[u64] {
+        &self.0
     }
 }
 
@@ -127,74 +207,39 @@ fn same_log(header: &Header, expected: LogId, file: &Path) -> Result<(), LogErro
     Err(LogError::OtherLog { file: file.to_path_buf(), offset: header.offset, found: header.log_id, expected })
 }
 
-/// Entries with their positions, in order. An error is the last item.
+/// Whole blocks in order, each once.
 #[derive(Debug)]
-pub struct Entries {
+struct Blocks {
     reader: Reader,
     index: usize,
     segment: Option<Segment>,
     offset: u64,
     link: Option<Link>,
-    from: u64,
-    upto: Option<u64>,
-    block: std::vec::IntoIter<(u64, Bytes)>,
+    due: Due,
     /// A whole block was seen behind this offset of this segment, which was damaged at the first look.
     doubt: Option<(u64, u64)>,
-    done: bool,
 }
 
-impl Entries {
-    fn new(reader: &Reader, from: u64, upto: Option<u64>) -> Self {
-        Self {
-            reader: reader.clone(),
-            index: 0,
-            segment: None,
-            offset: 0,
-            link: None,
-            from: from.max(1),
-            upto,
-            block: Vec::new().into_iter(),
-            doubt: None,
-            done: upto.is_some_and(|upto| upto < from.max(1)),
-        }
+impl Blocks {
+    fn at(reader: &Reader, index: usize, offset: u64) -> Self {
+        let (reader, due) = (reader.clone(), Due::default());
+        Self { reader, index, segment: None, offset, link: None, due, doubt: None }
     }
 
-    /// Opens the first segment and goes to the block that holds `from`, by headers alone.
-    fn seek(&mut self) -> Result<Segment, LogError> {
-        self.index = self.reader.place(self.from)?;
-        let segment = self.reader.segment(self.reader.segments[self.index])?;
-        let log_id = self.reader.log_id()?;
-        while let Some(header) = segment.header(self.offset)? {
-            same_log(&header, log_id.unwrap_or(header.log_id), &segment.path)?;
-            if let Some(link) = &self.link {
-                link.admits(&header, &segment.path)?;
-            }
-            if header.next_position() > self.from {
-                break;
-            }
-            // The block is skipped unread only if a whole one follows: else its body decides whether it is the torn tail.
-            let next = self.offset + header.extent();
-            if segment.header(next)?.is_none() {
-                break;
-            }
-            self.link = Some(Link::of(&header));
-            self.offset = next;
-        }
-        Ok(segment)
-    }
-
-    /// The next whole block that wasn't read before; `None`: the end of the log.
-    fn next_block(&mut self) -> Result<Option<Block>, LogError> {
+    /// The next one that wasn't read before and holds something `wanted`; `None`: the end of the log.
+    fn next(&mut self, wanted: impl Fn(&Run) -> bool) -> Result<Option<Block>, LogError> {
         let mut segment = match self.segment.take() {
             Some(segment) => segment,
-            None => self.seek()?,
+            None => self.reader.segment(self.reader.segments[self.index])?,
         };
+        if self.link.is_none()
+            && let (Some(header), Some(log_id)) = (segment.header(self.offset)?, self.reader.log_id()?)
+        {
+            same_log(&header, log_id, &segment.path)?;
+        }
         loop {
-            if let Some(block) = segment.block(self.offset)? {
-                let new = self.link.as_ref().map_or(Ok(true), |link| link.admits(&block.header, &segment.path))?;
-                self.offset += block.header.extent();
-                self.link = Some(Link::of(&block.header));
-                if new {
+            if let Some((block, new)) = self.block(&segment, &wanted)? {
+                if let Some(block) = block.filter(|_| new) {
                     self.segment = Some(segment);
                     return Ok(Some(block));
                 }
@@ -205,6 +250,34 @@ impl Entries {
                 return Ok(None);
             }
         }
+    }
+
+    /// Goes over the next block of a segment: itself if it holds something wanted, and whether it wasn't read before. `None`:
+    /// there is no whole one.
+    fn block(
+        &mut self,
+        segment: &Segment,
+        wanted: impl Fn(&Run) -> bool,
+    ) -> Result<Option<(Option<Block>, bool)>, LogError> {
+        let Some((head, bytes)) = segment.head(self.offset)? else { return Ok(None) };
+        let header = head.header;
+        // A block is passed over unread only if a whole one follows: else its body decides whether it is the torn tail.
+        let passed = !head.runs.iter().any(|run| run.entries > 0 && wanted(run))
+            && segment.header(self.offset + header.extent())?.is_some();
+        let mut block = None;
+        if !passed {
+            block = segment.rest(header, bytes)?;
+            if block.is_none() {
+                return Ok(None);
+            }
+        }
+        let new = self.link.as_ref().map_or(Ok(true), |link| link.admits(&header, &segment.path))?;
+        if new {
+            self.due.pass(&header, &head.runs, &segment.path)?;
+        }
+        self.offset += header.extent();
+        self.link = Some(Link::of(&header));
+        Ok(Some((block, new)))
     }
 
     /// The segment behind this one, if it goes on where this one ends. One that begins further on isn't damage yet: a writer
@@ -219,8 +292,8 @@ impl Entries {
         let Some(first) = next.block(0)? else { return Ok(None) };
         let goes_on = match &self.link {
             Some(link) => {
-                same_log(&first.header, link.log_id, &next.path)?;
-                first.header.number <= link.number + 1
+                same_log(first.header(), link.log_id, &next.path)?;
+                first.header().number <= link.number + 1
             }
             None => self.offset > 0,
         };
@@ -250,19 +323,54 @@ impl Entries {
         }
         Ok(true)
     }
+}
+
+/// One shard's entries with their positions, in order. An error is the last item.
+#[derive(Debug)]
+pub struct Entries {
+    reader: Reader,
+    shard: u32,
+    /// `None`: not begun.
+    blocks: Option<Blocks>,
+    from: u64,
+    upto: Option<u64>,
+    block: std::vec::IntoIter<(u64, Bytes)>,
+    done: bool,
+}
+
+impl Entries {
+    fn new(reader: &Reader, from: u64, upto: Option<u64>) -> Self {
+        Self {
+            reader: reader.clone(),
+            shard: reader.shard,
+            blocks: None,
+            from: from.max(1),
+            upto,
+            block: Vec::new().into_iter(),
+            done: upto.is_some_and(|upto| upto < from.max(1)),
+        }
+    }
 
     fn advance(&mut self) -> Result<Option<(u64, Bytes)>, LogError> {
+        let (shard, from) = (self.shard, self.from);
         loop {
             if let Some((position, entry)) = self.block.next() {
-                if position < self.from {
+                if position < from {
                     continue;
                 }
                 self.done = self.upto.is_some_and(|upto| position >= upto);
                 return Ok(Some((position, entry)));
             }
-            match self.next_block()? {
-                Some(block) => self.block = block.entries().collect::<Vec<_>>().into_iter(),
-                None => return self.upto.map_or(Ok(None), |position| Err(LogError::Missing { position })),
+            let blocks = match &mut self.blocks {
+                Some(blocks) => blocks,
+                none => none.insert(Blocks::at(&self.reader, self.reader.place(shard, from)?, 0)),
+            };
+            match blocks.next(|run| run.shard == shard && run.next() > from)? {
+                Some(block) => {
+                    let own = block.entries().filter(|(of, _, _)| *of == shard);
+                    self.block = own.map(|(_, position, entry)| (position, entry)).collect::<Vec<_>>().into_iter();
+                }
+                None => return self.upto.map_or(Ok(None), |position| Err(LogError::Missing { shard, position })),
             }
         }
     }
@@ -279,6 +387,43 @@ impl Iterator for Entries {
         if !matches!(item, Some(Ok(_))) {
             self.done = true;
         }
+        item
+    }
+}
+
+/// Entries of all shards: shard, position, bytes. An error is the last item.
+#[derive(Debug)]
+pub struct AllEntries {
+    blocks: Blocks,
+    from: Vec<u64>,
+    block: std::vec::IntoIter<(u32, u64, Bytes)>,
+    done: bool,
+}
+
+impl AllEntries {
+    fn advance(&mut self) -> Result<Option<(u32, u64, Bytes)>, LogError> {
+        let from = |shard: u32| self.from.get(shard as usize).copied().unwrap_or(u64::MAX);
+        loop {
+            if let Some(entry) = self.block.by_ref().find(|(shard, position, _)| *position >= from(*shard)) {
+                return Ok(Some(entry));
+            }
+            match self.blocks.next(|run| run.next() > from(run.shard))? {
+                Some(block) => self.block = block.entries().collect::<Vec<_>>().into_iter(),
+                None => return Ok(None),
+            }
+        }
+    }
+}
+
+impl Iterator for AllEntries {
+    type Item = Result<(u32, u64, Bytes), LogError>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        if self.done {
+            return None;
+        }
+        let item = self.advance().transpose();
+        self.done = !matches!(item, Some(Ok(_)));
         item
     }
 }

@@ -1,23 +1,23 @@
 //! What happens before a log is written again: the last block is found, a torn tail cut, and the last block written anew
 //! into a new segment. Corruption is reported and nothing is touched.
 
-use super::block::{Block, Builder, Header, SEAL};
+use super::block::{Block, Builder, Header, Run};
 use super::disk::Disk;
-use super::reader::Link;
+use super::reader::{Due, Link};
 use super::segment::{self, Segment, Tail};
 use super::spare::Spare;
 use super::{LogError, LogId, Reader, checkpoint};
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::fs::{File, OpenOptions};
 use std::path::{Path, PathBuf};
 
 /// What was found when a log was opened.
 #[derive(Clone, Debug)]
 pub struct Recovered {
-    /// The last entry that stands; 0: none.
-    pub last_position: u64,
-    /// The first piece of the newest whole checkpoint.
-    pub checkpoint: Option<u64>,
+    /// By shard: the last entry that stands; 0: none.
+    pub positions: Vec<u64>,
+    /// By shard: the first piece of the newest whole checkpoint.
+    pub checkpoints: Vec<Option<u64>>,
     /// True: this opening made the log.
     pub new: bool,
     /// Bytes of the torn tail that was cut; 0: the log ended cleanly.
@@ -32,19 +32,20 @@ pub struct Recovered {
 pub(super) struct End {
     pub(super) recovered: Recovered,
     pub(super) link: Link,
+    /// By shard: the position of the next entry.
+    pub(super) next: Vec<u64>,
     /// The new segment, with the last block in it, durable.
     pub(super) segment: Spare,
     pub(super) offset: u64,
     pub(super) spares: VecDeque<Spare>,
-    /// Bytes of the newest checkpoint, and bytes of log from its beginning.
-    pub(super) checkpoint_bytes: u64,
-    pub(super) since_checkpoint: u64,
+    /// By shard: bytes of the newest checkpoint, and bytes of log from its beginning.
+    pub(super) checkpoints: Vec<(u64, u64)>,
 }
 
 /// What the segments hold, before anything is changed.
 struct Found {
-    /// The segment with the last whole block, that block, and where it ends.
-    last: Option<(Segment, Block, u64)>,
+    /// The segment with the last whole block.
+    last: Option<Last>,
     /// What lies behind it in the same segment.
     tail: Tail,
     /// Later segments without a whole block: zeros only, or the torn write of a first block.
@@ -52,6 +53,16 @@ struct Found {
     torn: Vec<(u64, u64)>,
     unfinished: Vec<PathBuf>,
     next_number: u64,
+}
+
+/// A segment that holds the log's last whole block.
+struct Last {
+    segment: Segment,
+    block: Block,
+    /// Where it ends.
+    end: u64,
+    /// By shard: the position that is due behind it.
+    due: Due,
 }
 
 fn look(dir: &Path) -> Result<Found, LogError> {
@@ -71,9 +82,9 @@ fn look(dir: &Path) -> Result<Found, LogError> {
             }
             continue;
         }
-        let (block, end, tail) = walk(&segment)?;
-        check_link(dir, &numbers[..index], &segment)?;
-        return Ok(Found { last: Some((segment, block, end)), tail, zero, torn, unfinished, next_number });
+        let (last, tail) = walk(segment)?;
+        check_link(dir, &numbers[..index], &last.segment)?;
+        return Ok(Found { last: Some(last), tail, zero, torn, unfinished, next_number });
     }
     // A log begins with an empty block that is durable before anything else: only its own write can have been torn.
     if let Some((number, _)) = torn.iter().find(|_| numbers.len() > 1) {
@@ -83,24 +94,24 @@ fn look(dir: &Path) -> Result<Found, LogError> {
 }
 
 /// From block to block to the end of a segment.
-fn walk(segment: &Segment) -> Result<(Block, u64, Tail), LogError> {
+fn walk(segment: Segment) -> Result<(Last, Tail), LogError> {
     let mut last: Option<Block> = None;
-    let mut offset = 0;
-    loop {
-        let Some(block) = segment.block(offset)? else { break };
+    let (mut end, mut due) = (0, Due::default());
+    while let Some(block) = segment.block(end)? {
         if let Some(last) = &last {
-            Link::of(&last.header).admits(&block.header, &segment.path)?;
+            Link::of(last.header()).admits(block.header(), &segment.path)?;
         }
-        offset += block.header.extent();
+        due.pass(block.header(), &block.head.runs, &segment.path)?;
+        end += block.header().extent();
         last = Some(block);
     }
-    let tail = segment.tail(offset)?;
+    let tail = segment.tail(end)?;
     if let Tail::Block { offset: whole } = tail {
         let what = format!("damaged, but a whole block follows at offset {whole}");
-        return Err(LogError::corrupt(&segment.path, offset, what));
+        return Err(LogError::corrupt(&segment.path, end, what));
     }
-    let last = last.ok_or_else(|| LogError::corrupt(&segment.path, 0, "it changes while it is read"))?;
-    Ok((last, offset, tail))
+    let block = last.ok_or_else(|| LogError::corrupt(&segment.path, 0, "it changes while it is read"))?;
+    Ok((Last { segment, block, end, due }, tail))
 }
 
 /// The last segment must go on where an earlier one ends: acknowledged blocks may be missing there too.
@@ -134,8 +145,8 @@ fn check_link(dir: &Path, earlier: &[u64], last: &Segment) -> Result<(), LogErro
     }
 }
 
-/// Finds the end, cuts, and writes the last block anew; durable when it returns.
-pub(super) fn recover(dir: &Path, disk: &dyn Disk, new_id: LogId) -> Result<End, LogError> {
+/// Finds the end, cuts, and writes the last block anew; durable when it returns. `new_id` and `shards` are for a log that is made.
+pub(super) fn recover(dir: &Path, disk: &dyn Disk, new_id: LogId, shards: u32) -> Result<End, LogError> {
     let found = look(dir)?;
     let mut report = Vec::new();
     for path in &found.unfinished {
@@ -152,10 +163,11 @@ pub(super) fn recover(dir: &Path, disk: &dyn Disk, new_id: LogId) -> Result<End,
         // Durable before a later segment is made: two torn ones in a row never stand in one log.
         disk.sync_dir(dir).map_err(LogError::io("sync the directory", dir))?;
     }
-    if let Some((segment, _, end)) = &found.last {
-        torn_bytes += cut(disk, segment, *end, found.tail, &mut report)?;
+    if let Some(last) = &found.last {
+        torn_bytes += cut(disk, &last.segment, last.end, found.tail, &mut report)?;
     }
-    let since = checkpoint_distance(dir, &found)?;
+    let next = found.last.as_ref().map_or_else(|| vec![1; shards as usize], |last| last.due.positions().to_vec());
+    let checkpoints = checkpoint_distances(dir, &found, next.len())?;
 
     let mut spares = VecDeque::new();
     for number in &found.zero {
@@ -165,21 +177,23 @@ pub(super) fn recover(dir: &Path, disk: &dyn Disk, new_id: LogId) -> Result<End,
         Some(spare) => spare,
         None => create(dir, disk, found.next_number)?,
     };
-    let (link, offset) = rewrite(dir, disk, &segment, found.last.as_ref().map(|(_, block, _)| block), new_id)?;
-    if let Some((old, _, end)) = &found.last {
+    let last = found.last.as_ref().map(|last| &last.block);
+    let (link, offset) = rewrite(dir, disk, &segment, last, &next, new_id)?;
+    if let Some(Last { segment: old, end, .. }) = &found.last {
         // What is behind is zero and durably so; this only gives the room back.
         let file = writable(&old.path)?;
         disk.shorten(&file, *end).map_err(LogError::io("shorten", &old.path))?;
     }
     let recovered = Recovered {
-        last_position: link.next_position - 1,
-        checkpoint: since.0,
-        new: found.last.is_none(),
+        positions: next.iter().map(|next| next - 1).collect(),
+        checkpoints: checkpoints.iter().map(|(position, _, _)| *position).collect(),
+        new: last.is_none(),
         torn_bytes,
-        sealed: found.last.as_ref().is_none_or(|(_, block, _)| block.header.is_seal()) && torn_bytes == 0,
+        sealed: last.is_none_or(|block| block.header().is_seal()) && torn_bytes == 0,
         report,
     };
-    Ok(End { recovered, link, segment, offset, spares, checkpoint_bytes: since.1, since_checkpoint: since.2 })
+    let checkpoints = checkpoints.into_iter().map(|(_, bytes, since)| (bytes, since)).collect();
+    Ok(End { recovered, link, next, segment, offset, spares, checkpoints })
 }
 
 /// Zeroes what lies behind the last whole block, and syncs the segment whether or not anything did.
@@ -204,17 +218,20 @@ fn cut(disk: &dyn Disk, segment: &Segment, end: u64, tail: Tail, report: &mut Ve
     Ok(torn)
 }
 
-/// (position of the newest checkpoint, its bytes, bytes of log since it began).
-fn checkpoint_distance(dir: &Path, found: &Found) -> Result<(Option<u64>, u64, u64), LogError> {
-    let Some((last, _, end)) = &found.last else { return Ok((None, 0, 0)) };
+/// By shard: position of the newest checkpoint, its bytes, bytes of log since it began.
+fn checkpoint_distances(dir: &Path, found: &Found, shards: usize) -> Result<Vec<(Option<u64>, u64, u64)>, LogError> {
+    let Some(last) = &found.last else { return Ok(vec![(None, 0, 0); shards]) };
     let reader = Reader::open(dir)?;
-    let checkpoint = checkpoint::newest(&reader)?;
-    let (from, skipped) = checkpoint.map_or((0, 0), |found| (found.segment, found.offset));
-    let mut since = *end;
-    for number in reader.segments().iter().filter(|number| **number >= from && **number < last.number) {
-        since += reader.segment(*number)?.bytes()?;
+    // Bytes of log before each segment.
+    let (mut before, mut sum) = (BTreeMap::new(), 0);
+    for number in reader.segments().iter().filter(|number| **number <= last.segment.number) {
+        before.insert(*number, sum);
+        sum += if *number == last.segment.number { last.end } else { reader.segment(*number)?.bytes()? };
     }
-    Ok((checkpoint.map(|c| c.position), checkpoint.map_or(0, |c| c.bytes), since.saturating_sub(skipped)))
+    let all: Vec<u32> = (0..).take(shards).collect();
+    let since = |found: &checkpoint::Found| sum - before.get(&found.segment).copied().unwrap_or(0) - found.offset;
+    let newest = checkpoint::newest(&reader, &all)?;
+    Ok(newest.iter().map(|c| c.as_ref().map_or((None, 0, sum), |c| (Some(c.position), c.bytes, since(c)))).collect())
 }
 
 fn writable(path: &Path) -> Result<File, LogError> {
@@ -236,33 +253,32 @@ fn create(dir: &Path, disk: &dyn Disk, number: u64) -> Result<Spare, LogError> {
     Ok(Spare { number, path, file, bytes: 0 })
 }
 
-/// Writes the last block, or block 1 of a new log, as the first of `segment`; durable, with its name.
+/// Writes the last block, or block 1 of a new log, as the first of `segment`; durable, with its name. `next`: by shard, the
+/// position behind it.
 fn rewrite(
     dir: &Path,
     disk: &dyn Disk,
     segment: &Spare,
     last: Option<&Block>,
+    next: &[u64],
     new_id: LogId,
 ) -> Result<(Link, u64), LogError> {
     let mut builder = Builder::default();
-    builder.clear();
-    let first = Header {
-        flags: SEAL,
-        log_id: new_id,
-        segment: 0,
-        offset: 0,
-        number: 1,
-        previous: 0,
-        entries: 0,
-        first: 1,
-        body_bytes: 0,
-        body_crc: 0,
-        checksum: 0,
+    let shards = u32::try_from(next.len()).expect("bounded by SHARDS_MAX");
+    let entries = |shard| last.and_then(|block| block.head.run(shard)).map_or(0, |run| run.entries);
+    let runs: Vec<Run> = match shards {
+        1 => Vec::new(),
+        _ => (0..)
+            .zip(next)
+            .map(|(shard, next)| (shard, entries(shard), next))
+            .map(|(shard, entries, next)| Run { shard, entries, first: next - u64::from(entries) })
+            .collect(),
     };
-    let mut header = last.map_or(first, |block| block.header);
-    if let Some(block) = last {
-        builder.copy(block);
+    match last {
+        Some(block) => builder.copy(block, &runs),
+        None => builder.begin(&runs),
     }
+    let mut header = last.map_or(Header::first(new_id, shards), |block| *block.header());
     (header.segment, header.offset) = (segment.number, 0);
     let bytes = builder.finish(&mut header);
     disk.write(&segment.file, bytes, 0).map_err(LogError::io("write", &segment.path))?;

@@ -1,7 +1,7 @@
 //! Segment files: their names, whole blocks in them, and what lies behind the last one. It only reads.
 
 use super::LogError;
-use super::block::{Block, HEADER, Header, PAGE};
+use super::block::{Block, HEADER, Head, Header, PAGE};
 use bytes::Bytes;
 use std::fs::File;
 use std::io;
@@ -64,24 +64,48 @@ impl Segment {
         Ok(Header::decode(&bytes[..n], self.number, offset))
     }
 
-    /// The whole block at `offset`; `None`: there is none, or it is damaged.
-    pub(super) fn block(&self, offset: u64) -> Result<Option<Block>, LogError> {
+    /// Header and index of the block at `offset`, and the bytes that were read for them; `None`: there are none, or damaged
+    /// ones. What lies behind them in the block isn't checked.
+    pub(super) fn head(&self, offset: u64) -> Result<Option<(Head, Vec<u8>)>, LogError> {
         // Most blocks fit into the first read.
-        let mut bytes = vec![0; PAGE as usize];
-        let n = read_up_to(&self.file, &mut bytes, offset).map_err(LogError::io("read", &self.path))?;
-        let Some(header) = Header::decode(&bytes[..n], self.number, offset) else { return Ok(None) };
+        let mut bytes = self.up_to(Vec::new(), offset, PAGE as usize)?;
+        let Some(header) = Header::decode(&bytes, self.number, offset) else { return Ok(None) };
+        let index = HEADER + header.index_bytes();
+        if index > bytes.len() {
+            bytes = self.up_to(bytes, offset, index)?;
+        }
+        Ok(Head::decode(header, &bytes[HEADER..]).map(|head| (head, bytes)))
+    }
+
+    /// The block that begins with these bytes, which `head` has read.
+    pub(super) fn rest(&self, header: Header, mut bytes: Vec<u8>) -> Result<Option<Block>, LogError> {
         let end = HEADER + header.body_bytes as usize;
-        if end > n {
-            let rest = offset + n as u64;
-            if n < bytes.len() || rest + (end - n) as u64 > self.bytes()? {
+        if end > bytes.len() {
+            if header.offset + end as u64 > self.bytes()? {
                 return Ok(None);
             }
-            bytes.resize(end, 0);
-            let more = read_up_to(&self.file, &mut bytes[n..], rest).map_err(LogError::io("read", &self.path))?;
-            bytes.truncate(n + more);
+            bytes = self.up_to(bytes, header.offset, end)?;
         }
         bytes.truncate(end);
         Ok(Block::check(header, Bytes::from(bytes).split_off(HEADER)))
+    }
+
+    /// The whole block at `offset`; `None`: there is none, or it is damaged.
+    pub(super) fn block(&self, offset: u64) -> Result<Option<Block>, LogError> {
+        match self.head(offset)? {
+            Some((head, bytes)) => self.rest(head.header, bytes),
+            None => Ok(None),
+        }
+    }
+
+    /// `bytes`, which stand at `offset`, and those behind them up to `length`, as far as the file goes.
+    fn up_to(&self, mut bytes: Vec<u8>, offset: u64, length: usize) -> Result<Vec<u8>, LogError> {
+        let n = bytes.len();
+        bytes.resize(length, 0);
+        let more =
+            read_up_to(&self.file, &mut bytes[n..], offset + n as u64).map_err(LogError::io("read", &self.path))?;
+        bytes.truncate(n + more);
+        Ok(bytes)
     }
 
     pub(super) fn bytes(&self) -> Result<u64, LogError> {

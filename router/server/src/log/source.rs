@@ -11,16 +11,29 @@ use std::str::FromStr;
 /// Entries with their positions. An error is the last item.
 pub type Entries = Box<dyn Iterator<Item = Result<(u64, Bytes), LogError>> + Send>;
 
-/// Where a log is read from; written as `local:DIR` or `kafka://HOST:PORT/TOPIC`.
+/// The entries of several shards: shard, position, bytes. Of each shard they come in order. An error is the last item.
+pub type AllEntries = Box<dyn Iterator<Item = Result<(u32, u64, Bytes), LogError>> + Send>;
+
+/// One shard of a log that is read. Written as `local:DIR` or `kafka://HOST:PORT/TOPIC`, which is the log; read from that it is
+/// shard 0.
 #[derive(Clone, Debug)]
 pub enum Source {
-    /// The directory of the segments.
-    Local(PathBuf),
+    Local {
+        /// The directory of the segments.
+        dir: PathBuf,
+        shard: u32,
+    },
     #[cfg(feature = "kafka")]
     Kafka(KafkaSource),
 }
 
 impl Source {
+    /// Shard 0 of the log in this directory.
+    #[must_use]
+    pub fn local(dir: impl Into<PathBuf>) -> Self {
+        Self::Local { dir: dir.into(), shard: 0 }
+    }
+
     /// A Kafka log's partition of this shard.
     ///
     /// # Errors
@@ -33,13 +46,45 @@ impl Source {
         Err("this build has no Kafka; build it with `--features kafka`".into())
     }
 
+    /// The same log's shard `shard`.
+    #[must_use]
+    pub fn shard(&self, shard: u32) -> Self {
+        match self {
+            Self::Local { dir, .. } => Self::Local { dir: dir.clone(), shard },
+            #[cfg(feature = "kafka")]
+            Self::Kafka(kafka) => Self::Kafka(kafka.shard(shard)),
+        }
+    }
+
+    /// Which shard of the log this is.
+    #[must_use]
+    pub const fn number(&self) -> u32 {
+        match self {
+            Self::Local { shard, .. } => *shard,
+            #[cfg(feature = "kafka")]
+            Self::Kafka(kafka) => kafka.number(),
+        }
+    }
+
+    /// How many shards the log has.
+    ///
+    /// # Errors
+    /// There is no log, or it can't be reached.
+    pub fn shards(&self) -> Result<u32, LogError> {
+        match self {
+            Self::Local { dir, .. } => Reader::open(dir)?.shards(),
+            #[cfg(feature = "kafka")]
+            Self::Kafka(kafka) => kafka.shards(),
+        }
+    }
+
     /// The entries from position `from` (0 and 1 are the beginning) to the end of the log.
     ///
     /// # Errors
     /// There is no log, or it can't be reached.
     pub fn entries(&self, from: u64) -> Result<Entries, LogError> {
         match self {
-            Self::Local(dir) => Ok(Box::new(Reader::open(dir)?.entries(from))),
+            Self::Local { dir, shard } => Ok(Box::new(Reader::open(dir)?.shard(*shard).entries(from))),
             #[cfg(feature = "kafka")]
             Self::Kafka(kafka) => Ok(Box::new(kafka.entries(from, None)?)),
         }
@@ -51,19 +96,42 @@ impl Source {
     /// As `entries`.
     pub fn entries_between(&self, from: u64, upto: u64) -> Result<Entries, LogError> {
         match self {
-            Self::Local(dir) => Ok(Box::new(Reader::open(dir)?.entries_between(from, upto))),
+            Self::Local { dir, shard } => Ok(Box::new(Reader::open(dir)?.shard(*shard).entries_between(from, upto))),
             #[cfg(feature = "kafka")]
             Self::Kafka(kafka) => Ok(Box::new(kafka.entries(from, Some(upto))?)),
         }
     }
 
-    /// The position of the first piece of the newest whole checkpoint that can be found without reading the log.
+    /// The entries of all shards, of each from its position in `from` to its end: a local log is read once for all of them, in
+    /// the order in which it was written; partitions one after the other. Whichever shard this is.
+    ///
+    /// # Errors
+    /// As `entries`; `NoShard` where `from` has more shards than the log.
+    pub fn all(&self, from: Vec<u64>) -> Result<AllEntries, LogError> {
+        match self {
+            Self::Local { dir, .. } => Ok(Box::new(Reader::open(dir)?.all(from)?)),
+            #[cfg(feature = "kafka")]
+            Self::Kafka(kafka) => {
+                let kafka = kafka.clone();
+                Ok(Box::new((0..).zip(from).flat_map(move |(shard, from)| {
+                    let (entries, error) = match kafka.shard(shard).entries(from, None) {
+                        Ok(entries) => (Some(entries), None),
+                        Err(error) => (None, Some(Err(error))),
+                    };
+                    let entries = entries.into_iter().flatten();
+                    error.into_iter().chain(entries.map(move |item| item.map(|(at, entry)| (shard, at, entry))))
+                })))
+            }
+        }
+    }
+
+    /// The position of the first piece of the newest checkpoint that can be found without reading the log.
     ///
     /// # Errors
     /// I/O, corruption on the way.
     pub fn newest_checkpoint(&self) -> Result<Option<u64>, LogError> {
         match self {
-            Self::Local(dir) => Reader::open(dir)?.newest_checkpoint(),
+            Self::Local { dir, shard } => Reader::open(dir)?.shard(*shard).newest_checkpoint(),
             #[cfg(feature = "kafka")]
             Self::Kafka(kafka) => Ok(kafka.newest_checkpoint()),
         }
@@ -73,7 +141,7 @@ impl Source {
 impl fmt::Display for Source {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Local(dir) => write!(f, "local:{}", dir.display()),
+            Self::Local { dir, .. } => write!(f, "local:{}", dir.display()),
             #[cfg(feature = "kafka")]
             Self::Kafka(kafka) => kafka.address().fmt(f),
         }
@@ -88,7 +156,7 @@ impl FromStr for Source {
         match text.strip_prefix("local:") {
             Some(dir) if !dir.is_empty() => {
                 let inner = PathBuf::from(dir).join("log");
-                Ok(Self::Local(if inner.is_dir() { inner } else { dir.into() }))
+                Ok(Self::local(if inner.is_dir() { inner } else { dir.into() }))
             }
             None if text.starts_with("kafka:") => Self::kafka(text.parse()?, 0),
             _ => Err("write local:DIR, the directory of the log's segments, or kafka://HOST:PORT/TOPIC".into()),

@@ -1,9 +1,9 @@
 //! The writer's thread: what waits becomes one block, is written by one call and synced, then told. One block in flight.
 //! It never decides what is in an entry and never retries a failed write.
 
-use super::block::{Builder, CHECKPOINT, Header, SEAL, padded};
+use super::block::{Builder, CHECKPOINT, Header, Run, SEAL, index_bytes_max, padded};
 use super::disk::Disk;
-use super::queue::{Entry, Queue, Wake};
+use super::queue::{Queue, Waiting, Wake};
 use super::reader::Link;
 use super::recovery::End;
 use super::room::room;
@@ -37,17 +37,29 @@ pub(super) struct Writer {
     pub(super) queue: Arc<Queue>,
     pub(super) spares: Arc<Spares>,
     pub(super) dirty: Arc<Dirty>,
-    pub(super) status: watch::Sender<Status>,
+    /// By shard.
+    pub(super) status: Vec<watch::Sender<Status>>,
     segment: Current,
     link: Link,
+    /// By shard: the position of the next entry.
+    next: Vec<u64>,
     builder: Builder,
     sealed: bool,
-    checkpoint_bytes: u64,
-    since_checkpoint: u64,
+    /// Bytes of log, counted from some time before the oldest checkpoint that still counts.
+    written: u64,
+    /// By shard: its newest checkpoint.
+    checkpoints: Vec<Newest>,
     next_number: u64,
     room: LogRoom,
     room_seen: Instant,
     written_since_room: u64,
+}
+
+/// A shard's newest checkpoint: its bytes, and where it began in what was written.
+#[derive(Clone, Copy)]
+struct Newest {
+    bytes: u64,
+    begun: u64,
 }
 
 struct Current {
@@ -68,7 +80,8 @@ pub(super) struct Setup {
     pub(super) queue: Arc<Queue>,
     pub(super) spares: Arc<Spares>,
     pub(super) dirty: Arc<Dirty>,
-    pub(super) status: watch::Sender<Status>,
+    /// By shard.
+    pub(super) status: Vec<watch::Sender<Status>>,
     pub(super) next_number: u64,
 }
 
@@ -76,6 +89,8 @@ impl Writer {
     pub(super) fn new(setup: Setup, end: End) -> Self {
         let Setup { dir, disk, durability, segment_bytes, queue, spares, dirty, status, next_number } = setup;
         let spare = end.segment;
+        let written = end.checkpoints.iter().map(|(_, since)| *since).max().unwrap_or(0);
+        let newest = |(bytes, since): &(u64, u64)| Newest { bytes: *bytes, begun: written - since };
         Self {
             dir,
             disk,
@@ -95,8 +110,9 @@ impl Writer {
             link: end.link,
             builder: Builder::default(),
             sealed: end.recovered.sealed,
-            checkpoint_bytes: end.checkpoint_bytes,
-            since_checkpoint: end.since_checkpoint,
+            next: end.next,
+            written,
+            checkpoints: end.checkpoints.iter().map(newest).collect(),
             next_number,
             room: LogRoom::Enough,
             room_seen: Instant::now(),
@@ -110,22 +126,27 @@ impl Writer {
             let error = Arc::new(error);
             self.spares.close();
             self.queue.stop(&error);
-            self.status.send_modify(|status| status.failed = Some(error));
+            self.tell(|status| status.failed = Some(error.clone()));
         }
+    }
+
+    /// Tells all shards.
+    fn tell(&self, news: impl Fn(&mut Status)) {
+        self.status.iter().for_each(|status| status.send_modify(&news));
     }
 
     fn work(&mut self) -> Result<(), LogError> {
         self.want_spare();
         self.look_at_room()?;
         if self.checkpoint_is_due() {
-            self.status.send_modify(|status| status.checkpoints_due += 1);
+            self.tell(|status| status.checkpoints_due += 1);
         }
-        let mut batch: Vec<Entry> = Vec::new();
+        let mut batch: Vec<Waiting> = Vec::new();
         loop {
             let wait = if self.sealed { ROOM_EVERY } else { IDLE };
             match self.queue.take(&mut batch, Instant::now() + wait) {
                 Wake::Entries => {
-                    let bytes = self.commit(&batch)?;
+                    let bytes = self.commit(&mut batch)?;
                     batch.clear();
                     if self.durability == Durability::Async && bytes < GATHER_BELOW {
                         std::thread::sleep(GATHER);
@@ -145,38 +166,25 @@ impl Writer {
     }
 
     /// Writes a batch, block by block; how many bytes that took.
-    fn commit(&mut self, mut batch: &[Entry]) -> Result<u64, LogError> {
+    fn commit(&mut self, mut batch: &mut [Waiting]) -> Result<u64, LogError> {
         let mut written = 0;
-        while let Some((_, first, _)) = batch.first() {
-            let space = self.space_for(first.len() + 4)?;
-            self.builder.clear();
-            let mut flags = 0;
-            let mut checkpoint_bytes = None;
-            let mut taken = 0;
-            for (_, entry, is_checkpoint) in batch {
-                let bytes = self.builder.body_bytes() + 4 + entry.len();
+        let index = index_bytes_max(self.link.shards);
+        while let Some(first) = batch.first() {
+            let space = self.space_for(index + first.entry.len() + 4)?;
+            let (mut taken, mut body) = (0, index);
+            for waiting in &*batch {
+                let bytes = body + 4 + waiting.entry.len();
                 if taken > 0 && (bytes > BLOCK_BYTES || padded(bytes) > space) {
                     break;
                 }
-                self.builder.push(entry);
-                taken += 1;
-                if *is_checkpoint {
-                    flags |= CHECKPOINT;
-                    checkpoint_bytes = Some(checkpoint::bytes_estimate(entry));
-                }
+                (taken, body) = (taken + 1, bytes);
             }
-            batch = &batch[taken..];
-            let extent = self.write(flags)?;
+            let (block, rest) = batch.split_at_mut(taken);
+            batch = rest;
+            let extent = self.block(block)?;
             written += extent;
-            self.sealed = false;
-            if let Some(bytes) = checkpoint_bytes {
-                self.checkpoint_bytes = bytes;
-                self.since_checkpoint = extent;
-            }
             metrics::histogram!("atp_log_batch_records").record(f64::from(self.builder.entries()));
             metrics::histogram!("atp_log_batch_bytes").record(extent as f64);
-            let position = self.link.next_position - 1;
-            self.status.send_modify(|status| status.durable = position);
             self.written_since_room += extent;
             // Near the end each block is measured: the last 4 MiB are soon written.
             let near = self.room != LogRoom::Enough;
@@ -185,6 +193,54 @@ impl Writer {
             }
         }
         Ok(written)
+    }
+
+    /// Writes these entries as the next block, those of a shard behind each other, and tells their shards.
+    fn block(&mut self, entries: &mut [Waiting]) -> Result<u64, LogError> {
+        entries.sort_by_key(|waiting| waiting.shard);
+        let mut runs: Vec<Run> = Vec::new();
+        for waiting in &*entries {
+            match runs.last_mut().filter(|run| run.shard == waiting.shard) {
+                Some(run) => run.entries += 1,
+                None => runs.push(Run { shard: waiting.shard, entries: 1, first: self.next[waiting.shard as usize] }),
+            }
+        }
+        self.builder.begin(&self.index(&runs));
+        let mut flags = 0;
+        for waiting in &*entries {
+            self.builder.push(&waiting.entry);
+            if waiting.checkpoint {
+                flags |= CHECKPOINT;
+            }
+        }
+        let begun = self.written;
+        let extent = self.write(flags)?;
+        self.sealed = false;
+        for waiting in entries.iter().filter(|waiting| waiting.checkpoint) {
+            let bytes = checkpoint::bytes_estimate(&waiting.entry);
+            self.checkpoints[waiting.shard as usize] = Newest { bytes, begun };
+        }
+        for run in runs {
+            self.next[run.shard as usize] = run.next();
+            self.status[run.shard as usize].send_modify(|status| status.durable = run.next() - 1);
+        }
+        Ok(extent)
+    }
+
+    /// The runs that the next block's index has, which holds these.
+    fn index(&self, runs: &[Run]) -> Vec<Run> {
+        if self.link.shards == 1 {
+            return Vec::new();
+        }
+        if self.segment.offset > 0 {
+            return runs.to_vec();
+        }
+        let mut all: Vec<Run> =
+            (0..).zip(&self.next).map(|(shard, next)| Run { shard, entries: 0, first: *next }).collect();
+        for run in runs {
+            all[run.shard as usize] = *run;
+        }
+        all
     }
 
     /// Bytes that the next block may take, its first entry taking `bytes` of its body: in this segment if that fits, else in
@@ -215,14 +271,18 @@ impl Writer {
         self.next_number = self.next_number.max(spare.number + 1);
         self.want_spare();
         if self.checkpoint_is_due() {
-            self.status.send_modify(|status| status.checkpoints_due += 1);
+            self.tell(|status| status.checkpoints_due += 1);
         }
     }
 
-    /// One segment of log since the last checkpoint (give or take what its ends leave unused), four times its size if more.
+    /// One segment of log since the oldest of the shards' newest checkpoints (give or take what its ends leave unused), four
+    /// times the size of them all if more.
     fn checkpoint_is_due(&self) -> bool {
-        self.since_checkpoint >= self.segment_bytes - self.segment_bytes / 4
-            && self.since_checkpoint >= 4 * self.checkpoint_bytes
+        let begun =
+            self.checkpoints.iter().zip(&self.next).filter(|(_, next)| **next > 1).map(|(newest, _)| newest.begun);
+        let since = self.written - begun.min().unwrap_or(self.written);
+        let bytes: u64 = self.checkpoints.iter().map(|newest| newest.bytes).sum();
+        since >= self.segment_bytes - self.segment_bytes / 4 && since >= 4 * bytes
     }
 
     fn want_spare(&mut self) {
@@ -234,16 +294,12 @@ impl Writer {
     fn write(&mut self, flags: u8) -> Result<u64, LogError> {
         let mut header = Header {
             flags,
-            log_id: self.link.log_id,
             segment: self.segment.number,
             offset: self.segment.offset,
             number: self.link.number + 1,
             previous: self.link.checksum,
-            entries: 0,
-            first: self.link.next_position,
-            body_bytes: 0,
-            body_crc: 0,
-            checksum: 0,
+            first: self.link.next_entry,
+            ..Header::first(self.link.log_id, self.link.shards)
         };
         let bytes = self.builder.finish(&mut header);
         let segment = &mut self.segment;
@@ -254,7 +310,7 @@ impl Writer {
         }
         let extent = header.extent();
         segment.offset += extent;
-        self.since_checkpoint += extent;
+        self.written += extent;
         self.link = Link::of(&header);
         Ok(extent)
     }
@@ -266,7 +322,8 @@ impl Writer {
         if self.sealed || !(fits || self.room == LogRoom::Enough) {
             return Ok(());
         }
-        self.builder.clear();
+        let index = self.index(&[]);
+        self.builder.begin(&index);
         self.write(SEAL)?;
         self.sealed = true;
         Ok(())
@@ -281,7 +338,7 @@ impl Writer {
         let now = room(free, reserved, self.segment_bytes);
         if now != self.room {
             self.room = now;
-            self.status.send_modify(|status| status.room = now);
+            self.tell(|status| status.room = now);
         }
         Ok(())
     }

@@ -1,7 +1,8 @@
 //! Opens the store that the configuration names, before the router serves, and starts the task that writes to it.
 
 use super::{Identity, MemoryStore, Projector, RedisStore, StoreConfig, StoreHealth, same_log};
-use crate::inbox::Inbox;
+use crate::agent_task::Agents;
+use crate::shards::Shards;
 use crate::time::Clocks;
 use std::time::Duration;
 use tokio::sync::watch;
@@ -17,18 +18,18 @@ pub(crate) enum Opened {
 }
 
 impl Opened {
-    /// Opens the store for a log: its id in hex and the position of its last entry.
+    /// Opens the store for a log: its id in hex, and of each shard the position of its last entry.
     ///
     /// # Errors
     /// The store remembers another log, or more of this one: acknowledged records are gone.
-    pub(crate) async fn open(config: &StoreConfig, log: &str, end: u64) -> Result<Self, String> {
+    pub(crate) async fn open(config: &StoreConfig, log: &str, ends: &[(u32, u64)]) -> Result<Self, String> {
         let config = match config {
             StoreConfig::Memory => return Ok(Self::Memory(MemoryStore::new())),
             StoreConfig::Redis(config) => config,
         };
         let mut store = RedisStore::new(config).map_err(|e| format!("store.redis.url: {e}"))?;
-        same_log::check(&mut store, 0, log, end).await.map_err(|what| {
-            let key = super::keys::Keys::new(&config.prefix).shard(0);
+        same_log::check(&mut store, log, ends).await.map_err(|(shard, what)| {
+            let key = super::keys::Keys::new(&config.prefix).shard(shard);
             format!(
                 "ELOG: acknowledged records are gone: {what}; restore the newest copy of data_dir/log. To give up what \
                  is gone and begin with this log, delete what the store remembers, redis-cli DEL '{key}', or set \
@@ -38,10 +39,10 @@ impl Opened {
         Ok(Self::Redis(Box::new(store)))
     }
 
-    /// Shows the shard behind `inbox` until it is stopped.
+    /// Shows the shards that run here until it is stopped.
     pub(crate) fn project(
         self,
-        inbox: Inbox,
+        of: (Shards, Agents),
         identity: Identity,
         clocks: Clocks,
         stop: CancellationToken,
@@ -51,11 +52,11 @@ impl Opened {
         match self {
             // Nobody looks into this process for what has ended.
             Self::Memory(store) => {
-                let projector = Projector::new(store, inbox, identity, clocks, Duration::ZERO, health);
+                let projector = Projector::new(store, of, identity, clocks, Duration::ZERO, health);
                 tasks.spawn(projector.run(stop));
             }
             Self::Redis(store) => {
-                let projector = Projector::new(*store, inbox, identity, clocks, ENDED_TTL, health);
+                let projector = Projector::new(*store, of, identity, clocks, ENDED_TTL, health);
                 tasks.spawn(projector.run(stop));
             }
         }

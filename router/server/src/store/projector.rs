@@ -1,16 +1,19 @@
-//! The task that shows the shard to the state store: asks what has changed, at most ten times a second, and writes it. When
-//! the store fails it waits and then shows everything; the shard remembers meanwhile what has changed.
+//! The task that shows the shards to the state store: asks each what has changed, at most ten times a second, and writes it, one
+//! after the other. When the store fails it waits and then shows everything; the shards remember meanwhile what has changed.
 
 use super::{Batch, Beat, StateStore, StoreError};
+use crate::agent_task::Agents;
 use crate::inbox::Inbox;
+use crate::shards::Shards;
 use crate::time::Clocks;
 use atp_core::clock::rfc3339;
 use atp_core::message::{Answer, Query};
 use atp_core::projection::Projection;
 use atp_core::record::hex;
 use atp_core::view::AgentView;
+use atp_proto::AgentName;
 use metrics::{counter, gauge, histogram};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::watch;
@@ -29,7 +32,7 @@ const RENEW: Duration = Duration::from_secs(100);
 /// How long a router's own entry outlives it.
 const ROUTER_TTL: Duration = Duration::from_secs(15);
 
-/// Whose shard is shown.
+/// Whose shards are shown.
 #[derive(Clone, Debug)]
 pub(crate) struct Identity {
     pub(crate) router: Arc<str>,
@@ -43,7 +46,7 @@ pub(crate) struct Identity {
 pub(crate) struct StoreHealth {
     /// Since when it hasn't taken anything, and why.
     pub(crate) away: Option<(u64, String)>,
-    /// The last position that it took.
+    /// The last positions that it took, added up over the shards.
     pub(crate) position: u64,
 }
 
@@ -59,30 +62,43 @@ impl std::fmt::Display for StoreHealth {
 
 pub(crate) struct Projector<S> {
     store: S,
-    inbox: Inbox,
+    shards: Shards,
+    /// Who is connected here.
+    here: Agents,
     identity: Identity,
     clocks: Clocks,
     since_ms: u64,
     /// How long a stream is seen after its end.
     ended_ttl: Duration,
     health: watch::Sender<StoreHealth>,
-    /// Everything is to be shown from the beginning.
-    all: bool,
-    /// The watermark that our last write left.
-    wrote: Option<u64>,
-    /// How agents were shown last.
-    agents: BTreeMap<String, AgentView>,
+    /// By shard that runs here.
+    shown: BTreeMap<u32, Shown>,
+    /// How agents were shown last, each by its home shard.
+    agents: BTreeMap<AgentName, AgentView>,
     beat_at: Instant,
     renew_at: Instant,
 }
 
-/// The shard has ended: there is nothing to show.
-struct Ended;
+/// What the store has of one shard.
+struct Shown {
+    /// Everything is to be shown from the beginning.
+    all: bool,
+    /// The watermark that our last write left.
+    wrote: Option<u64>,
+    /// What was durable when it was asked last.
+    asked: u64,
+}
+
+impl Default for Shown {
+    fn default() -> Self {
+        Self { all: true, wrote: None, asked: 0 }
+    }
+}
 
 impl<S: StateStore> Projector<S> {
     pub(crate) fn new(
         store: S,
-        inbox: Inbox,
+        (shards, here): (Shards, Agents),
         identity: Identity,
         clocks: Clocks,
         ended_ttl: Duration,
@@ -91,34 +107,33 @@ impl<S: StateStore> Projector<S> {
         let now = Instant::now();
         Self {
             store,
-            inbox,
+            shards,
+            here,
             identity,
             clocks,
             since_ms: clocks.now().wall_ms,
             ended_ttl,
             health,
-            all: true,
-            wrote: None,
+            shown: BTreeMap::new(),
             agents: BTreeMap::new(),
             beat_at: now,
             renew_at: now + RENEW,
         }
     }
 
-    /// Runs until it is stopped or the shard has ended.
+    /// Runs until it is stopped.
     pub(crate) async fn run(mut self, stop: CancellationToken) {
         let show = async {
             loop {
                 match self.turn().await {
-                    Ok(Ok(())) => {
+                    Ok(()) => {
                         self.came_back();
                         tokio::time::sleep(EVERY).await;
                     }
-                    Ok(Err(error)) => {
+                    Err(error) => {
                         self.failed(&error);
                         tokio::time::sleep(BEAT).await;
                     }
-                    Err(Ended) => return,
                 }
             }
         };
@@ -128,49 +143,78 @@ impl<S: StateStore> Projector<S> {
         }
     }
 
-    /// Writes all that has changed, page by page.
-    async fn turn(&mut self) -> Result<Result<(), StoreError>, Ended> {
+    /// Writes all that has changed, shard by shard. One that the store refuses doesn't keep the others from being shown.
+    async fn turn(&mut self) -> Result<(), StoreError> {
         let now = Instant::now();
+        let all_here = self.shards.all_here();
+        let numbers: BTreeSet<u32> = all_here.iter().map(|(shard, _)| *shard).collect();
+        self.shown.retain(|shard, _| numbers.contains(shard));
         let beat = self.beat_at <= now;
         if beat {
-            let sign = self.sign();
-            if let Err(error) = self.store.beat(&sign).await {
-                return Ok(Err(error));
-            }
+            let sign = self.sign(numbers.into_iter().collect());
+            self.store.beat(&sign).await?;
             self.beat_at = now + BEAT;
         }
         if self.renew_at <= now {
-            self.all = true;
+            self.renew_at = now + RENEW;
+            self.show_all();
         }
-        let mut agents = beat || self.all;
+        let names = self.agents.keys().cloned().chain(self.here.names());
+        let homes: BTreeSet<u32> = names.map(|name| self.shards.home_of_agent(&name)).collect();
+        let mut refused = Ok(());
+        for (shard, here) in all_here {
+            let durable = here.health.borrow().durable;
+            let shown = self.shown.entry(shard).or_default();
+            let all = shown.all;
+            if !beat && !all && shown.asked == durable {
+                continue;
+            }
+            shown.asked = durable;
+            match self.show_shard(shard, &here.inbox, beat, all || (beat && homes.contains(&shard))).await {
+                Err(error @ StoreError::Away(_)) => return Err(error),
+                Err(error) => {
+                    self.shown.insert(shard, Shown::default());
+                    refused = Err(error);
+                }
+                Ok(()) => {}
+            }
+        }
+        refused
+    }
+
+    /// Everything is to be shown again.
+    fn show_all(&mut self) {
+        self.agents.clear();
+        self.shown.values_mut().for_each(|shown| shown.all = true);
+    }
+
+    /// Writes what has changed in one shard, page by page.
+    async fn show_shard(&mut self, shard: u32, inbox: &Inbox, beat: bool, mut agents: bool) -> Result<(), StoreError> {
+        // A sign of life is written even if nothing has changed: it carries the watermark.
+        let mut sign = beat;
         loop {
-            if self.all {
-                self.agents.clear();
-                self.renew_at = now + RENEW;
-            }
-            let query = Query::Projection { all: std::mem::take(&mut self.all), agents, max: PAGE };
-            let Some(Answer::Projection(projection)) = self.inbox.ask(query).await else { return Err(Ended) };
+            let shown = self.shown.entry(shard).or_default();
+            let query = Query::Projection { all: std::mem::take(&mut shown.all), agents, max: PAGE };
+            // One that has ended has nothing to show.
+            let Some(Answer::Projection(projection)) = inbox.ask(query).await else { return Ok(()) };
             let more = projection.more;
-            // A sign of life is written even if nothing has changed: it carries the watermark.
-            if (agents || !projection.streams.is_empty())
-                && let Err(error) = self.show(*projection).await
-            {
-                return Ok(Err(error));
+            if sign || agents || !projection.streams.is_empty() {
+                self.show(*projection).await?;
             }
-            agents = false;
+            (agents, sign) = (false, false);
             if !more {
-                return Ok(Ok(()));
+                return Ok(());
             }
         }
     }
 
-    fn sign(&self) -> Beat {
+    fn sign(&self, shards: Vec<u32>) -> Beat {
         Beat {
             router: self.identity.router.clone(),
             incarnation: self.identity.incarnation.clone(),
             atp: self.identity.atp.clone(),
             http: self.identity.http.clone(),
-            shards: vec![0],
+            shards,
             since_ms: self.since_ms,
             at_ms: self.clocks.now().wall_ms,
             ttl: ROUTER_TTL,
@@ -179,8 +223,12 @@ impl<S: StateStore> Projector<S> {
 
     #[allow(clippy::cast_precision_loss)] // a gauge is a float by its nature
     async fn show(&mut self, projection: Projection) -> Result<(), StoreError> {
+        let shard = projection.shard;
         let mut agents = projection.agents.unwrap_or_default();
-        agents.retain(|a| self.agents.get(a.name.as_str()) != Some(a));
+        // Each is shown by its home alone, with its calls of all shards.
+        agents.retain(|agent| self.shards.home_of_agent(&agent.name) == shard);
+        agents.iter_mut().for_each(|agent| agent.in_flight = self.here.slots_used(&agent.name));
+        agents.retain(|agent| self.agents.get(&agent.name) != Some(agent));
         let batch = Batch {
             log: hex(&projection.log_id),
             shard: projection.shard,
@@ -198,19 +246,18 @@ impl<S: StateStore> Projector<S> {
         let before = self.store.write(&batch).await?;
         histogram!("atp_store_write_seconds").record(begun.elapsed().as_secs_f64());
         counter!("atp_store_rows_total").increment((batch.streams.len() + batch.agents.len()) as u64);
-        gauge!("atp_store_position").set(batch.position as f64);
-        if self.wrote.is_some() && self.wrote != before {
-            tracing::warn!(
-                wrote = self.wrote,
-                found = before,
-                "store: it lost what was written; everything is shown again"
-            );
+        let shown = self.shown.entry(shard).or_default();
+        let wrote = shown.wrote.replace(batch.position);
+        self.agents.extend(batch.agents.into_iter().map(|agent| (agent.name.clone(), agent)));
+        if wrote.is_some() && wrote != before {
+            tracing::warn!(shard, wrote, found = before, "store: it lost what was written; everything is shown again");
             counter!("atp_store_rebuilds_total").increment(1);
-            self.all = true;
+            self.show_all();
+            self.shown.values_mut().for_each(|shown| shown.wrote = None);
         }
-        self.wrote = Some(batch.position);
-        self.agents.extend(batch.agents.into_iter().map(|a| (a.name.to_string(), a)));
-        self.health.send_modify(|h| h.position = batch.position);
+        let position = self.shown.values().filter_map(|shown| shown.wrote).sum();
+        gauge!("atp_store_position").set(position as f64);
+        self.health.send_modify(|h| h.position = position);
         Ok(())
     }
 
@@ -222,8 +269,11 @@ impl<S: StateStore> Projector<S> {
         };
         counter!("atp_store_errors_total", "outcome" => outcome).increment(1);
         gauge!("atp_store_up").set(0.0);
-        // What was written and what wasn't isn't known.
-        (self.all, self.wrote) = (true, None);
+        if matches!(error, StoreError::Away(_)) {
+            // What was written and what wasn't isn't known.
+            self.show_all();
+            self.shown.values_mut().for_each(|shown| shown.wrote = None);
+        }
         let now = self.clocks.now().wall_ms;
         self.health.send_modify(|h| match &mut h.away {
             Some((_, why)) => *why = error.to_string(),

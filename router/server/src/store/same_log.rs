@@ -3,33 +3,42 @@
 
 use super::{StateStore, StoreError, Watermark};
 use std::time::Duration;
+use tokio::time::Instant;
 
 /// How long a start waits for the store.
 const PATIENCE: Duration = Duration::from_secs(3);
 
-/// Compares a log (its id in hex and the position of its last entry) with what the store remembers of its shard.
+/// Compares a log (its id in hex, and of each shard the position of its last entry) with what the store remembers of it.
 ///
 /// # Errors
-/// What differs; acknowledged records are gone.
-pub(crate) async fn check<S: StateStore>(store: &mut S, shard: u32, log: &str, end: u64) -> Result<(), String> {
-    let known = match tokio::time::timeout(PATIENCE, store.watermark(shard)).await {
-        Ok(Ok(known)) => known,
-        Ok(Err(StoreError::Away(why))) => return unheard(&why),
-        Ok(Err(other)) => return Err(other.to_string()),
-        Err(_) => return unheard("no answer"),
-    };
-    match known {
-        Some(Watermark { log: other, position, router }) if other != log => Err(format!(
-            "router {router} wrote log {other} up to position {position}; the log here is another one, {log}"
-        )),
-        Some(Watermark { position, router, .. }) if position > end => Err(format!(
-            "router {router} has acknowledged position {position} of this log, and the log here ends at {end}"
-        )),
-        Some(_) | None => Ok(()),
+/// In which shard, and what differs; acknowledged records are gone.
+pub(crate) async fn check<S: StateStore>(store: &mut S, log: &str, ends: &[(u32, u64)]) -> Result<(), (u32, String)> {
+    let give_up = Instant::now() + PATIENCE;
+    for (shard, end) in ends {
+        let known = match tokio::time::timeout_at(give_up, store.watermark(*shard)).await {
+            Ok(Ok(known)) => known,
+            Ok(Err(StoreError::Away(why))) => return unheard(&why),
+            Ok(Err(other)) => return Err((*shard, other.to_string())),
+            Err(_) => return unheard("no answer"),
+        };
+        differs(known, log, *end).map_or(Ok(()), |what| Err((*shard, what)))?;
     }
+    Ok(())
 }
 
-fn unheard(why: &str) -> Result<(), String> {
+fn differs(known: Option<Watermark>, log: &str, end: u64) -> Option<String> {
+    let Watermark { log: other, position, router } = known?;
+    if other != log {
+        return Some(format!(
+            "router {router} wrote log {other} up to position {position}; the log here is another one, {log}"
+        ));
+    }
+    (position > end).then(|| {
+        format!("router {router} has acknowledged position {position} of this log, and the log here ends at {end}")
+    })
+}
+
+fn unheard(why: &str) -> Result<(), (u32, String)> {
     tracing::warn!("store: {why}; whether the log is the one that was last served can't be compared");
     Ok(())
 }

@@ -38,11 +38,11 @@ pub struct ToolConfig {
     pub http_allow: Vec<Prefix>,
 }
 
-/// Runs tools and tells the shard what came of them.
+/// Runs tools and tells the shard that asked what came of them. Clones share the places.
+#[derive(Clone)]
 pub(crate) struct Tools {
     kit: Arc<Kit>,
     places: Arc<Semaphore>,
-    inbox: Inbox,
     tasks: TaskTracker,
 }
 
@@ -52,17 +52,17 @@ struct Kit {
 }
 
 impl Tools {
-    pub(crate) fn new(config: ToolConfig, inbox: Inbox, tasks: TaskTracker) -> Self {
+    pub(crate) fn new(config: ToolConfig, tasks: TaskTracker) -> Self {
         let client = match config.http_allow.is_empty() {
             true => Err("http.get isn't configured".to_owned()),
             false => http::client(),
         };
-        Self { kit: Arc::new(Kit { config, client }), places: Arc::new(Semaphore::new(AT_ONCE)), inbox, tasks }
+        Self { kit: Arc::new(Kit { config, client }), places: Arc::new(Semaphore::new(AT_ONCE)), tasks }
     }
 
-    /// Begins one run; its end comes as `Input::ToolDone`.
-    pub(crate) fn run(&self, call: CallId, attempt: u32, request: u64, tool: Arc<str>, args: Value) {
-        let (kit, places, inbox) = (self.kit.clone(), self.places.clone(), self.inbox.clone());
+    /// Begins one run; its end comes to the inbox as `Input::ToolDone`.
+    pub(crate) fn run(&self, inbox: Inbox, call: CallId, attempt: u32, request: u64, tool: Arc<str>, args: Value) {
+        let (kit, places) = (self.kit.clone(), self.places.clone());
         self.tasks.spawn(async move {
             let outcome = match tokio::time::timeout(PLACE, places.acquire_owned()).await {
                 Ok(Ok(place)) => {

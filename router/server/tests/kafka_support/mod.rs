@@ -3,7 +3,7 @@
 #![allow(clippy::unwrap_used, reason = "only tests use it; what fails here fails the test")]
 
 use atp_core::record::{Entry, Faster, Record};
-use atp_router::log::{Event, Events, KafkaAddress, KafkaLog, KafkaOptions, Log, LogError, Opened};
+use atp_router::log::{Event, Events, KafkaAddress, KafkaOptions, KafkaShards, Log, LogError, Opened};
 use bytes::Bytes;
 use prost::Message as _;
 use rdkafka::admin::{AdminClient, AdminOptions, NewPartitions, NewTopic, TopicReplication};
@@ -45,14 +45,14 @@ pub fn options(address: &KafkaAddress, data_dir: &Path) -> KafkaOptions {
         address: address.clone(),
         single_broker: true,
         shards: 1,
-        shard: 0,
+        exact: true,
         data_dir: data_dir.into(),
         checkpoint_every: 64 << 10,
     }
 }
 
 pub fn open(address: &KafkaAddress, data_dir: &Path, owner: &str) -> Result<Opened, LogError> {
-    KafkaLog::open(&options(address, data_dir), owner, "i1", 1_000)
+    KafkaShards::open(&options(address, data_dir), 1_000)?.take(0, owner, "i1", 1_000, None)
 }
 
 /// Why it isn't opened, which must be that the log isn't the one it was.
@@ -143,10 +143,10 @@ pub fn delete_topic(address: &KafkaAddress) {
     until("end of the topic", || leaders(&admin, address).is_empty().then_some(()));
 }
 
-pub fn delete_records(address: &KafkaAddress, before: i64) {
+pub fn delete_records(address: &KafkaAddress, partition: i32, before: i64) {
     let (admin, options) = admin();
     let mut list = TopicPartitionList::new();
-    list.add_partition_offset(&address.topic, 0, Offset::Offset(before)).unwrap();
+    list.add_partition_offset(&address.topic, partition, Offset::Offset(before)).unwrap();
     block_on(admin.delete_records(&list, &options)).unwrap();
 }
 
@@ -168,9 +168,14 @@ pub fn header(kind: u8, epoch: u64, n: u64, log_id: &[u8]) -> Vec<u8> {
 
 /// A message by somebody else than the log's owner.
 pub fn stranger(address: &KafkaAddress, header: Option<&[u8]>, entry: &[u8]) {
+    stranger_at(address, 0, header, entry);
+}
+
+/// The same in any partition.
+pub fn stranger_at(address: &KafkaAddress, partition: i32, header: Option<&[u8]>, entry: &[u8]) {
     let producer: BaseProducer =
         ClientConfig::new().set("bootstrap.servers", brokers()).set("message.max.bytes", "40000000").create().unwrap();
-    let mut record = BaseRecord::<[u8], [u8]>::to(&address.topic).partition(0).payload(entry);
+    let mut record = BaseRecord::<[u8], [u8]>::to(&address.topic).partition(partition).payload(entry);
     if let Some(header) = header {
         record = record.headers(OwnedHeaders::new().insert(Header { key: "atp", value: Some(header) }));
     }

@@ -3,7 +3,7 @@
 use super::header::{self, Parsed};
 use crate::log::{ENTRY_BYTES_MAX, KafkaAddress, LogError};
 use bytes::Bytes;
-use rdkafka::client::ClientContext;
+use rdkafka::client::{Client, ClientContext};
 use rdkafka::config::{ClientConfig, RDKafkaLogLevel};
 use rdkafka::consumer::{BaseConsumer, Consumer, ConsumerContext};
 use rdkafka::error::{KafkaError, RDKafkaErrorCode};
@@ -119,31 +119,7 @@ impl Messages {
 
     /// The first offset that is kept, and the one behind the last. Waits while the partition has no leader.
     pub(super) fn ends(&self, patience: Duration) -> Result<(u64, u64), LogError> {
-        let end = Instant::now() + patience;
-        let (low, high) = loop {
-            let left = end.saturating_duration_since(Instant::now());
-            match self.watermarks(self.partition, left) {
-                Ok(ends) => break ends,
-                Err(error) => match error.rdkafka_error_code() {
-                    Some(RDKafkaErrorCode::NotLeaderForPartition | RDKafkaErrorCode::LeaderNotAvailable)
-                        if !left.is_zero() =>
-                    {
-                        std::thread::sleep(Duration::from_millis(50));
-                    }
-                    Some(
-                        RDKafkaErrorCode::UnknownTopicOrPartition
-                        | RDKafkaErrorCode::UnknownTopic
-                        | RDKafkaErrorCode::UnknownPartition,
-                    ) => {
-                        let what = format!("there is no such topic, or it has no partition {}", self.partition);
-                        return Err(self.address.refused(what));
-                    }
-                    _ => return Err(self.address.failed("read the ends of")(error)),
-                },
-            }
-        };
-        let offset = |n: i64| u64::try_from(n).unwrap_or(0);
-        Ok((offset(low), offset(high)))
+        ends(self.consumer.client(), &self.address, self.partition, patience)
     }
 
     pub(super) fn watermarks(&self, partition: i32, patience: Duration) -> Result<(i64, i64), KafkaError> {
@@ -218,7 +194,40 @@ impl Messages {
     }
 }
 
-/// Clients that nobody reads with: making and dropping one takes a tenth of a second.
+/// The first offset that a partition keeps, and the one behind its last. Waits while it has no leader.
+pub(super) fn ends<C: ClientContext>(
+    client: &Client<C>,
+    address: &KafkaAddress,
+    partition: i32,
+    patience: Duration,
+) -> Result<(u64, u64), LogError> {
+    let end = Instant::now() + patience;
+    let (low, high) = loop {
+        let left = end.saturating_duration_since(Instant::now());
+        match client.fetch_watermarks(&address.topic, partition, left) {
+            Ok(ends) => break ends,
+            Err(error) => match error.rdkafka_error_code() {
+                Some(RDKafkaErrorCode::NotLeaderForPartition | RDKafkaErrorCode::LeaderNotAvailable)
+                    if !left.is_zero() =>
+                {
+                    std::thread::sleep(Duration::from_millis(50));
+                }
+                Some(
+                    RDKafkaErrorCode::UnknownTopicOrPartition
+                    | RDKafkaErrorCode::UnknownTopic
+                    | RDKafkaErrorCode::UnknownPartition,
+                ) => {
+                    return Err(address.refused(format!("there is no such topic, or it has no partition {partition}")));
+                }
+                _ => return Err(address.failed("read the ends of")(error)),
+            },
+        }
+    };
+    let offset = |n: i64| u64::try_from(n).unwrap_or(0);
+    Ok((offset(low), offset(high)))
+}
+
+/// Clients of one topic that nobody reads with: making and dropping one takes a tenth of a second.
 #[derive(Clone, Default)]
 pub(super) struct Pool(Arc<Mutex<Vec<Messages>>>);
 
@@ -228,7 +237,8 @@ const IDLE_MAX: usize = 2;
 impl Pool {
     pub(super) fn take(&self, address: &KafkaAddress, partition: i32) -> Result<Pooled, LogError> {
         let idle = self.lock().pop();
-        let messages = idle.map_or_else(|| Messages::new(address, partition), Ok)?;
+        let mut messages = idle.map_or_else(|| Messages::new(address, partition), Ok)?;
+        messages.partition = partition;
         Ok(Pooled { messages: Some(messages), pool: self.clone() })
     }
 

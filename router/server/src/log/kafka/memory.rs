@@ -1,5 +1,5 @@
 //! What this machine remembers of its log in `data_dir`: which one it is, how far it reached, where to begin. It only ever
-//! refuses or shortens a recovery; money rests on the log alone.
+//! refuses or shortens a recovery; money rests on the log alone. One file for all shards that this router owns.
 
 use super::reading::Mark;
 use crate::log::disk::Lock;
@@ -9,6 +9,7 @@ use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io::Write;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 const FILE: &str = "kafka-log.json";
 
@@ -35,6 +36,9 @@ struct Content {
 pub(super) struct Memory {
     path: PathBuf,
     content: Content,
+    /// When it was written last, and whether there is news since.
+    saved: Instant,
+    news: bool,
     _lock: Lock,
 }
 
@@ -53,7 +57,7 @@ impl Memory {
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => Content::default(),
             Err(error) => return Err(LogError::io("read", &path)(error)),
         };
-        Ok(Self { path, content, _lock: lock })
+        Ok(Self { path, content, saved: Instant::now(), news: false, _lock: lock })
     }
 
     /// The log that was used here before, in hex, and its topic.
@@ -64,11 +68,24 @@ impl Memory {
         self.content.shards.get(&shard).copied().unwrap_or_default()
     }
 
-    /// Written anew as a whole, durable when it returns.
-    pub(super) fn save(&mut self, log_id: &LogId, topic: &str, shard: u32, reached: Reached) -> Result<(), LogError> {
+    /// The log that is used from now on.
+    pub(super) fn set_log(&mut self, log_id: &LogId, topic: &str) {
         self.content.log_id = atp_core::record::hex(log_id);
         self.content.topic = topic.into();
-        self.content.shards.insert(shard, reached);
+        self.news = true;
+    }
+    pub(super) fn set_reached(&mut self, shard: u32, reached: Reached) {
+        self.news |= self.content.shards.insert(shard, reached) != Some(reached);
+    }
+
+    /// Written if there is news and the last time was so long ago.
+    pub(super) fn save_every(&mut self, pause: Duration) -> Result<(), LogError> {
+        if self.news && self.saved.elapsed() >= pause { self.save() } else { Ok(()) }
+    }
+
+    /// Written anew as a whole, durable when it returns.
+    pub(super) fn save(&mut self) -> Result<(), LogError> {
+        self.saved = Instant::now();
         let bytes = serde_json::to_vec_pretty(&self.content)
             .map_err(|error| LogError::Memory { path: self.path.clone(), what: error.to_string() })?;
         let part = self.path.with_extension("part");
@@ -78,7 +95,9 @@ impl Memory {
         });
         written.and_then(|()| fs::rename(&part, &self.path)).map_err(LogError::io("write", &self.path))?;
         let dir = self.path.parent().unwrap_or(Path::new("."));
-        File::open(dir).and_then(|dir| dir.sync_all()).map_err(LogError::io("sync the directory", dir))
+        File::open(dir).and_then(|dir| dir.sync_all()).map_err(LogError::io("sync the directory", dir))?;
+        self.news = false;
+        Ok(())
     }
 }
 
@@ -93,7 +112,11 @@ mod tests {
         assert_eq!(memory.log(), None);
         let checkpoint = Some(Mark { offset: 3, position: 4, epoch: Some(1), n: 2 });
         let reached = Reached { end: 9, checkpoint };
-        memory.save(&[0xab; 16], "t", 0, reached).unwrap();
+        memory.set_log(&[0xab; 16], "t");
+        memory.set_reached(0, reached);
+        memory.save_every(Duration::from_secs(3600)).unwrap();
+        assert!(!dir.path().join(FILE).exists(), "not yet");
+        memory.save_every(Duration::ZERO).unwrap();
         assert!(matches!(Memory::open(dir.path()), Err(LogError::InUse { .. })));
         drop(memory);
         let memory = Memory::open(dir.path()).unwrap();

@@ -1,14 +1,15 @@
-//! Messages to one partition, by one idempotent producer: handed over in order, and what became of each. It never tries again
-//! by itself: an error means that a message may stand in the log or not.
+//! Messages to a partition, by the one idempotent producer of a router: handed over in order, and what became of each. It never
+//! tries again by itself: an error means that a message may stand in the log or not.
 
-use super::client::{MESSAGE_BYTES, PATIENCE, Quiet, why};
+use super::client::{self, MESSAGE_BYTES, PATIENCE, Quiet, why};
 use super::header::{Header, NAME};
 use crate::log::{KafkaAddress, LogError};
 use rdkafka::client::ClientContext;
 use rdkafka::config::RDKafkaLogLevel;
 use rdkafka::error::{KafkaError, RDKafkaErrorCode};
 use rdkafka::message::{Header as RecordHeader, Message as _, OwnedHeaders};
-use rdkafka::producer::{BaseRecord, DeliveryResult, Producer, ProducerContext, PurgeConfig, ThreadedProducer};
+use rdkafka::producer::{BaseRecord, DeliveryResult, Producer, ProducerContext, ThreadedProducer};
+use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender as Channel, channel};
 use std::time::Duration;
 
@@ -18,7 +19,13 @@ const DELIVERY: Duration = Duration::from_secs(30);
 /// What the brokers said of a message: its offset, `None` where they gave none, or why it is unknown.
 pub(super) type Delivered = Result<Option<u64>, String>;
 
-struct Reports(Channel<(usize, Delivered)>);
+/// Where the report of a message goes.
+struct Tag {
+    reports: Channel<(usize, Delivered)>,
+    index: usize,
+}
+
+struct Reports;
 
 impl ClientContext for Reports {
     fn log(&self, level: RDKafkaLogLevel, facility: &str, message: &str) {
@@ -30,29 +37,26 @@ impl ClientContext for Reports {
 }
 
 impl ProducerContext for Reports {
-    type DeliveryOpaque = usize;
+    type DeliveryOpaque = Box<Tag>;
 
-    fn delivery(&self, result: &DeliveryResult<'_>, tag: usize) {
+    fn delivery(&self, result: &DeliveryResult<'_>, tag: Box<Tag>) {
         let delivered = match result {
             Ok(message) => Ok(u64::try_from(message.offset()).ok()),
             Err((error, _)) => Err(why(error)),
         };
-        // The receiver lives as long as the producer.
-        let _ = self.0.send((tag, delivered));
+        // An owner that has stepped down asks for no report.
+        let _ = tag.reports.send((tag.index, delivered));
     }
 }
 
-/// The producer of a partition's owner.
-pub(super) struct Sender {
-    topic: String,
-    partition: i32,
+/// The producer of a router.
+pub(super) struct Producing {
+    address: KafkaAddress,
     producer: ThreadedProducer<Reports>,
-    reports: Receiver<(usize, Delivered)>,
 }
 
-impl Sender {
-    pub(super) fn new(address: &KafkaAddress, partition: i32) -> Result<Self, LogError> {
-        let (sender, reports) = channel();
+impl Producing {
+    pub(super) fn new(address: &KafkaAddress) -> Result<Self, LogError> {
         let producer: ThreadedProducer<Reports> = address
             .client()
             .set("enable.idempotence", "true")
@@ -62,25 +66,51 @@ impl Sender {
             // A topic that is gone is told sooner than by the delivery time-out.
             .set("topic.metadata.propagation.max.ms", "10000")
             .set("queue.buffering.max.ms", "0")
-            .create_with_context(Reports(sender))
+            .create_with_context(Reports)
             .map_err(address.failed("make a producer of"))?;
         // Else its first message waits half a second for this.
         let known = producer.client().fetch_metadata(Some(&address.topic), PATIENCE);
         known.map_err(address.failed("look for"))?;
-        Ok(Self { topic: address.topic.clone(), partition, producer, reports })
+        Ok(Self { address: address.clone(), producer })
     }
 
-    /// Hands a message over; its report comes under `tag`.
-    pub(super) fn send(&self, tag: usize, header: &Header, key: Option<&str>, entry: &[u8]) -> Result<(), String> {
+    /// It will never send anything again.
+    pub(super) fn is_dead(&self) -> bool {
+        self.producer.client().fatal_error().is_some()
+    }
+}
+
+/// The messages of one partition's owner.
+pub(super) struct Sender {
+    by: Arc<Producing>,
+    partition: i32,
+    channel: Channel<(usize, Delivered)>,
+    reports: Receiver<(usize, Delivered)>,
+}
+
+impl Sender {
+    pub(super) fn new(by: Arc<Producing>, partition: i32) -> Self {
+        let (channel, reports) = channel();
+        Self { by, partition, channel, reports }
+    }
+
+    /// As of [`client::ends`].
+    pub(super) fn ends(&self, patience: Duration) -> Result<(u64, u64), LogError> {
+        client::ends(self.by.producer.client(), &self.by.address, self.partition, patience)
+    }
+
+    /// Hands a message over; its report comes under `index`.
+    pub(super) fn send(&self, index: usize, header: &Header, key: Option<&str>, entry: &[u8]) -> Result<(), String> {
         let header = header.encode();
         let headers = OwnedHeaders::new_with_capacity(1).insert(RecordHeader { key: NAME, value: Some(&header) });
-        let mut record = BaseRecord::<str, [u8], usize>::with_opaque_to(&self.topic, tag)
+        let tag = Box::new(Tag { reports: self.channel.clone(), index });
+        let mut record = BaseRecord::<str, [u8], Box<Tag>>::with_opaque_to(&self.by.address.topic, tag)
             .partition(self.partition)
             .payload(entry)
             .headers(headers);
         record.key = key;
         loop {
-            match self.producer.send(record) {
+            match self.by.producer.send(record) {
                 Ok(()) => return Ok(()),
                 Err((KafkaError::MessageProduction(RDKafkaErrorCode::QueueFull), back)) => {
                     record = back;
@@ -105,10 +135,5 @@ impl Sender {
                 return delivered?.ok_or_else(|| "it was reported without an offset".into());
             }
         }
-    }
-
-    /// What still waits never leaves.
-    pub(super) fn give_up(&self) {
-        self.producer.purge(PurgeConfig::default().queue().inflight());
     }
 }

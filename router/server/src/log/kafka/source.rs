@@ -8,15 +8,19 @@ use crate::log::{KafkaAddress, LogError, LogId, checkpoint};
 use atp_core::record::{Entry, Genesis, Record};
 use bytes::Bytes;
 use prost::Message as _;
+use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-/// One partition of a topic. Clones share what was learned of where positions stand.
+/// One partition of a topic. Clones, and the other shards of the same log, share what was learned of where positions stand, and
+/// the clients.
 #[derive(Clone)]
 pub struct KafkaSource {
     address: Arc<KafkaAddress>,
     shard: u32,
     marks: Arc<Mutex<Marks>>,
+    /// By shard.
+    all_marks: Arc<Mutex<BTreeMap<u32, Arc<Mutex<Marks>>>>>,
     pool: Pool,
     /// Nothing is read from this offset on; `None`: the end at the time of reading.
     end: Option<u64>,
@@ -32,7 +36,33 @@ impl KafkaSource {
     /// The partition of a shard. Connects when it is read.
     #[must_use]
     pub fn new(address: KafkaAddress, shard: u32) -> Self {
-        Self { address: Arc::new(address), shard, marks: Arc::default(), pool: Pool::default(), end: None }
+        let (address, marks) = (Arc::new(address), Arc::<Mutex<Marks>>::default());
+        let all_marks = Arc::new(Mutex::new(BTreeMap::from([(shard, marks.clone())])));
+        Self { address, shard, marks, all_marks, pool: Pool::default(), end: None }
+    }
+
+    /// The partition of another shard of the same log.
+    #[must_use]
+    pub fn shard(&self, shard: u32) -> Self {
+        let mut all = self.all_marks.lock().unwrap_or_else(PoisonError::into_inner);
+        let marks = all.entry(shard).or_default().clone();
+        Self { shard, marks, end: None, ..self.clone() }
+    }
+
+    /// Which shard this is.
+    #[must_use]
+    pub const fn number(&self) -> u32 {
+        self.shard
+    }
+
+    /// How many shards the log has: its Genesis says so.
+    ///
+    /// # Errors
+    /// The brokers can't be reached, or this isn't the beginning of a log.
+    pub fn shards(&self) -> Result<u32, LogError> {
+        let first = self.shard(0);
+        let mut messages = first.messages()?;
+        Ok(first.stands(&mut messages)?.shards)
     }
 
     /// Where the log is.
@@ -65,6 +95,11 @@ impl KafkaSource {
         Ok(high)
     }
 
+    /// True: nothing was ever written to it.
+    pub(super) fn is_empty(&self) -> Result<bool, LogError> {
+        Ok(self.ends(&*self.messages()?)? == 0)
+    }
+
     /// The message at offset 0; `None`: there is no message.
     pub(super) fn genesis(&self, messages: &mut Messages) -> Result<Option<Genesis>, LogError> {
         let end = self.ends(messages)?;
@@ -84,14 +119,18 @@ impl KafkaSource {
         }
     }
 
+    /// The Genesis of a log that must be there.
+    pub(super) fn stands(&self, messages: &mut Messages) -> Result<Genesis, LogError> {
+        self.genesis(messages)?.ok_or_else(|| self.address.refused("it is empty: no log is in it"))
+    }
+
     /// The entries `from..=upto`, or to the end of the log. With `upto` it is an error if the log ends before.
     ///
     /// # Errors
     /// The brokers can't be reached, or this isn't the beginning of a log.
     pub fn entries(&self, from: u64, upto: Option<u64>) -> Result<KafkaEntries, LogError> {
         let mut messages = self.messages()?;
-        let genesis =
-            self.genesis(&mut messages)?.ok_or_else(|| self.address.refused("it is empty: no log is in it"))?;
+        let genesis = self.stands(&mut messages)?;
         let log_id = LogId::try_from(&genesis.log_id[..]).expect("compared with an id just now");
         let end = self.ends(&messages)?;
         let end = self.end.map_or(end, |bound| bound.min(end));
@@ -102,7 +141,8 @@ impl KafkaSource {
         messages.seek(walk.next(), end)?;
         let marks = self.marks.clone();
         let done = upto.is_some_and(|upto| upto < from.max(1));
-        Ok(KafkaEntries { address: self.address.clone(), messages, walk, marks, from, upto, void: 0, done })
+        let (address, shard) = (self.address.clone(), self.shard);
+        Ok(KafkaEntries { address, shard, messages, walk, marks, from, upto, void: 0, done })
     }
 
     /// The first piece of the newest whole checkpoint that is known here.
@@ -145,6 +185,7 @@ impl KafkaSource {
 /// Entries with their positions, in order. An error is the last item.
 pub struct KafkaEntries {
     address: Arc<KafkaAddress>,
+    shard: u32,
     messages: Pooled,
     walk: Walk,
     marks: Arc<Mutex<Marks>>,
@@ -169,7 +210,7 @@ impl KafkaEntries {
                 }
             }
         }
-        self.upto.map_or(Ok(None), |position| Err(LogError::Missing { position }))
+        self.upto.map_or(Ok(None), |position| Err(LogError::Missing { shard: self.shard, position }))
     }
 }
 

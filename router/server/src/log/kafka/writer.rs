@@ -1,14 +1,15 @@
-//! The owner's thread: hands a batch to the brokers, follows its reports by the owner's rule, says what is durable, and looks
-//! for a successor when it has nothing to do. Any doubt ends the ownership.
+//! The thread of a shard's owner: hands a batch to the brokers, follows its reports by the owner's rule, says what is durable,
+//! and looks for a successor when it has nothing to do. Any doubt ends the ownership of this shard, and of no other.
 
-use super::client::{Message, Pooled};
+use super::Shared;
+use super::client::Message;
 use super::header::{Header, Parsed};
-use super::memory::{Memory, Reached};
+use super::memory::Reached;
 use super::owning::{Next, Owner, StepDown};
 use super::reading::Mark;
 use super::sender::Sender;
 use super::source::KafkaSource;
-use crate::log::queue::{Entry, Queue, Wake};
+use crate::log::queue::{Queue, Waiting, Wake};
 use crate::log::status::Status;
 use crate::log::{LogError, LogId, checkpoint};
 use atp_core::record;
@@ -28,12 +29,9 @@ pub(super) struct Writer {
     pub(super) status: watch::Sender<Status>,
     pub(super) sender: Sender,
     pub(super) owner: Owner,
-    /// For offsets of others.
-    pub(super) messages: Pooled,
     pub(super) source: KafkaSource,
-    pub(super) memory: Memory,
+    pub(super) shared: Arc<Shared>,
     pub(super) reached: Reached,
-    pub(super) saved: Instant,
     pub(super) log_id: LogId,
     pub(super) shard: u32,
     /// Offset of the own Epoch, and its position.
@@ -51,7 +49,7 @@ impl Writer {
     /// Until the log is closed or fails.
     pub(super) fn run(mut self) {
         if let Err(error) = self.work() {
-            self.sender.give_up();
+            // What is still under way ends up behind the next owner's Epoch, or was never told to be durable.
             let error = Arc::new(error);
             self.queue.stop(&error);
             self.status.send_modify(|status| status.failed = Some(error));
@@ -60,19 +58,17 @@ impl Writer {
 
     fn work(&mut self) -> Result<(), LogError> {
         self.checkpoint_if_due();
-        let mut batch: Vec<Entry> = Vec::new();
+        let mut batch: Vec<Waiting> = Vec::new();
         loop {
             match self.queue.take(&mut batch, Instant::now() + LOOK) {
                 Wake::Entries => {
                     self.commit(&batch)?;
                     batch.clear();
-                    if self.saved.elapsed() >= LOOK {
-                        self.remember();
-                    }
+                    self.remember(LOOK);
                 }
                 Wake::Idle => self.look()?,
                 Wake::Close => {
-                    self.remember();
+                    self.remember(Duration::ZERO);
                     return Ok(());
                 }
             }
@@ -80,11 +76,11 @@ impl Writer {
     }
 
     /// Hands the batch over and waits for all of its reports.
-    fn commit(&mut self, batch: &[Entry]) -> Result<(), LogError> {
+    fn commit(&mut self, batch: &[Waiting]) -> Result<(), LogError> {
         let (first, first_n) = (self.position() + 1, self.owner.durable() + 1);
         let mut bytes = 0;
-        for (index, (_, entry, is_checkpoint)) in batch.iter().enumerate() {
-            let header = self.owner.send(*is_checkpoint);
+        for (index, Waiting { entry, checkpoint, .. }) in batch.iter().enumerate() {
+            let header = self.owner.send(*checkpoint);
             let key = key(entry);
             let sent = self.sender.send(index, &header, key.as_deref(), entry);
             sent.map_err(|why| LogError::Unknown { position: first + index as u64, why })?;
@@ -100,8 +96,7 @@ impl Writer {
                 let offset = delivered.map_err(|why| LogError::Unknown { position, why })?;
                 let before = self.mark();
                 self.follow(|owner| owner.reported(first_n + index as u64, offset))?;
-                let (_, entry, is_checkpoint) = &batch[index];
-                self.durable(before, entry, *is_checkpoint);
+                self.durable(before, &batch[index].entry, batch[index].checkpoint);
                 done += 1;
             }
             let position = self.position();
@@ -137,9 +132,10 @@ impl Writer {
     fn follow(&mut self, begin: impl FnOnce(&mut Owner) -> Result<Next, StepDown>) -> Result<(), LogError> {
         let begun = begin(&mut self.owner).map_err(|why| self.step_down(&why, None))?;
         let Next::Read { from, to } = begun else { return Ok(()) };
-        self.messages.seek(from, to)?;
+        let mut messages = self.source.messages()?;
+        messages.seek(from, to)?;
         loop {
-            let Some(message) = self.messages.next()? else {
+            let Some(message) = messages.next()? else {
                 return Err(self.step_down(&StepDown::Missing { offset: to - 1 }, None));
             };
             let next = self.owner.read(message.offset, &message.header);
@@ -164,7 +160,7 @@ impl Writer {
 
     /// Nothing is in flight: is there a successor, is the log still whole?
     fn look(&mut self) -> Result<(), LogError> {
-        let end = match self.messages.ends(LOOK_PATIENCE) {
+        let end = match self.sender.ends(LOOK_PATIENCE) {
             Ok((0, end)) => end,
             Ok((low, _)) => {
                 let what = format!("it begins at offset {low} now: acknowledged records were deleted");
@@ -183,9 +179,7 @@ impl Writer {
             return Err(self.source.address().refused(what));
         }
         self.follow(|owner| Ok(owner.looked(end)))?;
-        if self.reached.end <= self.owner.last() {
-            self.remember();
-        }
+        self.remember(LOOK);
         Ok(())
     }
 
@@ -208,10 +202,11 @@ impl Writer {
     }
 
     /// The ledger doesn't rest on this: a disk that takes no more of it weakens the next start's checks and stops nothing.
-    fn remember(&mut self) {
-        self.saved = Instant::now();
+    fn remember(&mut self, pause: Duration) {
         self.reached.end = self.owner.last() + 1;
-        if let Err(error) = self.memory.save(&self.log_id, &self.source.address().topic, self.shard, self.reached) {
+        let mut memory = self.shared.memory();
+        memory.set_reached(self.shard, self.reached);
+        if let Err(error) = memory.save_every(pause) {
             tracing::warn!("how far the log reached is not remembered here: {error}");
         }
     }

@@ -1,0 +1,133 @@
+//! What shards say to each other about an account's money: the home lends shares, holders wish for them and give them back.
+//! Each message may be lost, repeated or late; what counts is in the logs of both. The shell only carries it.
+
+use crate::record::{AmountPb, Late, LimitPb, Shared};
+use prost::Message;
+
+/// One message between an account's home shard and a shard that spends for it.
+#[derive(Clone, PartialEq, Message)]
+pub struct Escrow {
+    #[prost(oneof = "Say", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9")]
+    pub say: Option<Say>,
+}
+
+#[derive(Clone, PartialEq, prost::Oneof)]
+pub enum Say {
+    /// Holder: more money is needed. The newest of an account counts.
+    #[prost(message, tag = "1")]
+    Wish(Wish),
+    /// Home: a share; repeated until `Taken` or `Back`.
+    #[prost(message, tag = "2")]
+    Share(Numbered),
+    /// Holder: that number is in its log.
+    #[prost(message, tag = "3")]
+    Taken(Number),
+    /// Holder: a share comes back; repeated until `BackTaken`.
+    #[prost(message, tag = "4")]
+    Back(Back),
+    /// Home: that number is back, in its log.
+    #[prost(message, tag = "5")]
+    BackTaken(Number),
+    /// Home: how the account stands; the answer to a wish, behind the shares that it brought.
+    #[prost(message, tag = "6")]
+    Stands(Stands),
+    /// Home: what is idle is wanted back. Answered by `Back`s, then `Recalled`.
+    #[prost(message, tag = "7")]
+    Recall(OfAccount),
+    /// Holder: nothing more is idle.
+    #[prost(message, tag = "8")]
+    Recalled(OfAccount),
+    /// Holder: an Adjust of a call whose share is gone; repeated until it comes back as it is.
+    #[prost(message, tag = "9")]
+    Late(LateSaid),
+}
+
+impl From<Say> for Escrow {
+    fn from(say: Say) -> Self {
+        Self { say: Some(say) }
+    }
+}
+
+#[derive(Clone, PartialEq, Message)]
+pub struct Wish {
+    #[prost(string, tag = "1")]
+    pub account: String,
+    /// The window of running calls that need more; empty: new calls, whatever window is current.
+    #[prost(string, tag = "2")]
+    pub window: String,
+    /// What all who wait here need.
+    #[prost(message, required, tag = "3")]
+    pub need: AmountPb,
+    /// What the first of them needs: less helps nobody.
+    #[prost(message, required, tag = "4")]
+    pub least: AmountPb,
+    /// Of the first: 1 gold, 2 silver, 3 bronze.
+    #[prost(uint32, tag = "5")]
+    pub qos: u32,
+    /// Calls that wait.
+    #[prost(uint32, tag = "6")]
+    pub calls: u32,
+}
+
+#[derive(Clone, PartialEq, Message)]
+pub struct Numbered {
+    #[prost(uint64, tag = "1")]
+    pub no: u64,
+    #[prost(message, required, tag = "2")]
+    pub of: Shared,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Message)]
+pub struct Number {
+    #[prost(uint64, tag = "1")]
+    pub no: u64,
+}
+
+#[derive(Clone, Copy, PartialEq, Message)]
+pub struct Back {
+    #[prost(uint64, tag = "1")]
+    pub no: u64,
+    #[prost(message, required, tag = "2")]
+    pub settled: AmountPb,
+    #[prost(message, required, tag = "3")]
+    pub unused: AmountPb,
+}
+
+/// The account's current window as its home sees it. What is lent is neither settled nor held in it.
+#[derive(Clone, PartialEq, Message)]
+pub struct Stands {
+    #[prost(string, tag = "1")]
+    pub account: String,
+    #[prost(message, required, tag = "2")]
+    pub limit: LimitPb,
+    #[prost(message, required, tag = "3")]
+    pub settled: AmountPb,
+    #[prost(message, required, tag = "4")]
+    pub held: AmountPb,
+    #[prost(message, required, tag = "5")]
+    pub lent: AmountPb,
+    /// Unix ms; absent: never.
+    #[prost(uint64, optional, tag = "6")]
+    pub ends_ms: Option<u64>,
+    /// Unix ms from which on an enforced pace lets new calls begin; 0: it does now.
+    #[prost(uint64, tag = "7")]
+    pub resumes_ms: u64,
+    /// True: the wish was granted.
+    #[prost(bool, tag = "8")]
+    pub given: bool,
+}
+
+#[derive(Clone, PartialEq, Eq, Message)]
+pub struct OfAccount {
+    #[prost(string, tag = "1")]
+    pub account: String,
+}
+
+#[derive(Clone, PartialEq, Message)]
+pub struct LateSaid {
+    #[prost(message, required, tag = "1")]
+    pub late: Late,
+    /// True: home has it.
+    #[prost(bool, tag = "2")]
+    pub taken: bool,
+}

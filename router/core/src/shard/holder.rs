@@ -1,0 +1,244 @@
+//! A shard that spends for an account whose home is elsewhere: it wishes for shares, spends only what it holds, and gives back what
+//! is idle. Shares of one window are one purse.
+
+use super::{Shard, Timer};
+use crate::account::AccountWindow;
+use crate::escrow::{Back, LateSaid, Number, OfAccount, Say, Stands, Wish};
+use crate::message::LogRoom;
+use crate::record::{AmountPb, Late, LimitPb, Record, ShareBack, ShareIn, ShareLate, ShareOut, Shared, WindowRef};
+use atp_proto::{Amount, Tokens, UsdMicros};
+
+/// Shares that nobody uses for so long go back, in milliseconds.
+const IDLE_MS: u64 = 10_000;
+/// Who asked for a share has so long to use it.
+const KEPT_MS: u64 = 250;
+/// A recall holds for this long: what falls idle meanwhile goes back too.
+const RECALL_MS: u64 = 2_000;
+/// Waiting tasks that a wish speaks for.
+const WAITING_MAX: usize = 256;
+
+/// What the home last said of an account.
+pub(super) struct Told {
+    stands: Stands,
+}
+
+impl Shard {
+    /// The purse of an account for new calls: its shares of the newest window, while that lasts.
+    pub(super) fn purse_now(&self, account: &str) -> (AccountWindow, WindowRef) {
+        let current = self.state.accounts.get(account).map_or("", |a| a.current.as_str());
+        let purse = self.purse(account).map(|w| (w.limit, w.ends_ms, w.settled, w.held));
+        let none = LimitPb { tokens: Some(0), usd_micros: Some(0) };
+        let (limit, ends_ms, settled, held) = purse.unwrap_or((none, None, AmountPb::default(), AmountPb::default()));
+        let at = WindowRef { account: account.into(), window: current.into(), shared: true };
+        (AccountWindow { limit, ends_ms, settled, held, ..AccountWindow::default() }, at)
+    }
+
+    fn purse(&self, account: &str) -> Option<&AccountWindow> {
+        let known = self.state.accounts.get(account)?;
+        let now = self.clock.logged_ms();
+        known.windows.get(&known.current).filter(|w| w.ends_ms.is_none_or(|ends| now < ends))
+    }
+
+    /// Calls of an account that may run at once here; `None`: no limit.
+    pub(super) fn calls_max(&self, account: &str) -> Option<u32> {
+        let most = self.account_settings(account).max_parallel;
+        match self.is_home(account) {
+            true => most.map(|most| most.saturating_sub(self.calls_lent(account))),
+            false => most.and_then(|_| self.purse(account).map_or(Some(0), AccountWindow::calls)),
+        }
+    }
+
+    /// What the account's limit leaves beside what is settled, as far as it is known here; no end where it isn't.
+    pub(super) fn left_elsewhere(&self, account: &str) -> Amount {
+        if !self.knows(account) {
+            return Amount { tokens: Tokens::MAX, usd_micros: UsdMicros::MAX };
+        }
+        let left = self.shown_window(account).level().left();
+        let own = self.purse(account).map(|w| Amount::from(w.settled)).unwrap_or_default();
+        let less = |left: u64, own: u64| if left == u64::MAX { left } else { left.saturating_sub(own) };
+        Amount::new(less(left.tokens.0, own.tokens.0), less(left.usd_micros.0, own.usd_micros.0))
+    }
+
+    /// The account's window as errors and clients are told of it: the home's word, or what the settings say.
+    pub(super) fn shown_window(&self, account: &str) -> AccountWindow {
+        if self.is_home(account) {
+            return self.window_now(account).0;
+        }
+        let told = self.escrows.told.get(account).map(|told| &told.stands);
+        let limit = told.map_or_else(|| self.account_settings(account).limit.into(), |t| t.limit);
+        let (settled, held, lent) = told.map(|t| (t.settled, t.held, t.lent)).unwrap_or_default();
+        AccountWindow { limit, settled, held, lent, ends_ms: told.and_then(|t| t.ends_ms), ..AccountWindow::default() }
+    }
+
+    /// From when on the account's home lets new calls begin; 0: it does now.
+    pub(super) fn home_resumes_ms(&self, account: &str) -> u64 {
+        self.escrows.told.get(account).map_or(0, |told| told.stands.resumes_ms)
+    }
+
+    /// Tells the home what is needed: for running calls of a window, or for all new ones that wait.
+    pub(super) fn wish(&mut self, account: &str, window: &str, need: Amount) -> bool {
+        let mut wish = Wish {
+            account: account.into(),
+            window: window.into(),
+            need: need.into(),
+            least: need.into(),
+            qos: 1,
+            calls: 1,
+        };
+        if window.is_empty() {
+            let waiting = self.waiting_for_money(account, WAITING_MAX);
+            if let Some((qos, first)) = waiting.first() {
+                let all = waiting.iter().try_fold(need, |sum, (_, need)| sum.add(*need)).unwrap_or(need);
+                (wish.qos, wish.least, wish.need) = (*qos, (*first).into(), all.into());
+                wish.calls = u32::try_from(waiting.len() + 1).unwrap_or(u32::MAX);
+            }
+        } else {
+            // A slice helps, however small.
+            wish.least = Amount::new(need.tokens.0.min(1), need.usd_micros.0.min(1)).into();
+        }
+        let home = self.settings.placement.home_of(account);
+        self.say(home, Say::Wish(wish));
+        true
+    }
+
+    /// A share comes: the next number is taken, a known one is answered by what the log has of it.
+    pub(super) fn share_comes(&mut self, home: u32, no: u64, of: Shared) {
+        let last = self.state.holding().get(&home).map_or(0, |line| line.last);
+        if no <= last {
+            let out = self.state.holding().get(&home).and_then(|line| line.out.get(&no).copied());
+            let say = match out {
+                Some(out) => Say::Back(Back { no, settled: out.settled, unused: out.unused }),
+                None => Say::Taken(Number { no }),
+            };
+            return self.say(home, say);
+        }
+        if no != last + 1 || self.settings.placement.home_of(&of.account) != home || self.room == LogRoom::Last {
+            return;
+        }
+        let account = of.account.clone();
+        self.granted(&account, &of.window);
+        self.record(Record::ShareIn(ShareIn { home, no, of }));
+        self.escrows.came.insert((home, no), self.now_ms);
+        self.say(home, Say::Taken(Number { no }));
+        self.roll_timer(&account);
+        self.idle_later(&account);
+        self.found(&account);
+    }
+
+    /// How the account stands at home: the answer to a wish.
+    pub(super) fn stands_so(&mut self, home: u32, stands: Stands) {
+        let (account, given) = (stands.account.clone(), stands.given);
+        if self.settings.placement.home_of(&account) != home {
+            return;
+        }
+        self.escrows.told.insert(account.clone(), Told { stands });
+        self.answered(&account, given);
+        self.tell_account_window(&account);
+        self.found(&account);
+    }
+
+    // ---- giving back ------------------------------------------------------------------------------------------------
+
+    /// The home wants back what is idle.
+    pub(super) fn recalled(&mut self, home: u32, account: String) {
+        if self.settings.placement.home_of(&account) != home {
+            return;
+        }
+        self.escrows.recalled.insert(account.clone(), self.now_ms + RECALL_MS);
+        self.return_idle(&account, true);
+        self.say(home, Say::Recalled(OfAccount { account }));
+    }
+
+    /// What is idle goes back, if the home wants it or its window is over.
+    pub(super) fn return_wanted(&mut self, account: &str) {
+        if self.is_home(account) {
+            return;
+        }
+        if self.escrows.recalled.get(account).is_some_and(|until| self.now_ms < *until) {
+            return self.return_idle(account, true);
+        }
+        self.return_closed(account);
+    }
+
+    /// Shares of windows in which nothing new begins.
+    pub(super) fn return_closed(&mut self, account: &str) {
+        self.return_idle(account, false);
+    }
+
+    /// Gives back every share that its purse can do without; `all`: also of the window in which new calls begin.
+    fn return_idle(&mut self, account: &str, all: bool) {
+        let home = self.settings.placement.home_of(account);
+        let (now, at) = (self.clock.logged_ms(), self.now_ms);
+        let Some(known) = self.state.accounts.get(account).filter(|a| a.shared) else { return };
+        let bids = self.bids_for(account);
+        let kept = |no: &u64| bids && self.escrows.came.get(&(home, *no)).is_some_and(|came| at < came + KEPT_MS);
+        let over = |id: &str, w: &AccountWindow| id != known.current || w.ends_ms.is_some_and(|ends| now >= ends);
+        let windows = known.windows.iter().filter(|(id, w)| all || (w.open == 0 && over(id, w)));
+        let candidates: Vec<(String, u64)> = windows
+            .flat_map(|(id, w)| w.shares.keys().rev().map(move |no| (id.clone(), *no)))
+            .filter(|(_, no)| !kept(no))
+            .collect();
+        for (window, no) in candidates {
+            let known = self.state.accounts.get(account).and_then(|a| a.windows.get(&window));
+            let Some(out) = known.and_then(|w| w.gives_back(no)) else { continue };
+            let (settled, unused) = (out.settled, out.unused);
+            self.record(Record::ShareOut(ShareOut { home, no, settled, unused }));
+            self.escrows.came.remove(&(home, no));
+            self.say(home, Say::Back(Back { no, settled, unused }));
+            self.say_again_later();
+        }
+    }
+
+    /// True while a task of the account has asked for slots: it may begin at any moment.
+    fn bids_for(&self, account: &str) -> bool {
+        self.bids.values().any(|no| self.state.stream(*no).is_some_and(|s| s.accept.account == account))
+    }
+
+    pub(super) fn idle_later(&mut self, account: &str) {
+        if !self.escrows.idle_at.contains_key(account) {
+            let at = self.now_ms + IDLE_MS;
+            self.escrows.idle_at.insert(account.into(), at);
+            self.timer(at, Timer::Idle(account.into()));
+        }
+    }
+
+    /// Shares that nobody uses go back.
+    pub(super) fn idle_due(&mut self, account: &str) {
+        self.escrows.idle_at.remove(account);
+        let Some(known) = self.state.accounts.get(account).filter(|a| a.shared && !a.windows.is_empty()) else {
+            return;
+        };
+        let busy = known.windows.values().any(|w| w.open > 0) || !self.waiting_for_money(account, 1).is_empty();
+        if !busy && !self.bids_for(account) {
+            self.return_idle(account, true);
+        }
+        if self.state.accounts.get(account).is_some_and(|a| a.shared && !a.windows.is_empty()) {
+            self.idle_later(account);
+        } else {
+            self.escrows.told.remove(account);
+            self.escrows.recalled.remove(account);
+        }
+    }
+
+    /// The home has written a share down as back.
+    pub(super) fn home_knows(&mut self, home: u32, no: u64) {
+        let Some(out) = self.state.holding().get(&home).and_then(|line| line.out.get(&no).copied()) else { return };
+        let (holder, settled, unused) = (self.settings.shard, out.settled, out.unused);
+        self.record(Record::ShareBack(ShareBack { home, holder, no, settled, unused }));
+    }
+
+    /// An Adjust whose share is gone is for the home to count.
+    pub(super) fn tell_late(&mut self, evidence: &str) {
+        let Some(late) = self.state.late().get(evidence).cloned() else { return };
+        let home = self.settings.placement.home_of(&late.account);
+        self.say(home, Say::Late(LateSaid { late, taken: false }));
+        self.say_again_later();
+    }
+
+    pub(super) fn late_is_known(&mut self, home: u32, late: Late) {
+        if self.state.late().get(&late.evidence) == Some(&late) {
+            let holder = self.settings.shard;
+            self.record(Record::ShareLate(ShareLate { home, holder, late }));
+        }
+    }
+}
