@@ -389,16 +389,19 @@ pub(crate) struct Verify {
 
 #[derive(Debug, Args)]
 #[command(
-    after_help = "Examples:\n  atp replay --log local:./atp-data/log --stream k-6f1d2a.1\n  atp replay --log local:./atp-data/log --from 100 --until 200 --json\n  atp replay --log local:./atp-data/log --state\n  atp replay --log local:./atp-data/log --state --until 200   the state as it was then\n  atp replay --log kafka://127.0.0.1:9092/atp.frames --from 100"
+    after_help = "Examples:\n  atp replay --log local:./atp-data/log --stream k-6f1d2a.1\n  atp replay --log local:./atp-data/log --shard 7 --from 100 --until 200 --json\n  atp replay --log local:./atp-data/log --state\n  atp replay --log local:./atp-data/log --shard 7 --state --until 200   the state as it was then\n  atp replay --log kafka://127.0.0.1:9092/atp.frames --from 100"
 )]
 pub(crate) struct Replay {
     /// `local:DIR`, `kafka://HOST:PORT/TOPIC`, or `config:FILE` for the log that a configuration names
     #[arg(long, value_name = "SRC", value_parser = log_source)]
     pub(crate) log: Source,
+    /// Only this shard, from 0 [default: all, one after the other]
+    #[arg(long, value_name = "N")]
+    pub(crate) shard: Option<u32>,
     /// Only records of this stream
     #[arg(long, value_name = "S", value_parser = id)]
     pub(crate) stream: Option<String>,
-    /// First position, from 1
+    /// First position, from 1; with several shards for one of them
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u64).range(1..))]
     pub(crate) from: u64,
     /// Last position; with --state: fold up to here

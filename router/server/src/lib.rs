@@ -29,3 +29,4 @@ mod views;
 pub use config::Config;
 pub use identity::{Anonymous, DEFAULT_TENANT};
 pub use router::{Router, StartError};
+pub use views::accounts_of;

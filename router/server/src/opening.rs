@@ -145,12 +145,7 @@ fn open_kafka(
     clocks: Clocks,
     follower: Option<Follower>,
 ) -> Result<Opened, StartError> {
-    let mut options = config.kafka_options(place);
-    if config.shards.is_none()
-        && let Ok(made_with) = Source::kafka(place.address.clone(), 0).map_err(StartError::Store)?.shards()
-    {
-        options.shards = made_with;
-    }
+    let options = config.kafka_options(place);
     let address = options.address.to_string();
     let failed = |error| match error {
         LogError::Entry { position, what, .. } => StartError::Fold { log: address.clone(), position, what },

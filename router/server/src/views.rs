@@ -21,16 +21,23 @@ pub(crate) fn streams(answers: Answers) -> Vec<StreamView> {
 /// The windows of all accounts, and the sum of the positions that they are true for. An account stands at its home; what
 /// other shards have settled and held is added.
 pub(crate) fn accounts(answers: Answers, placement: &Placement) -> (Position, Vec<AccountView>) {
-    let (mut sum, mut windows) = (0, BTreeMap::<(String, String), Vec<(bool, AccountView)>>::new());
+    let (mut sum, mut rows) = (0, Vec::new());
     for (shard, answer) in answers {
         let Answer::Accounts { position, accounts } = answer else { continue };
         sum += position;
-        for row in accounts {
-            let at_home = placement.home_of(&row.account) == shard;
-            windows.entry((row.account.clone(), row.window_id.clone())).or_default().push((at_home, row));
-        }
+        rows.extend(accounts.into_iter().map(|row| (shard, row)));
     }
-    (sum, windows.into_values().filter_map(account).collect())
+    (sum, accounts_of(rows, placement))
+}
+
+/// The windows of all accounts, a row each, out of the rows that the shards have of them.
+pub fn accounts_of(rows: impl IntoIterator<Item = (u32, AccountView)>, placement: &Placement) -> Vec<AccountView> {
+    let mut windows = BTreeMap::<(String, String), Vec<(bool, AccountView)>>::new();
+    for (shard, row) in rows {
+        let at_home = placement.home_of(&row.account) == shard;
+        windows.entry((row.account.clone(), row.window_id.clone())).or_default().push((at_home, row));
+    }
+    windows.into_values().filter_map(account).collect()
 }
 
 /// One window of an account, of its home (true) and of others.

@@ -134,7 +134,7 @@ fn a_topic_of_somebody_else_is_refused_and_left_alone() {
 fn records_that_were_deleted_are_missed() {
     let (dir, address) = (tempfile::tempdir().unwrap(), address());
     begun(&address, dir.path());
-    delete_records(&address, 2);
+    delete_records(&address, 0, 2);
     let error = refused(&address, dir.path());
     assert!(error.contains("begins at offset 2"), "{error}");
     // Also by a machine that remembers nothing, and by readers.

@@ -201,6 +201,7 @@ impl Config {
             address: place.address.clone(),
             single_broker: place.single_broker,
             shards: self.shards.unwrap_or(SHARDS),
+            exact: self.shards.is_some(),
             data_dir: self.data_dir.clone(),
             checkpoint_every: self.limits.segment_bytes,
         }

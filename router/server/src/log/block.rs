@@ -5,6 +5,7 @@
 //! without entries: so a reader finds where to begin.
 
 use super::LogId;
+use atp_core::placement::SHARDS_MAX;
 use bytes::{BufMut, Bytes};
 
 /// Blocks begin at multiples of this: a page, and the largest sector that disks write as one.
@@ -19,8 +20,8 @@ const MAGIC: [u8; 4] = *b"ATPB";
 const ONE_SHARD: u8 = 1;
 const SHARDS: u8 = 2;
 const RUN: usize = 16;
-const _: () = assert!(BODY_MAX > super::ENTRY_BYTES_MAX + 4 + index_bytes(super::SHARDS_MAX));
-const _: () = assert!(HEADER < PAGE as usize && super::SHARDS_MAX <= u16::MAX as u32);
+const _: () = assert!(BODY_MAX > super::ENTRY_BYTES_MAX + 4 + index_bytes(SHARDS_MAX));
+const _: () = assert!(HEADER < PAGE as usize && SHARDS_MAX <= u16::MAX as u32);
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Header {

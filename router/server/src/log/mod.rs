@@ -40,9 +40,6 @@ use futures_util::future::BoxFuture;
 /// 16 random bytes, drawn when a log is made; each of its blocks carries them.
 pub type LogId = [u8; 16];
 
-/// The most shards that a log can have.
-pub const SHARDS_MAX: u32 = 4096;
-
 /// The largest entry: a message of 16 MiB and what is recorded around it.
 pub const ENTRY_BYTES_MAX: usize = 32 << 20;
 

@@ -45,6 +45,7 @@ pub fn options(address: &KafkaAddress, data_dir: &Path) -> KafkaOptions {
         address: address.clone(),
         single_broker: true,
         shards: 1,
+        exact: true,
         data_dir: data_dir.into(),
         checkpoint_every: 64 << 10,
     }
@@ -142,10 +143,10 @@ pub fn delete_topic(address: &KafkaAddress) {
     until("end of the topic", || leaders(&admin, address).is_empty().then_some(()));
 }
 
-pub fn delete_records(address: &KafkaAddress, before: i64) {
+pub fn delete_records(address: &KafkaAddress, partition: i32, before: i64) {
     let (admin, options) = admin();
     let mut list = TopicPartitionList::new();
-    list.add_partition_offset(&address.topic, 0, Offset::Offset(before)).unwrap();
+    list.add_partition_offset(&address.topic, partition, Offset::Offset(before)).unwrap();
     block_on(admin.delete_records(&list, &options)).unwrap();
 }
 
@@ -167,9 +168,14 @@ pub fn header(kind: u8, epoch: u64, n: u64, log_id: &[u8]) -> Vec<u8> {
 
 /// A message by somebody else than the log's owner.
 pub fn stranger(address: &KafkaAddress, header: Option<&[u8]>, entry: &[u8]) {
+    stranger_at(address, 0, header, entry);
+}
+
+/// The same in any partition.
+pub fn stranger_at(address: &KafkaAddress, partition: i32, header: Option<&[u8]>, entry: &[u8]) {
     let producer: BaseProducer =
         ClientConfig::new().set("bootstrap.servers", brokers()).set("message.max.bytes", "40000000").create().unwrap();
-    let mut record = BaseRecord::<[u8], [u8]>::to(&address.topic).partition(0).payload(entry);
+    let mut record = BaseRecord::<[u8], [u8]>::to(&address.topic).partition(partition).payload(entry);
     if let Some(header) = header {
         record = record.headers(OwnedHeaders::new().insert(Header { key: "atp", value: Some(header) }));
     }

@@ -60,8 +60,10 @@ pub struct KafkaOptions {
     pub address: KafkaAddress,
     /// One broker, or one in-sync replica, is enough.
     pub single_broker: bool,
-    /// The number of partitions; of a log that is there it must be the same.
+    /// Of a log that is made: its number of partitions.
     pub shards: u32,
+    /// One that is there must have that number.
+    pub exact: bool,
     /// Where this machine remembers its log.
     pub data_dir: PathBuf,
     /// A checkpoint of a shard is due after so many bytes of its entries, or four times the last one.

@@ -69,7 +69,7 @@ pub(super) fn prepare(
         return Err(address.refused(what));
     }
     check(address, &topic, genesis.shards, options.single_broker)?;
-    if genesis.shards != options.shards {
+    if options.exact && genesis.shards != options.shards {
         let (has, wants) = (genesis.shards, options.shards);
         return Err(address.refused(format!("the log has {has} shards, shards.count is {wants}; set it to {has}")));
     }
