@@ -211,7 +211,7 @@ impl Router {
                 tools::run(s, self.owner, call, attempt, request);
             }
             // One shard has nobody to say it to.
-            Effect::ToShard { .. } | Effect::Metric(_) => {}
+            Effect::ToShard { .. } | Effect::Learned(_) | Effect::Metric(_) => {}
         }
     }
 

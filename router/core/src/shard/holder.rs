@@ -123,6 +123,7 @@ impl Shard {
         self.roll_timer(&account);
         self.idle_later(&account);
         self.found(&account);
+        self.account_metric(&account);
     }
 
     /// How the account stands at home: the answer to a wish.
@@ -178,6 +179,7 @@ impl Shard {
             .flat_map(|(id, w)| w.shares.keys().rev().map(move |no| (id.clone(), *no)))
             .filter(|(_, no)| !kept(no))
             .collect();
+        let before = self.state.holding().get(&home).map_or(0, |line| line.open.len());
         for (window, no) in candidates {
             let known = self.state.accounts.get(account).and_then(|a| a.windows.get(&window));
             let Some(out) = known.and_then(|w| w.gives_back(no)) else { continue };
@@ -186,6 +188,9 @@ impl Shard {
             self.escrows.came.remove(&(home, no));
             self.say(home, Say::Back(Back { no, settled, unused }));
             self.say_again_later();
+        }
+        if self.state.holding().get(&home).map_or(0, |line| line.open.len()) < before {
+            self.account_metric(account);
         }
     }
 
