@@ -11,8 +11,9 @@ use crate::stream::Stream;
 use atp_proto::Amount;
 use std::collections::{BTreeMap, BTreeSet};
 
-/// Waiting tasks that are woken when money comes back.
+/// Waiting tasks that are woken when money comes back; when a share comes, which is for many.
 const WOKEN_MAX: usize = 16;
+const WOKEN_BY_SHARE_MAX: usize = 256;
 
 /// Who waits for an account's money.
 #[derive(Default)]
@@ -155,7 +156,8 @@ impl Shard {
             self.serve(account);
         }
         if let Some(book) = self.books.get(account).filter(|b| b.starved.is_empty()) {
-            let woken: Vec<u64> = book.waiting.keys().map(|(_, no)| *no).take(WOKEN_MAX).collect();
+            let most = if self.is_home(account) { WOKEN_MAX } else { WOKEN_BY_SHARE_MAX };
+            let woken: Vec<u64> = book.waiting.keys().map(|(_, no)| *no).take(most).collect();
             woken.into_iter().for_each(|no| self.ask(no));
         }
         self.return_wanted(account);

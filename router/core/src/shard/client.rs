@@ -254,13 +254,13 @@ impl Shard {
         let facts = Facts { tenant: tenant.as_str(), qos, meta: frame.meta.as_deref() };
         let (number, rule) = settings.policy.rule(&facts).map_or((0, None), |(n, rule)| (n, Some(rule)));
         let secure = secure.map_err(Refusal::of);
-        if let Err(refusal) = secure.and_then(|()| self.judge(tenant, &submit, &wants, &request, rule)) {
-            if let Some(need) = refusal.short
-                && self.parks(tenant, need)
-            {
-                return self.park(conn, tenant, message);
-            }
-            let error = refusal.error;
+        let refusal = secure.and_then(|()| self.judge(tenant, &submit, &wants, &request, rule)).err();
+        if let Some(need) = refusal.as_ref().and_then(|r| r.short)
+            && self.parks(tenant, need)
+        {
+            return self.park(conn, tenant, message);
+        }
+        if let Some(Refusal { error, .. }) = refusal.filter(|r| !r.waits) {
             self.metric(Metric::Admission { outcome: "denied", code: error.code.as_str() });
             if !self.may_deny(tenant) {
                 let error = WireError::new(Code::Limit, "too many refusals a second; slow down").retry_after_ms(1_000);

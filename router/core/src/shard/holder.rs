@@ -15,7 +15,7 @@ const KEPT_MS: u64 = 250;
 /// A recall holds for this long: what falls idle meanwhile goes back too.
 const RECALL_MS: u64 = 2_000;
 /// Waiting tasks that a wish speaks for.
-const WAITING_MAX: usize = 16;
+const WAITING_MAX: usize = 256;
 
 /// What the home last said of an account.
 pub(super) struct Told {

@@ -32,14 +32,16 @@ pub(super) enum Fit {
 
 /// Why a task isn't accepted.
 pub(super) struct Refusal {
-    pub(super) error: WireError,
+    pub(super) error: Box<WireError>,
     /// So much money isn't free now.
     pub(super) short: Option<Amount>,
+    /// It is no refusal if nothing more is known: the task waits.
+    pub(super) waits: bool,
 }
 
 impl Refusal {
     pub(super) fn of(error: WireError) -> Self {
-        Self { error, short: None }
+        Self { error: Box::new(error), short: None, waits: false }
     }
 }
 
@@ -95,8 +97,9 @@ impl Shard {
         }
         match self.fit(tenant.as_str(), u64::MAX, &stream, 0, &offers[..1]) {
             Fit::Never(error) => Err(Refusal::of(error)),
-            Fit::Wait(need) if !waits => {
-                Err(Refusal { error: self.window_error(tenant.as_str(), need), short: Some(need) })
+            // Whether it can ever be paid is known at the account's home.
+            Fit::Wait(need) if !waits || !self.is_home(tenant.as_str()) => {
+                Err(Refusal { short: Some(need), waits, ..Refusal::of(self.window_error(tenant.as_str(), need)) })
             }
             Fit::Wait(_) | Fit::Lanes(_) => {
                 let busy = |o: &Offer| self.in_flight(&o.agent) >= self.seat_window(&o.agent);

@@ -1,10 +1,11 @@
 //! What the tests of a whole router share: a small configuration, peers written by hand over in-memory connections, HTTP.
 #![allow(dead_code, unreachable_pub, reason = "each test binary uses its own part of it")]
 
+use atp_core::placement::{Placement, SHARDS};
 use atp_proto::codec::{decode, encode};
 use atp_proto::content::*;
 use atp_proto::frame::kind;
-use atp_proto::{AgentName, Amount, Flags, Frame, WireError};
+use atp_proto::{AgentName, Amount, Flags, Frame, StreamId, TenantId, WireError};
 use atp_router::{Config, Router};
 use bytes::BytesMut;
 use std::path::Path;
@@ -84,6 +85,14 @@ impl Peer {
 pub fn submit(stream: &str, agent: &str) -> Frame {
     let content = Submit { task: "Say hello".into(), agents: vec![AgentName::new(agent)], ..Submit::default() };
     Frame::json(stream, 1, Flags::SYN, kind::TASK_SUBMIT, &content)
+}
+
+/// The first `n` stream ids of the shard that `home` picks, in a log with the usual number of shards.
+pub fn ids_at(n: usize, home: impl Fn(&Placement) -> u32) -> Vec<String> {
+    let placement = Placement::new(SHARDS, 0);
+    let ids = (1..).map(|n| format!("s{n}"));
+    let here = |id: &String| placement.shard_of(&TenantId::new("default"), &StreamId::new(id)) == home(&placement);
+    ids.filter(here).take(n).collect()
 }
 
 pub async fn agent(router: &Router, name: &str) -> Peer {
