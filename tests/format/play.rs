@@ -24,7 +24,7 @@ pub(crate) const PLAYS: [(&str, Play); 8] = [
     ("checkpoint", checkpoint),
 ];
 
-const CONFIG: &str = "accounts: {default: {usd: 100, per: total}}\n";
+const CONFIG: &str = "accounts: {default: {usd: 100, per: total}}\nshards: {count: 4}\n";
 
 /// Two chunks and a final: 100 tokens in, 25 out.
 const WRITER: &str = "models: [{id: m1, in_usd_per_mtok: 1.00, out_usd_per_mtok: 4.00}]
@@ -112,7 +112,7 @@ calls:
 
 /// More than the account has; no agent and no patience; a deadline in vain; the same key with another task.
 fn refusals() -> Router {
-    let mut router = Router::start("accounts: {default: {usd: 0.002, per: total}}\n");
+    let mut router = Router::start("accounts: {default: {usd: 0.002, per: total}}\nshards: {count: 4}\n");
     let _agent = agent(&router, "writer", WRITER);
     let _dear = agent(&router, "dear", &WRITER.replace("out_tokens: 30", "out_tokens: 3000"));
     follow(router.atp(), "first", &by(&["writer"])).bill();
@@ -121,11 +121,13 @@ fn refusals() -> Router {
         ("tiny", Submit { budget, ..by(&["writer"]) }),
         ("nobody", Submit { wait: false, ..by(&["stranger"]) }),
         ("first", by(&["stranger"])),
-        ("dear", by(&["dear"])),
     ];
     for (key, task) in refused {
         assert!(follow(router.atp(), key, &task).refused.is_some(), "{key}");
     }
+    // Elsewhere than at the account's home that is known only after it was accepted.
+    let dear = follow(router.atp(), "dear", &by(&["dear"]));
+    assert!(dear.refused.is_some() || dear.answer().error.is_some());
     let late = Submit { deadline_ms: Some(300), ..by(&["stranger"]) };
     let _ = follow(router.atp(), "in-vain", &late);
     router.settled();
@@ -137,7 +139,9 @@ fn refusals() -> Router {
 /// falls, one that says PAUSE, one that is drained.
 fn windows() -> Router {
     let config = |usd: &str| {
-        format!("accounts: {{default: {{usd: {usd}, per: minute, pacing: {{mode: observe}}, max_parallel: 4}}}}\n")
+        format!(
+            "accounts: {{default: {{usd: {usd}, per: minute, pacing: {{mode: observe}}, max_parallel: 4}}}}\nshards: {{count: 4}}\n"
+        )
     };
     let mut router = Router::start(&config("1"));
     // Each answer costs far more than those before it.

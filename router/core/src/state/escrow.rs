@@ -37,8 +37,10 @@ pub struct Holding {
 /// What a share gives back.
 #[derive(Clone, Copy, PartialEq, Message)]
 pub struct Out {
+    /// What was spent.
     #[prost(message, required, tag = "1")]
     pub settled: AmountPb,
+    /// What wasn't.
     #[prost(message, required, tag = "2")]
     pub unused: AmountPb,
 }
@@ -46,6 +48,7 @@ pub struct Out {
 /// Of one account, what one other shard has.
 #[derive(Clone, Copy, PartialEq, Eq, Message)]
 pub struct LentTo {
+    /// How many it has.
     #[prost(uint32, tag = "1")]
     pub shares: u32,
     /// Calls at once, where the shares say how many.
@@ -56,8 +59,10 @@ pub struct LentTo {
 /// One share in a purse.
 #[derive(Clone, Copy, PartialEq, Message)]
 pub struct Piece {
+    /// Of money.
     #[prost(message, required, tag = "1")]
     pub amount: AmountPb,
+    /// Calls at once; absent: without a limit.
     #[prost(uint32, optional, tag = "2")]
     pub calls: Option<u32>,
 }
