@@ -404,7 +404,8 @@ async fn verify_now(State(site): State<Site>) -> Result<Json<verify::Report>, Pr
 async fn metrics(State(site): State<Site>) -> impl IntoResponse {
     let all = site.healths();
     let room = all.iter().map(|h| h.room).max().unwrap_or_default();
-    metric::health(all.iter().filter(|h| h.serving && h.failed.is_none()).count(), room);
+    let serving = all.iter().filter(|h| h.serving && h.failed.is_none()).count();
+    metric::health(serving, site.0.shards.placement().shards(), room);
     page(&site.0.prometheus)
 }
 

@@ -299,7 +299,7 @@ async fn readyz(State(owner): State<watch::Receiver<Owner>>) -> Response {
 
 /// Its own: those of the owner stand at the owner.
 async fn metrics() -> impl IntoResponse {
-    metric::health(0, LogRoom::Enough);
+    metric::health(0, 0, LogRoom::Enough);
     http::page(&metric::install())
 }
 
