@@ -117,6 +117,9 @@ impl Shard {
         }
         let account = of.account.clone();
         self.granted(&account, &of.window);
+        if of.current {
+            self.granted(&account, "");
+        }
         self.record(Record::ShareIn(ShareIn { home, no, of }));
         self.escrows.came.insert((home, no), self.now_ms);
         self.say(home, Say::Taken(Number { no }));
@@ -133,7 +136,10 @@ impl Shard {
             return;
         }
         self.escrows.told.insert(account.clone(), Told { stands });
-        self.answered(&account, given);
+        // What was given is known when it is here.
+        if !given {
+            self.answered(&account);
+        }
         self.tell_account_window(&account);
         self.found(&account);
     }
