@@ -13,13 +13,14 @@ use std::io::Write;
 /// Ends with a router that is down; what it left is the log.
 pub(crate) type Play = fn() -> Router;
 
-pub(crate) const PLAYS: [(&str, Play); 8] = [
+pub(crate) const PLAYS: [(&str, Play); 9] = [
     ("plain", plain),
     ("fan-out", fan_out),
     ("tools", tools),
     ("refusals", refusals),
     ("windows", windows),
     ("late", late),
+    ("later", later),
     ("crash", crash),
     ("checkpoint", checkpoint),
 ];
@@ -191,6 +192,16 @@ calls:
 
 /// An agent that ends a call long after the router gave it up: expired, then adjusted.
 fn late() -> Router {
+    ends_behind("settle", "adjust")
+}
+
+/// The same when the money that was lent for it has gone back: the account's home counts the difference.
+fn later() -> Router {
+    ends_behind("share_back", "share_late")
+}
+
+/// The agent ends its call when the log has the one kind of record, which must lead to the other.
+fn ends_behind(cause: &str, effect: &str) -> Router {
     let mut router = Router::start(&format!("{CONFIG}tasks: {{agent_timeout: 500ms, retries: 0}}\n"));
     let figures = EstimateFigures { in_tokens: Tokens(100), out_tokens: Tokens(100), ..EstimateFigures::default() };
     let model = ModelInfo {
@@ -216,11 +227,11 @@ fn late() -> Router {
     let call = agent.dispatched().call_id;
     client.to_the_bill("late");
     let kinds = |kind: &str| records(&router.log()).iter().any(|r| r["kind"] == kind);
-    wait_for("the call to expire", || kinds("settle").then_some(()));
+    wait_for(cause, || kinds(cause).then_some(()));
     let cost = Cost { in_tokens: Tokens(10), out_tokens: Tokens(15), usd_micros: UsdMicros(70) };
     let end = AgentFinal { text: Some("at last".into()), cost, ..AgentFinal::default() };
     agent.send(&Frame::json(call.to_string(), 1, Flags::FIN, kind::RESULT_FINAL, &end));
-    wait_for("the bill to be adjusted", || kinds("adjust").then_some(()));
+    wait_for(effect, || kinds(effect).then_some(()));
     router.settled();
     router.stop();
     router
