@@ -7,7 +7,7 @@
 use crate::estimate::guard;
 use crate::tier::Standing;
 use crate::view::StatisticsView;
-use atp_proto::{Amount, Cost};
+use atp_proto::{Amount, Cost, Qos};
 use prost::Message;
 use std::collections::{BTreeMap, VecDeque};
 
@@ -172,6 +172,17 @@ pub(crate) fn add_to_day(days: &mut Vec<Day>, today: u64, what: &Day) {
     }
 }
 
+/// Adds the sums of other days.
+pub(crate) fn merge_days(days: &mut Vec<Day>, others: &[Day]) {
+    for other in others {
+        match days.iter_mut().find(|d| d.day == other.day) {
+            Some(day) => day.add(other),
+            None => days.push(*other),
+        }
+    }
+    days.sort_unstable_by_key(|d| d.day);
+}
+
 /// The sums of the last `window` days up to `today`.
 pub(crate) fn sum_of_days(days: &[Day], today: u64, window: u64) -> Day {
     let mut sum = Day::default();
@@ -328,6 +339,19 @@ impl Row {
         (sum.accepted, sum.decided)
     }
 
+    /// Adds the runs of the same row of another shard: of both the newest are kept, by day.
+    fn merge(&mut self, other: &Self) {
+        let mut runs: Vec<Run> = self.runs.iter().chain(&other.runs).copied().collect();
+        runs.sort_by_key(|run| run.day);
+        let skipped = runs.len().saturating_sub(RUNS_KEPT);
+        let count = self.count.saturating_add(other.count);
+        (self.runs, self.sums) = (VecDeque::new(), Sums::default());
+        runs.into_iter().skip(skipped).for_each(|run| self.run(run));
+        self.count = count;
+        self.last_ms = self.last_ms.max(other.last_ms);
+        merge_days(&mut self.days, &other.days);
+    }
+
     fn run(&mut self, run: Run) {
         self.count = self.count.saturating_add(1);
         if self.runs.len() == RUNS_KEPT
@@ -362,6 +386,8 @@ impl Errors {
 pub struct Learned {
     rows: Vec<Row>,
     pub(crate) standing: Standing,
+    /// By lessons only: the largest one.
+    overshoot: Amount,
 }
 
 impl Learned {
@@ -373,6 +399,12 @@ impl Learned {
     #[must_use]
     pub fn row(&self, model: &str, task_type: &str) -> Option<&Row> {
         self.rows.iter().find(|r| r.model == model && r.task_type == task_type)
+    }
+
+    /// The largest overshoot that lessons told of.
+    #[must_use]
+    pub fn overshoot(&self) -> Amount {
+        self.overshoot
     }
 
     pub fn rows(&self) -> impl Iterator<Item = &Row> {
@@ -411,7 +443,25 @@ impl Learned {
     }
 }
 
-/// The statistics of a shard.
+/// What one record taught a shard, for those that didn't see it.
+#[derive(Clone, PartialEq, Debug, Default)]
+pub struct Lesson {
+    pub agent: String,
+    pub model: String,
+    pub task_type: String,
+    /// Logged time.
+    pub at_ms: u64,
+    /// Whether the call had a result; `None`: that was decided before.
+    pub accepted: Option<bool>,
+    /// What was measured.
+    pub run: Option<Run>,
+    /// How far the call went over its hold.
+    pub overshoot: Amount,
+    /// The agent's new tier.
+    pub tier: Option<Qos>,
+}
+
+/// The statistics of a shard, or of all that a router knows of.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub struct Statistics {
     agents: BTreeMap<String, Learned>,
@@ -498,9 +548,39 @@ impl Statistics {
         };
         let agents = image.into_iter().map(|l| {
             let rows = l.rows.into_iter().map(row).collect();
-            (l.agent, Learned { rows, standing: l.standing })
+            (l.agent, Learned { rows, standing: l.standing, overshoot: Amount::ZERO })
         });
         Self { agents: agents.collect() }
+    }
+
+    /// Takes what another shard has learned just now.
+    pub fn learn(&mut self, lesson: &Lesson) {
+        let row = (lesson.agent.as_str(), lesson.model.as_str(), lesson.task_type.as_str());
+        if lesson.run.is_some() || lesson.accepted.is_some() {
+            self.record(row, lesson.at_ms, lesson.accepted, lesson.run);
+        }
+        let learned = self.agent_mut(&lesson.agent);
+        learned.overshoot = learned.overshoot.max(lesson.overshoot);
+        if let Some(tier) = lesson.tier {
+            learned.standing.set(tier);
+        }
+    }
+
+    /// Takes all that another shard has learned so far; `tiers_of` names the agents whose tier is that shard's to say.
+    pub fn merge(&mut self, other: &Self, tiers_of: impl Fn(&str) -> bool) {
+        for (agent, theirs) in &other.agents {
+            let ours = self.agent_mut(agent);
+            for row in &theirs.rows {
+                ours.row_mut(&row.model, &row.task_type).merge(row);
+            }
+            ours.standing.merge(&theirs.standing, tiers_of(agent));
+            ours.overshoot = ours.overshoot.max(theirs.overshoot);
+        }
+    }
+
+    /// The agents that something is known of.
+    pub fn agents(&self) -> impl Iterator<Item = (&str, &Learned)> {
+        self.agents.iter().map(|(name, learned)| (name.as_str(), learned))
     }
 }
 

@@ -4,6 +4,7 @@ use crate::agent_task::Agents;
 use crate::config::Config;
 use crate::connection::Shared;
 use crate::inbox::inbox;
+use crate::lessons::Lessons;
 use crate::log::Guarantee;
 use crate::opening::OpenedShard;
 use crate::shard_task::{Begin, Health, ShardTask};
@@ -26,6 +27,7 @@ pub(crate) struct Running {
     guarantee: Guarantee,
     inbox_bytes: u32,
     tools: Tools,
+    lessons: Lessons,
     tasks: TaskTracker,
     stop: CancellationToken,
     running: JoinSet<Result<(), String>>,
@@ -44,7 +46,8 @@ impl Running {
         let inbox_bytes = (config.limits.inbox_bytes / shards.placement().shards()).max(INBOX_BYTES_LEAST);
         let tools = Tools::new(config.tools.clone(), tasks.clone());
         let agents = shared.agents.clone();
-        Self { shards, agents, clocks, guarantee, inbox_bytes, tools, tasks, stop, running: JoinSet::new() }
+        let lessons = Lessons::start(shards.clone(), &tasks, stop.clone());
+        Self { shards, agents, clocks, guarantee, inbox_bytes, tools, lessons, tasks, stop, running: JoinSet::new() }
     }
 
     /// Starts one shard, which is found from now on. It ends with its log, or when it is stopped with all others.
@@ -55,6 +58,7 @@ impl Running {
         let health = Health { guarantee: self.guarantee, serving, durable, ..Health::default() };
         let (sender, health) = watch::channel(health);
         self.shards.open(number, Here { inbox: inbox.clone(), source: source.clone(), health });
+        self.lessons.begins(number, shard.state().statistics());
         let task = ShardTask::new(Begin {
             number,
             shard,
@@ -69,6 +73,7 @@ impl Running {
             stop: self.stop.clone(),
             tasks: self.tasks.clone(),
             tools: self.tools.clone(),
+            lessons: self.lessons.clone(),
         });
         let shards = self.shards.clone();
         self.running.spawn(async move {

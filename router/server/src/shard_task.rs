@@ -6,6 +6,7 @@ use crate::catch_up::Replay;
 use crate::clients::Clients;
 use crate::connection::not_here;
 use crate::inbox::{Inbox, Taking, ToShard};
+use crate::lessons::Lessons;
 use crate::log::{Event, Events, Guarantee, Log, LogError, QueuedEntry, Source};
 use crate::metric::{self, Facts, Part};
 use crate::shards::Shards;
@@ -59,6 +60,7 @@ pub(crate) struct Begin {
     pub(crate) stop: CancellationToken,
     pub(crate) tasks: TaskTracker,
     pub(crate) tools: Tools,
+    pub(crate) lessons: Lessons,
 }
 
 pub(crate) struct ShardTask {
@@ -72,6 +74,7 @@ pub(crate) struct ShardTask {
     agents: Agents,
     shards: Shards,
     tools: Tools,
+    lessons: Lessons,
     clocks: Clocks,
     health: watch::Sender<Health>,
     stop: CancellationToken,
@@ -122,6 +125,7 @@ impl ShardTask {
             agents: begin.agents,
             shards: begin.shards,
             tools: begin.tools,
+            lessons: begin.lessons,
             clocks: begin.clocks,
             health: begin.health,
             stop: begin.stop,
@@ -358,6 +362,7 @@ impl ShardTask {
                     self.tools.run(self.inbox.clone(), call, attempt, request, tool, args);
                 }
                 Effect::ToShard { shard, message } => self.to_shard(shard, message),
+                Effect::Learned(lesson) => self.lessons.teach(lesson),
                 Effect::Metric(metric) => self.meters.facts.record(metric),
             }
         }

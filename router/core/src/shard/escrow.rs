@@ -71,9 +71,7 @@ impl Shard {
         match say {
             Say::Wish(wish) => self.wished(from, wish),
             Say::Share(Numbered { no, of }) => self.share_comes(from, no, of),
-            Say::Taken(Number { no }) => {
-                self.escrows.unsaid.remove(&(from, no));
-            }
+            Say::Taken(Number { no }) => self.share_is_taken(from, no),
             Say::Back(back) => self.share_is_back(from, back),
             Say::BackTaken(Number { no }) => self.home_knows(from, no),
             Say::Stands(stands) => self.stands_so(from, stands),
@@ -115,16 +113,12 @@ impl Shard {
         found
     }
 
-    /// An answer is here: what it brought may be asked for again, what it didn't may not for a while.
-    pub(super) fn answered(&mut self, account: &str, given: bool) {
+    /// An answer is here that brought nothing: it holds for a while.
+    pub(super) fn answered(&mut self, account: &str) {
         let now = self.now_ms;
-        self.escrows.asked.retain(|(a, _), asked| {
-            if a == account && asked.answered_at.is_none() {
-                asked.answered_at = Some(now);
-                return !given;
-            }
-            true
-        });
+        for (_, asked) in self.escrows.asked.iter_mut().filter(|((a, _), _)| a == account) {
+            asked.answered_at.get_or_insert(now);
+        }
     }
 
     /// A share of a window is here: its running calls may ask for the next one.

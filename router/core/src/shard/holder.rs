@@ -117,12 +117,16 @@ impl Shard {
         }
         let account = of.account.clone();
         self.granted(&account, &of.window);
+        if of.current {
+            self.granted(&account, "");
+        }
         self.record(Record::ShareIn(ShareIn { home, no, of }));
         self.escrows.came.insert((home, no), self.now_ms);
         self.say(home, Say::Taken(Number { no }));
         self.roll_timer(&account);
         self.idle_later(&account);
         self.found(&account);
+        self.account_metric(&account);
     }
 
     /// How the account stands at home: the answer to a wish.
@@ -132,7 +136,10 @@ impl Shard {
             return;
         }
         self.escrows.told.insert(account.clone(), Told { stands });
-        self.answered(&account, given);
+        // What was given is known when it is here.
+        if !given {
+            self.answered(&account);
+        }
         self.tell_account_window(&account);
         self.found(&account);
     }
@@ -178,6 +185,7 @@ impl Shard {
             .flat_map(|(id, w)| w.shares.keys().rev().map(move |no| (id.clone(), *no)))
             .filter(|(_, no)| !kept(no))
             .collect();
+        let before = self.state.holding().get(&home).map_or(0, |line| line.open.len());
         for (window, no) in candidates {
             let known = self.state.accounts.get(account).and_then(|a| a.windows.get(&window));
             let Some(out) = known.and_then(|w| w.gives_back(no)) else { continue };
@@ -186,6 +194,9 @@ impl Shard {
             self.escrows.came.remove(&(home, no));
             self.say(home, Say::Back(Back { no, settled, unused }));
             self.say_again_later();
+        }
+        if self.state.holding().get(&home).map_or(0, |line| line.open.len()) < before {
+            self.account_metric(account);
         }
     }
 

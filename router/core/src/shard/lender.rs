@@ -64,7 +64,28 @@ impl Shard {
         let wishes = self.escrows.wishes.entry(account.clone()).or_default();
         let since = wishes.get(&(holder, wish.window.clone())).map_or(logged, |w| w.since);
         wishes.insert((holder, wish.window.clone()), Wished { wish, since, at: now, answered: false });
+        for (no, of) in self.unsaid_of(holder, &account) {
+            self.say(holder, Say::Share(Numbered { no, of }));
+        }
         self.serve(&account);
+    }
+
+    /// Shares of an account that a holder hasn't confirmed.
+    fn unsaid_of(&self, holder: u32, account: &str) -> Vec<(u64, Shared)> {
+        let open = self.state.lent().get(&holder).map(|line| &line.open);
+        let unsaid = self.escrows.unsaid.range((holder, 0)..=(holder, u64::MAX));
+        let of = unsaid.filter_map(|(_, no)| Some((*no, open?.get(no)?.clone())));
+        of.filter(|(_, of)| of.account == account).collect()
+    }
+
+    /// A holder has a share in its log: what it wishes for now is more than that.
+    pub(super) fn share_is_taken(&mut self, holder: u32, no: u64) {
+        if self.escrows.unsaid.remove(&(holder, no))
+            && let Some(of) = self.state.lent().get(&holder).and_then(|line| line.open.get(&no))
+        {
+            let account = of.account.clone();
+            self.serve(&account);
+        }
     }
 
     /// Gives holders what they wish for, as far as there is money: running calls first, then by tier and age.
@@ -79,6 +100,10 @@ impl Shard {
         for (_, _, _, at) in order {
             let Some(wished) = self.escrows.wishes.get(account).and_then(|w| w.get(&at)) else { continue };
             let wish = wished.wish.clone();
+            // A share that is on its way may be all that it wishes for; one that got lost mustn't be lent again and again.
+            if !self.unsaid_of(at.0, account).is_empty() {
+                continue;
+            }
             let given = self.room == LogRoom::Enough && self.lend(at.0, &wish, ahead);
             if !given {
                 ahead = ahead.add(wish.least.into()).unwrap_or(ahead);
@@ -134,15 +159,16 @@ impl Shard {
             return false;
         }
         let open = self.books.get(account).map_or(0, |b| b.open.len());
-        let most = self.account_settings(account).max_parallel.filter(|_| fresh);
-        let room = most.map(|most| {
+        let most = self.account_settings(account).max_parallel;
+        let room = most.filter(|_| fresh).map(|most| {
             most.saturating_sub(u32::try_from(open).unwrap_or(u32::MAX)).saturating_sub(self.calls_lent(account))
         });
         if room == Some(0) {
             return false;
         }
         let given = need.min(free).max(least);
-        let calls = room.map(|room| wish.calls.clamp(1, room));
+        // What running calls need lets no other begin.
+        let calls = most.map(|_| room.map_or(0, |room| wish.calls.clamp(1, room)));
         self.lend_share(holder, account, &id, &window, given, calls);
         let part = SPARE_PART * u64::from(self.settings.placement.shards());
         let spare = |given: u64, free: u64| (given.saturating_mul(SPARE_TIMES)).min((free - given) / part);
@@ -248,7 +274,7 @@ impl Shard {
     }
 
     fn recalled_all(&mut self, account: &str) {
-        self.answered(account, false);
+        self.answered(account);
         self.found(account);
     }
 
