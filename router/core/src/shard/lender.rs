@@ -282,7 +282,12 @@ impl Shard {
     pub(super) fn share_is_back(&mut self, holder: u32, back: Back) {
         let Back { no, settled, unused } = back;
         let Some(lent) = self.state.lent().get(&holder).filter(|line| no <= line.last) else { return };
-        if let Some(account) = lent.open.get(&no).map(|of| of.account.clone()) {
+        if let Some(of) = lent.open.get(&no) {
+            // The share of that number is another one: this owner was replaced and doesn't know it yet.
+            if Amount::from(unused) != Amount::from(of.amount).less(settled.into()) {
+                return;
+            }
+            let account = of.account.clone();
             let home = self.settings.shard;
             self.record(Record::ShareBack(ShareBack { home, holder, no, settled, unused }));
             self.escrows.unsaid.remove(&(holder, no));
