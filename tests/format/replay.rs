@@ -80,9 +80,9 @@ fn of_several_shards_all_are_shown_one_behind_the_other_or_one_alone() {
     let log = Log::at("2", "plain");
     let all = log.lines(&[]);
     let mut alone = Vec::new();
-    for shard in ["0", "1", "2", "3"] {
-        let lines = log.lines(&["--shard", shard]);
-        assert!(lines.iter().all(|line| line["shard"].to_string() == shard && line["position"].as_u64() > Some(0)));
+    for shard in 0..4 {
+        let lines = log.lines(&["--shard", &shard.to_string()]);
+        assert!(lines.iter().all(|line| line["shard"] == shard && line["position"].as_u64() > Some(0)));
         alone.extend(lines);
     }
     assert_eq!(all, alone);
