@@ -151,9 +151,9 @@ impl ShardTask {
     /// Why the log can't be written any more. Nothing may be served after that.
     pub(crate) async fn run(mut self) -> Result<(), String> {
         let ended = self.serve().await;
-        self.clients.close_all(&not_here());
         match ended {
             Ok(()) => {
+                self.clients.close_all(&not_here());
                 self.health.send_modify(|h| h.serving = false);
                 close(self.log).await
             }
