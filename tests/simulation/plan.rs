@@ -135,6 +135,12 @@ fn limit(rng: &mut Rng, none_percent: u64, tokens: (u64, u64), micros: (u64, u64
 }
 
 impl Plan {
+    /// Nothing goes wrong.
+    #[must_use]
+    pub fn is_calm(&self) -> bool {
+        self.faults.delay_max_ms == 0
+    }
+
     #[must_use]
     pub fn of(rng: &mut Rng) -> Self {
         let calm = rng.percent(8);
@@ -226,7 +232,7 @@ pub fn spread(rng: &mut Rng, plan: &mut Plan) {
         more.client = 0;
         plan.tasks.push(more);
     }
-    let calm = plan.faults.delay_max_ms == 0;
+    let calm = plan.is_calm();
     let most = if calm { 0 } else { rng.pick(&[0, 0, 1, 2]) };
     plan.take_over_at = times(rng, heal_at, most);
     let most = if calm { 0 } else { rng.pick(&[0, 0, 2, 4]) };

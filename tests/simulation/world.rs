@@ -116,6 +116,7 @@ pub fn run(seed: u64, trace: bool) -> Outcome {
     let caps = plan.settings.policy.tools_budget_caps.iter();
     check.tools.caps = caps.map(|(tool, cap)| (tool.clone(), cap.amount().usd_micros.0.into())).collect();
     check.balance.settings(&plan.settings);
+    check.balance.calm = plan.placement.shards() > 1 && plan.is_calm();
     let places = (0..plan.placement.shards()).map(|no| Place::new(&plan, seed, no)).collect();
     let keepers = Keepers::new(&plan);
     let mut world = World { places, keepers, check, processes, clients: Clients { clients, tasks }, s };
@@ -206,6 +207,9 @@ impl World {
                 if self.s.now_ms > heal_at + HEALING_MS {
                     return self.finish();
                 }
+            }
+            if self.check.balance.calm {
+                self.check.balance.alive = self.clients.alive();
             }
             let event_at = self.s.next_at();
             let timer_at = self.next_timeout();

@@ -64,7 +64,7 @@ pub struct Wish {
     /// Of the first: 1 gold, 2 silver, 3 bronze.
     #[prost(uint32, tag = "5")]
     pub qos: u32,
-    /// Calls that wait.
+    /// Calls that wait and can't begin on what is here.
     #[prost(uint32, tag = "6")]
     pub calls: u32,
 }

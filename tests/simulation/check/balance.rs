@@ -2,9 +2,14 @@
 //! and no more calls run at once than the account may have.
 
 use super::Check;
-use super::ledger::{Ledger, Pair, Phase, larger, plus};
+use super::ledger::{Ledger, Pair, Phase, larger, minus, plus};
+use atp_core::record::Deny;
 use atp_core::settings::Settings;
+use atp_proto::{Code, WireError};
 use std::collections::BTreeMap;
+
+/// No call of these schedules needs more.
+const DEAREST: Pair = [4_000, 50_000];
 
 /// What an operator has allowed so far.
 #[derive(Debug, Default)]
@@ -12,6 +17,10 @@ pub struct Balance {
     /// By account, and for all others, the most calls at once that were ever allowed; `None`: no limit.
     parallel: BTreeMap<String, Option<u32>>,
     others: Option<Option<u32>>,
+    /// Nothing goes wrong in this schedule.
+    pub calm: bool,
+    /// Tasks of each tenant that were sent and aren't over.
+    pub alive: BTreeMap<String, usize>,
 }
 
 fn most(a: Option<u32>, b: Option<u32>) -> Option<u32> {
@@ -48,6 +57,30 @@ impl Check {
         self.verdict.expect(open <= most, "max_parallel of an account, over all shards", || {
             format!("{open} calls of {account} are open, {most} may be")
         });
+    }
+
+    /// A task was refused: no false word about money, which may lie idle at other shards. Looks only at the only task of an account
+    /// in a schedule without faults; of several each may have taken it from the others.
+    pub fn refused_for_money(&mut self, r: &Deny) {
+        let tenant = &r.key.tenant;
+        let alone = self.balance.calm && self.balance.alive.get(tenant) == Some(&1);
+        let Ok(error) = serde_json::from_slice::<WireError>(&r.error) else { return };
+        let scope = error.scope.as_deref().unwrap_or_default();
+        if !alone || !matches!(error.code, Code::Budget | Code::Window) || scope != format!("tenant:{tenant}") {
+            return;
+        }
+        let open: u32 = self.ledgers().map(|ledger| ledger.open.get(tenant).copied().unwrap_or_default()).sum();
+        let home = &self.shards[self.placement.home_of(tenant) as usize].ledger;
+        let Some(window) = home.current.get(tenant).map(|id| (tenant.clone(), id.clone())) else { return };
+        let limit = home.windows.get(&window).map_or([0, 0], |w| w.limit);
+        let spent =
+            self.shards.iter().flat_map(|of| of.ledger.calls_in(&window)).fold([0, 0], |sum, c| plus(sum, c.actual));
+        let left = minus(limit, spent);
+        self.verdict.expect(
+            open > 0 || larger(left, DEAREST) != left,
+            "no refusal while the account has the money",
+            || format!("{} was refused with {}, {left:?} is left of {window:?}", r.key.stream, error.code),
+        );
     }
 
     /// All is over: every share is back or idle, and the sums are those of the calls.

@@ -131,6 +131,9 @@ impl Check {
         self.shards[shard as usize].ledger.apply(position, &entry, &mut self.verdict);
         for record in entry.records.iter().filter_map(|r| r.record.as_ref()) {
             self.tool(record);
+            if let Record::Deny(r) = record {
+                self.refused_for_money(r);
+            }
             if let Record::Reserve(r) = record {
                 let account = r.calls.first().and_then(|c| c.windows.first()).map(|w| w.account.clone());
                 account.into_iter().for_each(|account| self.reserved(&account));

@@ -92,6 +92,10 @@ impl Shard {
                 (wish.qos, wish.least, wish.need) = (*qos, (*first).into(), all.into());
                 wish.calls = u32::try_from(waiting.len() + 1).unwrap_or(u32::MAX);
             }
+            if let Some(most) = self.calls_max(account) {
+                let open = self.books.get(account).map_or(0, |b| u32::try_from(b.open.len()).unwrap_or(u32::MAX));
+                wish.calls = wish.calls.saturating_sub(most.saturating_sub(open));
+            }
         } else {
             // A slice helps, however small.
             wish.least = Amount::new(need.tokens.0.min(1), need.usd_micros.0.min(1)).into();

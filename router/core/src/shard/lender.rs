@@ -163,12 +163,12 @@ impl Shard {
         let room = most.filter(|_| fresh).map(|most| {
             most.saturating_sub(u32::try_from(open).unwrap_or(u32::MAX)).saturating_sub(self.calls_lent(account))
         });
-        if room == Some(0) {
+        if room == Some(0) && wish.calls > 0 {
             return false;
         }
         let given = need.min(free).max(least);
         // What running calls need lets no other begin.
-        let calls = most.map(|_| room.map_or(0, |room| wish.calls.clamp(1, room)));
+        let calls = most.map(|_| room.map_or(0, |room| wish.calls.min(room)));
         self.lend_share(holder, account, &id, &window, given, calls);
         let part = SPARE_PART * u64::from(self.settings.placement.shards());
         let spare = |given: u64, free: u64| (given.saturating_mul(SPARE_TIMES)).min((free - given) / part);
@@ -282,7 +282,12 @@ impl Shard {
     pub(super) fn share_is_back(&mut self, holder: u32, back: Back) {
         let Back { no, settled, unused } = back;
         let Some(lent) = self.state.lent().get(&holder).filter(|line| no <= line.last) else { return };
-        if let Some(account) = lent.open.get(&no).map(|of| of.account.clone()) {
+        if let Some(of) = lent.open.get(&no) {
+            // The share of that number is another one: this owner was replaced and doesn't know it yet.
+            if Amount::from(unused) != Amount::from(of.amount).less(settled.into()) {
+                return;
+            }
+            let account = of.account.clone();
             let home = self.settings.shard;
             self.record(Record::ShareBack(ShareBack { home, holder, no, settled, unused }));
             self.escrows.unsaid.remove(&(holder, no));

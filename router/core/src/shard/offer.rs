@@ -195,8 +195,8 @@ impl Shard {
         stream: &Level,
         e: &Estimate,
     ) -> WireError {
-        let binding =
-            if e.guarded.min(account.left()) == e.guarded && !e.mean.fits(stream.left()) { stream } else { account };
+        // An account that has all that the call may cost isn't what it is too dear for.
+        let binding = if e.guarded.fits(account.left()) { stream } else { account };
         let of_stream = std::ptr::eq(binding, stream);
         let usd = !e.mean.usd_micros.le(&binding.left().usd_micros) || e.mean.tokens <= binding.left().tokens;
         let (what, mean, used, limit) = if usd {
