@@ -8,7 +8,7 @@ use crate::outbox::Outbox;
 use crate::shards::Shards;
 use crate::time::Clocks;
 use atp_core::agent::Agent;
-use atp_core::message::{AgentEffect, AgentInput, FromAgent, Machine, ToAgent};
+use atp_core::message::{AgentEffect, AgentInput, Flow, FromAgent, Machine, ToAgent};
 use atp_core::settings::Settings;
 use atp_proto::content::{AgentStatus, Capabilities, Status};
 use atp_proto::limits::UNSENT_FULL_MS;
@@ -16,12 +16,16 @@ use atp_proto::{AgentName, Code, ConnId, Frame, WireError};
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::Instant;
 use tokio_util::task::TaskTracker;
 
 /// Messages that may wait for one agent's task.
 const MESSAGES_MAX: usize = 1024;
+/// Every shard is told how much the agent is given at most so often, unless it has become well or unwell: it moves with each
+/// result, and a slot is lent by the agent alone.
+const FLOW_EVERY: Duration = Duration::from_millis(50);
 
 /// One message to the owner task of an agent.
 pub(crate) enum AgentMessage {
@@ -121,6 +125,8 @@ impl Agents {
             slots_used: handle.slots_used.clone(),
             routes: handle.routes.clone(),
             connections: BTreeMap::new(),
+            flow: None,
+            told: None,
             shown: None,
         };
         self.tasks.spawn(task.run());
@@ -178,6 +184,9 @@ struct AgentTask {
     slots_used: Arc<AtomicU32>,
     routes: Arc<Mutex<CallRoutes>>,
     connections: BTreeMap<ConnId, Connection>,
+    /// How much it is given, where the shards haven't all been told; what they were told last, and when.
+    flow: Option<Flow>,
+    told: Option<(Flow, Instant)>,
     /// Its status and the calls that wait for it, as the metrics say.
     shown: Option<(&'static str, usize)>,
 }
@@ -188,9 +197,11 @@ impl AgentTask {
         loop {
             let timeout = self.machine.poll_timeout().map(|at| self.clocks.instant(at));
             let waiting = self.connections.values().find(|c| !c.waiting.is_empty()).map(|c| c.outbox.clone());
+            let flow = self.flow.and(self.told).map(|(_, at)| at + FLOW_EVERY);
             tokio::select! {
                 n = self.queue.recv_many(&mut batch, 256) => if n == 0 { return },
                 () = sleep_until(timeout), if timeout.is_some() => {}
+                () = sleep_until(flow), if flow.is_some() => {}
                 () = room_or_a_second(waiting.as_ref()), if waiting.is_some() => {}
             }
             let now = self.clocks.now();
@@ -260,6 +271,12 @@ impl AgentTask {
         self.routes.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    fn tell_all(&self, told: &mut BTreeMap<u32, Vec<FromAgent>>, message: &FromAgent) {
+        for shard in 0..self.shards.placement().shards() {
+            told.entry(shard).or_default().push(message.clone());
+        }
+    }
+
     /// Carries out what the machine wants; returns what the shards are told.
     fn drain(&mut self) -> BTreeMap<u32, Vec<FromAgent>> {
         let mut told: BTreeMap<u32, Vec<FromAgent>> = BTreeMap::new();
@@ -276,21 +293,31 @@ impl AgentTask {
                         connection.outbox.close(Some(error));
                     }
                 }
-                AgentEffect::ToShard { shard, message } => {
-                    match &message {
-                        FromAgent::Flow { agent, flow } => metric::agent_flow(agent, flow),
-                        FromAgent::Unsent { call, .. } => self.routes().ended(call),
-                        _ => {}
-                    }
-                    match shard {
-                        Some(shard) => told.entry(shard).or_default().push(message),
-                        None => {
-                            for shard in 0..self.shards.placement().shards() {
-                                told.entry(shard).or_default().push(message.clone());
-                            }
-                        }
-                    }
+                AgentEffect::ToShard { shard: None, message: FromAgent::Flow { agent, flow } } => {
+                    metric::agent_flow(&agent, &flow);
+                    self.flow = Some(flow);
                 }
+                AgentEffect::ToShard { shard: Some(shard), message } => {
+                    if let FromAgent::Unsent { call, .. } = &message {
+                        self.routes().ended(call);
+                    }
+                    told.entry(shard).or_default().push(message);
+                }
+                AgentEffect::ToShard { shard: None, message } => {
+                    if matches!(message, FromAgent::Up { .. }) {
+                        self.told = None;
+                    }
+                    self.tell_all(&mut told, &message);
+                }
+            }
+        }
+        if let Some(flow) = self.flow {
+            let well = |flow: &Flow| (flow.healthy, flow.breaker);
+            let now = Instant::now();
+            if self.told.is_none_or(|(last, at)| well(&last) != well(&flow) || now >= at + FLOW_EVERY) {
+                let agent = self.machine.name().clone();
+                self.tell_all(&mut told, &FromAgent::Flow { agent, flow });
+                (self.flow, self.told) = (None, Some((flow, now)));
             }
         }
         for connection in self.connections.values_mut().filter(|c| !c.waiting.is_empty()) {
@@ -313,7 +340,7 @@ impl AgentTask {
 
 async fn room_or_a_second(outbox: Option<&Outbox>) {
     if let Some(outbox) = outbox {
-        let _ = tokio::time::timeout(std::time::Duration::from_secs(1), outbox.room()).await;
+        let _ = tokio::time::timeout(Duration::from_secs(1), outbox.room()).await;
     }
 }
 

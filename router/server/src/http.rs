@@ -435,7 +435,7 @@ async fn readyz(State(site): State<Site>) -> impl IntoResponse {
         "shards": { "count": count, "serving": serving },
         "durability": all.first().map(|h| h.guarantee.as_str()),
         "durable": all.iter().map(|h| h.durable).sum::<u64>(),
-        "wall_clock_minus_logged_ms": all.iter().map(|h| h.clock_ms).min(),
+        "wall_clock_minus_logged_ms": all.iter().max_by_key(|h| h.clock_at).map(|h| h.clock_ms),
     });
     (status, Json(body))
 }

@@ -50,7 +50,7 @@ pub(crate) fn settings_of(settings: &Settings, shard: u32, placement: &Placement
     Arc::new(Settings { shard, placement: placement.clone(), ..settings.clone() })
 }
 
-/// Opens the log. `follower` has followed the log of shard 0 until now.
+/// Opens the log. `followers` have followed shards of it until now.
 ///
 /// # Errors
 /// It can't be opened, read or folded; the configuration asks for another number of shards.
@@ -60,12 +60,12 @@ pub(crate) fn open(
     disk: Arc<dyn log::Disk>,
     incarnation: &str,
     clocks: Clocks,
-    follower: Option<Follower>,
+    followers: Vec<Follower>,
 ) -> Result<Opened, StartError> {
     match &config.log {
         LogPlace::Local => open_local(config, disk, incarnation, clocks),
         #[cfg(feature = "kafka")]
-        LogPlace::Kafka(place) => open_kafka(config, place, incarnation, clocks, follower),
+        LogPlace::Kafka(place) => open_kafka(config, place, incarnation, clocks, followers),
         #[cfg(not(feature = "kafka"))]
         LogPlace::Kafka(_) => Err(StartError::Config(config.problems())),
     }
@@ -143,7 +143,7 @@ fn open_kafka(
     place: &crate::config::KafkaPlace,
     incarnation: &str,
     clocks: Clocks,
-    follower: Option<Follower>,
+    followers: Vec<Follower>,
 ) -> Result<Opened, StartError> {
     let options = config.kafka_options(place);
     let address = options.address.to_string();
@@ -155,10 +155,12 @@ fn open_kafka(
     let made = log.made();
     let (log_id, count) = (hex(&made.log_id), made.shards);
     let guarantee = if made.replicated { Guarantee::Replicated } else { Guarantee::Single };
-    let follower = Mutex::new(follower);
+    let followers = Mutex::new(followers);
     let take = |shard: u32| {
-        let of_this = |waiting: &mut Option<Follower>| waiting.take_if(|f| f.source().number() == shard);
-        let follower = of_this(&mut follower.lock().unwrap_or_else(PoisonError::into_inner));
+        let mut waiting = followers.lock().unwrap_or_else(PoisonError::into_inner);
+        let at = waiting.iter().position(|follower| follower.source().number() == shard);
+        let follower = at.map(|at| waiting.swap_remove(at));
+        drop(waiting);
         log.take(shard, &config.settings.router_id, incarnation, clocks.now().wall_ms, follower)
     };
     let next = AtomicU32::new(0);

@@ -90,7 +90,7 @@ impl Router {
         let (native, http) = (config.limits.connections, config.limits.http_connections);
         let connections = Connections::within_limits(Connections { native, http });
         let incarnation = uuid::Uuid::new_v4().simple().to_string()[..12].to_owned();
-        let (lease, follower) = standby::wait(&mut config, &incarnation).await?.unzip();
+        let (lease, followers) = standby::wait(&mut config, &incarnation).await?.unzip();
         // The addresses first: two routers started by mistake should not both touch the log.
         let atp = bind("atp", config.listen.atp).await?;
         let http = bind("http", config.listen.http).await?;
@@ -102,8 +102,8 @@ impl Router {
 
         let clocks = Clocks::start();
         let (all, name) = (config.clone(), incarnation.clone());
-        let follower = follower.flatten();
-        let opened = tokio::task::spawn_blocking(move || opening::open(&all, disk, &name, clocks, follower)).await;
+        let followers = followers.unwrap_or_default();
+        let opened = tokio::task::spawn_blocking(move || opening::open(&all, disk, &name, clocks, followers)).await;
         let Opened { log_id, placement, guarantee, shards: opened, report } =
             opened.map_err(|e| StartError::Stopped(e.to_string()))??;
         for fact in &report {

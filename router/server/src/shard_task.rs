@@ -41,8 +41,9 @@ pub(crate) struct Health {
     pub(crate) durable: u64,
     /// Why the router has stopped.
     pub(crate) failed: Option<String>,
-    /// Wall clock minus logged time.
+    /// Wall clock minus logged time, and when that was looked at.
     pub(crate) clock_ms: i64,
+    pub(crate) clock_at: Option<Instant>,
 }
 
 /// What the task needs to begin.
@@ -151,9 +152,9 @@ impl ShardTask {
     /// Why the log can't be written any more. Nothing may be served after that.
     pub(crate) async fn run(mut self) -> Result<(), String> {
         let ended = self.serve().await;
-        self.clients.close_all(&not_here());
         match ended {
             Ok(()) => {
+                self.clients.close_all(&not_here());
                 self.health.send_modify(|h| h.serving = false);
                 close(self.log).await
             }
@@ -233,7 +234,7 @@ impl ShardTask {
                     .saturating_sub_unsigned(self.shard.state().logged_ms());
                 let first = self.health.send_if_modified(|h| {
                     let first = !h.serving;
-                    (h.serving, h.durable, h.clock_ms) = (true, position, clock_ms);
+                    (h.serving, h.durable, h.clock_ms, h.clock_at) = (true, position, clock_ms, Some(at));
                     first
                 });
                 if first {

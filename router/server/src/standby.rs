@@ -6,8 +6,8 @@ use crate::config::{Config, LogPlace};
 use crate::connection;
 use crate::http::{self, Problem};
 use crate::listen;
-use crate::log::Source;
 use crate::log::offline::Follower;
+use crate::log::{LogError, Source};
 use crate::metric;
 use crate::outbox::connection_error;
 use crate::router::{StartError, address, bind};
@@ -85,10 +85,7 @@ pub(crate) struct Lease {
 ///
 /// # Errors
 /// An address that is in use; a store that can't be.
-pub(crate) async fn wait(
-    config: &mut Config,
-    incarnation: &str,
-) -> Result<Option<(Lease, Option<Follower>)>, StartError> {
+pub(crate) async fn wait(config: &mut Config, incarnation: &str) -> Result<Option<(Lease, Vec<Follower>)>, StartError> {
     let (LogPlace::Kafka(kafka), StoreConfig::Redis(redis)) = (&config.log, &config.store) else { return Ok(None) };
     let (redis, source) = (redis.clone(), Source::kafka(kafka.address.clone(), SHARD));
     let source = source.map_err(StartError::Store)?;
@@ -108,7 +105,7 @@ pub(crate) async fn wait(
     let mut lease = Lease::new(&redis, &place, Duration::from_millis(config.limits.lease_ms))?;
     let (told, owner) = watch::channel(Owner::Unknown);
     let (stop, tasks) = (CancellationToken::new(), TaskTracker::new());
-    let mut following: Option<JoinHandle<Option<Follower>>> = None;
+    let mut following: Option<JoinHandle<Vec<Follower>>> = None;
     tasks.spawn(send_on(atp, owner.clone(), stop.clone()));
     tasks.spawn(listen::http(http, routes(owner), stop.clone(), config.limits.http_connections));
     let guard = stop.clone().drop_guard();
@@ -162,33 +159,40 @@ pub(crate) async fn wait(
         tasks.wait().await;
         match following {
             Some(following) => following.await.unwrap_or_default(),
-            None => None,
+            None => Vec::new(),
         }
     };
     tokio::pin!(ends);
-    let follower = loop {
+    let followers = loop {
         tokio::select! {
-            follower = &mut ends => break follower,
+            followers = &mut ends => break followers,
             // Kept meanwhile: who still reads may need longer than it lives.
             _ = tick.tick() => drop(lease.ask().await),
         }
     };
-    Ok(Some((lease, follower)))
+    Ok(Some((lease, followers)))
 }
 
-/// Keeps a state up with the log until `stop`; without one a takeover reads it all.
-async fn follow(source: Source, stop: CancellationToken) -> Option<Follower> {
-    let (mut follower, mut failed) = (None, false);
+/// Keeps the states of all shards up with the log until `stop`; one without is read whole at a takeover.
+async fn follow(source: Source, stop: CancellationToken) -> Vec<Follower> {
+    let (mut followers, mut failed) = (Vec::new(), false);
     loop {
-        let (source, before) = (source.clone(), follower.take());
-        let read = move || match before {
-            Some(mut follower) => Follower::catch_up(&mut follower).map(|()| follower),
-            None => Follower::read(source),
+        let (source, stopped, mut all) = (source.clone(), stop.clone(), std::mem::take(&mut followers));
+        let read = move || -> Result<Vec<Follower>, LogError> {
+            let shards = if all.is_empty() { source.shards()? } else { 0 };
+            for shard in (0..shards).take_while(|_| !stopped.is_cancelled()) {
+                all.push(Follower::read(source.shard(shard))?);
+            }
+            for follower in all.iter_mut().take_while(|_| !stopped.is_cancelled()) {
+                follower.catch_up()?;
+            }
+            Ok(all)
         };
         match tokio::task::spawn_blocking(read).await {
             Ok(Ok(read)) => {
-                metrics::gauge!("atp_standby_position").set(read.position() as f64);
-                (follower, failed) = (Some(read), false);
+                let position: u64 = read.iter().map(Follower::position).sum();
+                metrics::gauge!("atp_standby_position").set(position as f64);
+                (followers, failed) = (read, false);
             }
             Ok(Err(error)) if !failed => {
                 tracing::warn!(%error, "standby: can't follow the log; trying again");
@@ -198,7 +202,7 @@ async fn follow(source: Source, stop: CancellationToken) -> Option<Follower> {
         }
         tokio::select! {
             () = tokio::time::sleep(FOLLOW) => {}
-            () = stop.cancelled() => return follower,
+            () = stop.cancelled() => return followers,
         }
     }
 }
