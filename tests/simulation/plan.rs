@@ -233,6 +233,15 @@ pub fn spread(rng: &mut Rng, plan: &mut Plan) {
         plan.tasks.push(more);
     }
     let calm = plan.is_calm();
+    if rng.percent(30) {
+        // Few calls at once, of one account at several shards.
+        let account = plan.settings.accounts.entry(TenantId::new("default")).or_default();
+        account.max_parallel = Some(rng.range(1, 4) as u32);
+    }
+    if !calm && rng.percent(20) {
+        // Ends that come when their share is back already.
+        plan.agents.iter_mut().for_each(|agent| agent.mood.late = 40);
+    }
     let most = if calm { 0 } else { rng.pick(&[0, 0, 1, 2]) };
     plan.take_over_at = times(rng, heal_at, most);
     let most = if calm { 0 } else { rng.pick(&[0, 0, 2, 4]) };

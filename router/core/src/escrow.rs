@@ -31,12 +31,12 @@ pub enum Say {
     /// Home: how the account stands; the answer to a wish, behind the shares that it brought.
     #[prost(message, tag = "6")]
     Stands(Stands),
-    /// Home: what is idle is wanted back. Answered by `Back`s, then `Recalled`.
+    /// Home: what is idle is wanted back. Answered by `Recalled`.
     #[prost(message, tag = "7")]
     Recall(OfAccount),
     /// Holder: nothing more is idle.
     #[prost(message, tag = "8")]
-    Recalled(OfAccount),
+    Recalled(Recalled),
     /// Holder: an Adjust of a call whose share is gone; repeated until it comes back as it is.
     #[prost(message, tag = "9")]
     Late(LateSaid),
@@ -121,6 +121,16 @@ pub struct Stands {
 pub struct OfAccount {
     #[prost(string, tag = "1")]
     pub account: String,
+}
+
+/// What was idle comes in the same message: a home that heard first that nothing more comes would decide without it.
+#[derive(Clone, PartialEq, Message)]
+pub struct Recalled {
+    #[prost(string, tag = "1")]
+    pub account: String,
+    /// Shares that are given back and that the home may not know of; each is said by itself too.
+    #[prost(message, repeated, tag = "2")]
+    pub backs: Vec<Back>,
 }
 
 #[derive(Clone, PartialEq, Message)]

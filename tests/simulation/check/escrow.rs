@@ -103,7 +103,10 @@ impl Check {
             Some(Say::BackTaken(m)) => e.back.contains(&(from, to, m.no)),
             Some(Say::Late(m)) if m.taken => self.ledger(from).counted.contains(&m.late.evidence),
             Some(Say::Late(m)) => self.ledger(from).lates.get(&m.late.evidence) == Some(&m.late),
-            Some(Say::Stands(_) | Say::Wish(_) | Say::Recall(_) | Say::Recalled(_)) => true,
+            Some(Say::Recalled(m)) => {
+                m.backs.iter().all(|m| e.out.get(&(to, from, m.no)) == Some(&(m.settled, m.unused)))
+            }
+            Some(Say::Stands(_) | Say::Wish(_) | Say::Recall(_)) => true,
             None => false,
         };
         self.verdict

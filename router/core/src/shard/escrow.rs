@@ -4,7 +4,7 @@
 use super::holder::Told;
 use super::lender::{Recall, Wished};
 use super::{REPEAT_MS, Shard, Timer};
-use crate::escrow::{Back, Escrow, LateSaid, Number, Numbered, OfAccount, Say};
+use crate::escrow::{Back, Escrow, LateSaid, Number, Numbered, OfAccount, Recalled, Say};
 use crate::message::Effect;
 use atp_proto::reassembly::Message;
 use atp_proto::{Amount, ConnId, StreamId, TenantId};
@@ -15,7 +15,7 @@ const PATIENCE_MS: u64 = 1_000;
 /// An answer that brought too little holds for this long.
 const FRESH_MS: u64 = 250;
 /// Messages that are said again at once.
-const AGAIN_MAX: usize = 1_024;
+pub(super) const AGAIN_MAX: usize = 1_024;
 /// Submits that may wait for an answer.
 const PARKED_MAX: usize = 1_024;
 
@@ -76,7 +76,10 @@ impl Shard {
             Say::BackTaken(Number { no }) => self.home_knows(from, no),
             Say::Stands(stands) => self.stands_so(from, stands),
             Say::Recall(OfAccount { account }) => self.recalled(from, account),
-            Say::Recalled(OfAccount { account }) => self.has_recalled(from, &account),
+            Say::Recalled(Recalled { account, backs }) => {
+                backs.into_iter().for_each(|back| self.share_is_back(from, back));
+                self.has_recalled(from, &account);
+            }
             Say::Late(LateSaid { late, taken: false }) => self.late(from, late),
             Say::Late(LateSaid { late, taken: true }) => self.late_is_known(from, late),
         }

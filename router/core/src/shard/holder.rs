@@ -1,11 +1,13 @@
 //! A shard that spends for an account whose home is elsewhere: it wishes for shares, spends only what it holds, and gives back what
 //! is idle. Shares of one window are one purse.
 
+use super::escrow::AGAIN_MAX;
 use super::{Shard, Timer};
 use crate::account::AccountWindow;
-use crate::escrow::{Back, LateSaid, Number, OfAccount, Say, Stands, Wish};
+use crate::escrow::{Back, LateSaid, Number, Recalled, Say, Stands, Wish};
 use crate::message::LogRoom;
 use crate::record::{AmountPb, Late, LimitPb, Record, ShareBack, ShareIn, ShareLate, ShareOut, Shared, WindowRef};
+use crate::state::Out;
 use atp_proto::{Amount, Tokens, UsdMicros};
 
 /// Shares that nobody uses for so long go back, in milliseconds.
@@ -157,7 +159,10 @@ impl Shard {
         }
         self.escrows.recalled.insert(account.clone(), self.now_ms + RECALL_MS);
         self.return_idle(&account, true);
-        self.say(home, Say::Recalled(OfAccount { account }));
+        let out = self.state.holding().get(&home).into_iter().flat_map(|line| &line.out);
+        let back = |(no, out): (&u64, &Out)| Back { no: *no, settled: out.settled, unused: out.unused };
+        let backs = out.take(AGAIN_MAX).map(back).collect();
+        self.say(home, Say::Recalled(Recalled { account, backs }));
     }
 
     /// What is idle goes back, if the home wants it or its window is over.
