@@ -67,6 +67,9 @@ pub struct Wish {
     /// Calls that wait and can't begin on what is here.
     #[prost(uint32, tag = "6")]
     pub calls: u32,
+    /// The newest share of this home that is here: a later one is on its way, and may be all that is needed.
+    #[prost(uint64, tag = "7")]
+    pub last: u64,
 }
 
 #[derive(Clone, PartialEq, Message)]

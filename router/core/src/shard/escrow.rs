@@ -71,7 +71,9 @@ impl Shard {
         match say {
             Say::Wish(wish) => self.wished(from, wish),
             Say::Share(Numbered { no, of }) => self.share_comes(from, no, of),
-            Say::Taken(Number { no }) => self.share_is_taken(from, no),
+            Say::Taken(Number { no }) => {
+                self.escrows.unsaid.remove(&(from, no));
+            }
             Say::Back(back) => self.share_is_back(from, back),
             Say::BackTaken(Number { no }) => self.home_knows(from, no),
             Say::Stands(stands) => self.stands_so(from, stands),

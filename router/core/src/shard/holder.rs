@@ -79,6 +79,7 @@ impl Shard {
 
     /// Tells the home what is needed: for running calls of a window, or for all new ones that wait.
     pub(super) fn wish(&mut self, account: &str, window: &str, need: Amount) -> bool {
+        let home = self.settings.placement.home_of(account);
         let mut wish = Wish {
             account: account.into(),
             window: window.into(),
@@ -86,6 +87,7 @@ impl Shard {
             least: need.into(),
             qos: 1,
             calls: 1,
+            last: self.state.holding().get(&home).map_or(0, |line| line.last),
         };
         if window.is_empty() {
             let waiting = self.waiting_for_money(account, WAITING_MAX);
@@ -102,7 +104,6 @@ impl Shard {
             // A slice helps, however small.
             wish.least = Amount::new(need.tokens.0.min(1), need.usd_micros.0.min(1)).into();
         }
-        let home = self.settings.placement.home_of(account);
         self.say(home, Say::Wish(wish));
         true
     }
