@@ -134,6 +134,9 @@ pub struct Recalled {
     /// Shares that are given back and that the home may not know of; each is said by itself too.
     #[prost(message, repeated, tag = "2")]
     pub backs: Vec<Back>,
+    /// Tasks wait for money there; else what it wished for new calls is no more.
+    #[prost(bool, tag = "3")]
+    pub waits: bool,
 }
 
 #[derive(Clone, PartialEq, Message)]

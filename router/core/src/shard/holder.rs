@@ -163,7 +163,8 @@ impl Shard {
         let out = self.state.holding().get(&home).into_iter().flat_map(|line| &line.out);
         let back = |(no, out): (&u64, &Out)| Back { no: *no, settled: out.settled, unused: out.unused };
         let backs = out.take(AGAIN_MAX).map(back).collect();
-        self.say(home, Say::Recalled(Recalled { account, backs }));
+        let waits = self.lacks_money(&account);
+        self.say(home, Say::Recalled(Recalled { account, backs, waits }));
     }
 
     /// What is idle goes back, if the home wants it or its window is over.
