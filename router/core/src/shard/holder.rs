@@ -55,13 +55,11 @@ impl Shard {
         if !self.knows(account) {
             return Amount { tokens: Tokens::MAX, usd_micros: UsdMicros::MAX };
         }
-        let left = self.shown_window(account).level().left();
-        let own = self.purse(account).map(|w| Amount::from(w.settled)).unwrap_or_default();
-        let less = |left: u64, own: u64| if left == u64::MAX { left } else { left.saturating_sub(own) };
-        Amount::new(less(left.tokens.0, own.tokens.0), less(left.usd_micros.0, own.usd_micros.0))
+        self.shown_window(account).level().left()
     }
 
-    /// The account's window as errors and clients are told of it: the home's word, or what the settings say.
+    /// The account's window as errors and clients are told of it: the home's word, or what the settings say. What is spent of
+    /// the shares here the home doesn't know yet.
     pub(super) fn shown_window(&self, account: &str) -> AccountWindow {
         if self.is_home(account) {
             return self.window_now(account).0;
@@ -69,6 +67,9 @@ impl Shard {
         let told = self.escrows.told.get(account).map(|told| &told.stands);
         let limit = told.map_or_else(|| self.account_settings(account).limit.into(), |t| t.limit);
         let (settled, held, lent) = told.map(|t| (t.settled, t.held, t.lent)).unwrap_or_default();
+        let spent = self.purse(account).map(|w| Amount::from(w.settled)).unwrap_or_default();
+        let settled = Amount::from(settled).add(spent).map_or(settled, Into::into);
+        let lent = Amount::from(lent).less(spent).into();
         AccountWindow { limit, settled, held, lent, ends_ms: told.and_then(|t| t.ends_ms), ..AccountWindow::default() }
     }
 
