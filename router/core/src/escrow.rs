@@ -67,6 +67,9 @@ pub struct Wish {
     /// Calls that wait and can't begin on what is here.
     #[prost(uint32, tag = "6")]
     pub calls: u32,
+    /// The newest share of this home that is here: a later one is on its way, and may be all that is needed.
+    #[prost(uint64, tag = "7")]
+    pub last: u64,
 }
 
 #[derive(Clone, PartialEq, Message)]
@@ -131,6 +134,9 @@ pub struct Recalled {
     /// Shares that are given back and that the home may not know of; each is said by itself too.
     #[prost(message, repeated, tag = "2")]
     pub backs: Vec<Back>,
+    /// Tasks wait for money there; else what it wished for new calls is no more.
+    #[prost(bool, tag = "3")]
+    pub waits: bool,
 }
 
 #[derive(Clone, PartialEq, Message)]

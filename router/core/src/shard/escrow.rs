@@ -71,12 +71,17 @@ impl Shard {
         match say {
             Say::Wish(wish) => self.wished(from, wish),
             Say::Share(Numbered { no, of }) => self.share_comes(from, no, of),
-            Say::Taken(Number { no }) => self.share_is_taken(from, no),
+            Say::Taken(Number { no }) => {
+                self.escrows.unsaid.remove(&(from, no));
+            }
             Say::Back(back) => self.share_is_back(from, back),
             Say::BackTaken(Number { no }) => self.home_knows(from, no),
             Say::Stands(stands) => self.stands_so(from, stands),
             Say::Recall(OfAccount { account }) => self.recalled(from, account),
-            Say::Recalled(Recalled { account, backs }) => {
+            Say::Recalled(Recalled { account, backs, waits }) => {
+                if !waits && let Some(wishes) = self.escrows.wishes.get_mut(&account) {
+                    wishes.remove(&(from, String::new()));
+                }
                 backs.into_iter().for_each(|back| self.share_is_back(from, back));
                 self.has_recalled(from, &account);
             }
@@ -140,6 +145,11 @@ impl Shard {
     pub(super) fn parks(&mut self, tenant: &TenantId, need: Amount) -> bool {
         let room = self.escrows.parked.get(tenant.as_str()).is_none_or(|p| p.len() < PARKED_MAX);
         room && self.seeks(tenant.as_str(), "", need)
+    }
+
+    /// True while tasks here lack money of an account.
+    pub(super) fn lacks_money(&self, account: &str) -> bool {
+        self.escrows.parked.contains_key(account) || !self.waiting_for_money(account, 1).is_empty()
     }
 
     pub(super) fn park(&mut self, conn: ConnId, tenant: &TenantId, submit: Message) {

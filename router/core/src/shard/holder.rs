@@ -85,6 +85,7 @@ impl Shard {
 
     /// Tells the home what is needed: for running calls of a window, or for all new ones that wait.
     pub(super) fn wish(&mut self, account: &str, window: &str, need: Amount) -> bool {
+        let home = self.settings.placement.home_of(account);
         let mut wish = Wish {
             account: account.into(),
             window: window.into(),
@@ -92,6 +93,7 @@ impl Shard {
             least: need.into(),
             qos: 1,
             calls: 1,
+            last: self.state.holding().get(&home).map_or(0, |line| line.last),
         };
         if window.is_empty() {
             let waiting = self.waiting_for_money(account, WAITING_MAX);
@@ -108,7 +110,6 @@ impl Shard {
             // A slice helps, however small.
             wish.least = Amount::new(need.tokens.0.min(1), need.usd_micros.0.min(1)).into();
         }
-        let home = self.settings.placement.home_of(account);
         self.say(home, Say::Wish(wish));
         true
     }
@@ -168,7 +169,8 @@ impl Shard {
         let out = self.state.holding().get(&home).into_iter().flat_map(|line| &line.out);
         let back = |(no, out): (&u64, &Out)| Back { no: *no, settled: out.settled, unused: out.unused };
         let backs = out.take(AGAIN_MAX).map(back).collect();
-        self.say(home, Say::Recalled(Recalled { account, backs }));
+        let waits = self.lacks_money(&account);
+        self.say(home, Say::Recalled(Recalled { account, backs, waits }));
     }
 
     /// What is idle goes back, if the home wants it or its window is over.

@@ -61,12 +61,15 @@ impl Shard {
             return;
         }
         let (now, logged, account) = (self.now_ms, self.clock.logged_ms(), wish.account.clone());
+        self.escrows.unsaid.retain(|(h, no)| *h != holder || *no > wish.last);
+        // It asks again if what is on its way isn't enough. Else a share that got lost would be lent again and again.
+        let on_its_way = self.unsaid_of(holder, &account);
+        if !on_its_way.is_empty() {
+            return on_its_way.into_iter().for_each(|(no, of)| self.say(holder, Say::Share(Numbered { no, of })));
+        }
         let wishes = self.escrows.wishes.entry(account.clone()).or_default();
         let since = wishes.get(&(holder, wish.window.clone())).map_or(logged, |w| w.since);
         wishes.insert((holder, wish.window.clone()), Wished { wish, since, at: now, answered: false });
-        for (no, of) in self.unsaid_of(holder, &account) {
-            self.say(holder, Say::Share(Numbered { no, of }));
-        }
         self.serve(&account);
     }
 
@@ -76,16 +79,6 @@ impl Shard {
         let unsaid = self.escrows.unsaid.range((holder, 0)..=(holder, u64::MAX));
         let of = unsaid.filter_map(|(_, no)| Some((*no, open?.get(no)?.clone())));
         of.filter(|(_, of)| of.account == account).collect()
-    }
-
-    /// A holder has a share in its log: what it wishes for now is more than that.
-    pub(super) fn share_is_taken(&mut self, holder: u32, no: u64) {
-        if self.escrows.unsaid.remove(&(holder, no))
-            && let Some(of) = self.state.lent().get(&holder).and_then(|line| line.open.get(&no))
-        {
-            let account = of.account.clone();
-            self.serve(&account);
-        }
     }
 
     /// Gives holders what they wish for, as far as there is money: running calls first, then by tier and age.
@@ -100,10 +93,6 @@ impl Shard {
         for (_, _, _, at) in order {
             let Some(wished) = self.escrows.wishes.get(account).and_then(|w| w.get(&at)) else { continue };
             let wish = wished.wish.clone();
-            // A share that is on its way may be all that it wishes for; one that got lost mustn't be lent again and again.
-            if !self.unsaid_of(at.0, account).is_empty() {
-                continue;
-            }
             let given = self.room == LogRoom::Enough && self.lend(at.0, &wish, ahead);
             if !given {
                 ahead = ahead.add(wish.least.into()).unwrap_or(ahead);
