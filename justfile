@@ -27,6 +27,10 @@ mutants *ARGS:
 sweep *ARGS:
     cargo run --quiet -p atp-tests --bin sweep -- {{ARGS}}
 
+# The Helm chart, rendered and checked
+chart:
+    ops/test.sh helm
+
 fmt:
     cargo fmt --all
 

@@ -2,13 +2,13 @@
 # All tests of the project, with all their set-up. Prints each part's time; a part over its budget fails.
 #
 #   ops/test.sh          within 20 minutes from a warm cache
-#   ops/test.sh --all    also what is long: every mutant, 100,000 schedules, every point of the crash sweep
+#   ops/test.sh --all    also what is long: every mutant, 100,000 schedules, every point of the crash sweep, the Helm chart
 #   ops/test.sh PART...  only these parts: fmt build clippy local-llm kafka redis test doc-test docs simulation sweep kafka-tls
-#                        mutants
+#                        helm mutants
 #
 # Needs: a Rust toolchain, a C compiler with make; for the local model Python 3.10 or newer with venv, for Kafka Java 17 and Maven
 # (installed here when this may be done: root on a Debian-like system; else it says what to install); libfaketime and strace,
-# in the same way; redis-server 6.2 or newer, or apt-get to fetch it.
+# in the same way; redis-server 6.2 or newer, or apt-get to fetch it; for the chart Go 1.21 or newer.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -18,7 +18,7 @@ for argument in "$@"; do
     case $argument in
         --all) all=yes ;;
         -h|--help) sed -n '2,12s/^# \{0,1\}//p' "$0"; exit 0 ;;
-        fmt|build|clippy|local-llm|kafka|redis|test|doc-test|docs|simulation|sweep|kafka-tls|mutants) only+=("$argument") ;;
+        fmt|build|clippy|local-llm|kafka|redis|test|doc-test|docs|simulation|sweep|kafka-tls|helm|mutants) only+=("$argument") ;;
         *) echo "test.sh: unknown argument '$argument'; see --help" >&2; exit 2 ;;
     esac
 done
@@ -134,6 +134,15 @@ kafka_tls() {
     cargo test --quiet --locked -p atp-router --features kafka-tls --test config
 }
 
+# The chart, rendered by the real helm; it is built once, and kept.
+helm() {
+    local lines
+    lines=$(tests/parts/helm.sh) || return 1
+    local HELM COMPOSE
+    eval "$lines"
+    cargo run --quiet --locked -p atp-tests --bin chart -- --helm "$HELM" --compose "$COMPOSE"
+}
+
 simulation() {
     local schedules=20000
     [ -n "$all" ] && schedules=100000
@@ -157,6 +166,9 @@ part simulation "$([ -n "$all" ] && echo 900 || echo 300)" simulation
 part sweep "$([ -n "$all" ] && echo 900 || echo 180)" sweep
 if [ -n "$all" ] || [[ " ${only[*]:-} " == *" kafka-tls "* ]]; then
     part kafka-tls 600 kafka_tls
+fi
+if [ -n "$all" ] || [[ " ${only[*]:-} " == *" helm "* ]]; then
+    part helm 600 helm
 fi
 if [ -n "$all" ] || [[ " ${only[*]:-} " == *" mutants "* ]]; then
     part mutants 1500 tests/simulation/mutants/run.sh

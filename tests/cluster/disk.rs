@@ -3,10 +3,11 @@
 
 use atp_proto::content::{CallState, Source, Submit};
 use atp_proto::{Code, WireError};
-use atp_tests::blackbox::history::{billed, state_hash, true_bill};
+use atp_tests::blackbox::history::{billed, true_bill};
 use atp_tests::blackbox::load::{self, Told};
 use atp_tests::blackbox::process::{Router, Scripted};
 use atp_tests::blackbox::relay::Relay;
+use atp_tests::blackbox::verdict::replays;
 use atp_tests::blackbox::{seed, wait_for};
 use atp_tests::simulation::rng::Rng;
 use std::fs::File;
@@ -251,7 +252,7 @@ fn fill_and_free() {
         met >= rounds && stopped > 0,
         "calls ran when the disk was filled, and were stopped where it was to the last"
     );
-    let report = router.settled();
+    router.settled();
     let bills: Vec<_> = told.iter().map(Told::bill).collect();
     let truth = true_bill(agents.iter().map(Scripted::meter));
     for (id, call) in billed(&bills) {
@@ -266,8 +267,7 @@ fn fill_and_free() {
             other => panic!("{id} is {other:?} on a bill"),
         }
     }
-    let position = report["position"].as_u64().expect("a position");
-    assert_eq!(state_hash(&router.log(), position), report["state_hash"], "replay and live state at {position}");
+    replays(&router);
     router.kill();
     router.restart();
     router.settled();

@@ -2,7 +2,9 @@
 //! whole again afterwards. And a log that has lost what the store saw acknowledged isn't served.
 
 use atp_core::clock::rfc3339;
+use atp_core::placement::{Placement, SHARDS};
 use atp_proto::content::Submit;
+use atp_proto::{AgentName, StreamId, TenantId};
 use atp_tests::blackbox::history::{billed, true_bill};
 use atp_tests::blackbox::load::{self, Told};
 use atp_tests::blackbox::process::{Router, Scripted};
@@ -76,15 +78,29 @@ fn recent(router: &Router) -> BTreeSet<String> {
 
 /// What Redis says of a stream that has ended is what its client was told.
 fn shows(redis: &Redis, told: &Told) -> Option<()> {
-    let row = redis.hash(&format!("{{atp:0}}:stream:default:{}", told.stream));
+    let shard = placement().shard_of(&TenantId::new("default"), &StreamId::new(&told.stream));
+    let row = redis.hash(&format!("{{atp:{shard}}}:stream:default:{}", told.stream));
     let bill = told.bill();
     let left = bill.remaining.usd_micros.map(|usd| usd.to_string()).unwrap_or_default();
     let expected = json!({
-        "state": told.answer().state.as_str(), "owner": "r1", "shard": "0", "qos": "silver", "calls_left": row["calls_left"],
+        "state": told.answer().state.as_str(), "owner": "r1", "shard": shard.to_string(), "qos": "silver", "calls_left": row["calls_left"],
         "next_msg_seq": (told.frames.len() + 1).to_string(), "budget_left_usd_micros": left,
     });
     let same = expected.as_object()?.iter().all(|(field, value)| row[field] == *value);
     same.then_some(())
+}
+
+fn placement() -> Placement {
+    Placement::new(SHARDS, 0)
+}
+
+fn shard_keys() -> Vec<String> {
+    (0..SHARDS).map(|shard| format!("{{atp:{shard}}}:shard")).collect()
+}
+
+/// How far the shards were shown, added up.
+fn watermarks(redis: &Redis) -> Option<u64> {
+    shard_keys().iter().map(|key| redis.hash(key)["position"].as_str()?.parse::<u64>().ok()).sum()
 }
 
 /// `atp store show`, without asking a router.
@@ -95,7 +111,7 @@ fn shown(router: &Router) -> Value {
 
 /// Nothing was lost or paid twice, and the store has it all.
 fn check(router: &Router, redis: &Redis, agents: &[Scripted], told: &[Told]) {
-    let report = router.settled();
+    router.settled();
     let bills: Vec<_> = told.iter().map(Told::bill).collect();
     let truth = true_bill(agents.iter().map(Scripted::meter));
     let calls = billed(&bills);
@@ -110,14 +126,12 @@ fn check(router: &Router, redis: &Redis, agents: &[Scripted], told: &[Told]) {
     for told in told.iter().filter(|t| recent.contains(&t.stream)) {
         wait_for(&format!("stream {} in Redis", told.stream), || shows(redis, told));
     }
-    let position = report["position"].to_string();
-    let shard = wait_for("the watermark", || {
-        let shard = redis.hash("{atp:0}:shard");
-        (shard["position"].as_str() == Some(&position)).then_some(shard)
-    });
+    wait_for("the watermarks", || (watermarks(redis)? == position(router)).then_some(()));
+    let shard = redis.hash(&format!("{{atp:{}}}:shard", SHARDS - 1));
     assert_eq!((&shard["owner"], &shard["epoch"]), (&json!("r1"), &json!("1")));
     for agent in ["steady-0", "steady-1"] {
-        wait_for(agent, || (redis.hash(&format!("{{atp:0}}:agent:{agent}"))["in_flight"] == "0").then_some(()));
+        let home = placement().home_of_agent(&AgentName::new(agent));
+        wait_for(agent, || (redis.hash(&format!("{{atp:{home}}}:agent:{agent}"))["in_flight"] == "0").then_some(()));
     }
     assert_eq!(redis.hash("{atp}:router:r1")["atp"], router.atp().to_string());
     let shown = shown(router);
@@ -197,18 +211,17 @@ fn a_failover_loses_what_was_written() {
     let url = redis.url();
     survives(&mut redis, &url, |router, redis| {
         // A replica that hadn't heard the last writes takes over: the watermark goes back, rows are missing.
-        let old = redis.hash("{atp:0}:shard")["position"].as_str().expect("a position").to_owned();
+        let keys = shard_keys();
+        let positions: Vec<Value> = keys.iter().map(|key| redis.hash(key)["position"].clone()).collect();
         progress(router);
-        let gone = redis.ask(&["ZRANGE", "{atp:0}:streams", "0", "-1"]);
-        let keys: Vec<String> = gone
-            .as_array()
-            .expect("a list")
-            .iter()
-            .map(|m| format!("{{atp:0}}:stream:{}", m.as_str().unwrap_or_default()))
-            .collect();
-        let all: Vec<&str> = ["DEL"].into_iter().chain(keys.iter().map(String::as_str)).collect();
-        let _ = redis.ask(&all);
-        let _ = redis.ask(&["HSET", "{atp:0}:shard", "position", &old]);
+        for (shard, (key, old)) in keys.iter().zip(positions).enumerate() {
+            let gone = redis.ask(&["ZRANGE", &format!("{{atp:{shard}}}:streams"), "0", "-1"]);
+            for stream in gone.as_array().expect("a list") {
+                let stream = format!("{{atp:{shard}}}:stream:{}", stream.as_str().unwrap_or_default());
+                let _ = redis.ask(&["DEL", &stream]);
+            }
+            let _ = redis.ask(&["HSET", key, "position", old.as_str().expect("a position")]);
+        }
     });
 }
 
@@ -260,10 +273,7 @@ fn an_old_copy_and_another_log_are_not_served() {
     router.restart();
     let told = run(&router);
     let last = position(&router);
-    wait_for("the watermark", || {
-        let shown = redis.hash("{atp:0}:shard")["position"].as_str()?.parse::<u64>().ok()?;
-        (shown >= last).then_some(())
-    });
+    wait_for("the watermark", || (watermarks(&redis)? >= last).then_some(()));
     router.kill();
 
     let new = router.dir().join("new");
@@ -271,7 +281,7 @@ fn an_old_copy_and_another_log_are_not_served() {
     copy(&old, &data);
     let why = refusal(&router);
     assert!(why.contains("ELOG") && why.contains("the log here ends at"), "{why}");
-    assert!(why.contains("redis-cli DEL '{atp:0}:shard'"), "{why}");
+    assert!(why.contains("--pattern '{atp:*}:shard'"), "{why}");
     std::fs::remove_dir_all(&data).expect("a directory");
     let why = refusal(&router);
     assert!(why.contains("ELOG") && why.contains("the log here is another one"), "{why}");
@@ -289,7 +299,9 @@ fn an_old_copy_and_another_log_are_not_served() {
     // Given up in so many words: the old copy is served, and shown from then on. The agent has known a later owner.
     std::fs::remove_dir_all(&data).expect("a directory");
     copy(&old, &data);
-    assert_eq!(redis.ask(&["DEL", "{atp:0}:shard"]), 1);
+    let keys = shard_keys();
+    let delete: Vec<&str> = std::iter::once("DEL").chain(keys.iter().map(String::as_str)).collect();
+    assert_eq!(redis.ask(&delete), i64::from(SHARDS));
     router.restart();
     agent.kill();
     agent.restart();

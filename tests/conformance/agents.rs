@@ -76,7 +76,7 @@ fn atp_3_4_what_is_durable_is_acknowledged_also_the_second_time() {
     let mut worker = agent(&router, "a-3-4");
     let mut client = Peer::client(router.atp());
     client.send(&submit("k-3-4", &task("a-3-4")));
-    let call = worker.dispatched().call_id;
+    let Dispatch { call_id: call, shard, epoch, .. } = worker.dispatched();
     worker.send(&partial(call, 1, "one ", 1));
     acked(&mut worker, call, 1);
     worker.send(&last(call, 2, 2));
@@ -85,14 +85,17 @@ fn atp_3_4_what_is_durable_is_acknowledged_also_the_second_time() {
     // A final whose ack was lost comes again over another connection.
     drop(worker);
     let mut back = capabilities("a-3-4");
-    back.calls.push(ListedCall { call_id: call, shard: 0, epoch: 1, msg_seq: 2, cost: crate::cost(2), done: true });
-    let mut worker = Peer::agent(router.atp(), &back);
-    worker.send(&last(call, 2, 2));
-    acked(&mut worker, call, 2);
-    // A call that nobody here knows is forgotten there.
     let stranger = CallId([9; 10]);
+    let listed = ListedCall { call_id: call, shard, epoch, msg_seq: 2, cost: crate::cost(2), done: true };
+    back.calls = vec![listed.clone(), ListedCall { call_id: stranger, msg_seq: 1, ..listed }];
+    let mut worker = Peer::agent(router.atp(), &back);
+    // A call that its shard doesn't know is forgotten there; one on no list has no shard, and is ignored.
+    acked(&mut worker, stranger, 1);
+    worker.send(&last(CallId([8; 10]), 1, 2));
     worker.send(&last(stranger, 1, 2));
     acked(&mut worker, stranger, 1);
+    worker.send(&last(call, 2, 2));
+    acked(&mut worker, call, 2);
     let (_, now) = router.http("GET", "/v1/streams/k-3-4/bill");
     assert_eq!(now["settled"]["usd_micros"], bill(&frames).settled.usd_micros.0, "billed once");
 }

@@ -91,7 +91,7 @@ fn atp_7_5_three_runs_are_a_statistic() {
     let mut worker = agent(&router, "a-7-6");
     let mut client = Peer::client(router.atp());
     for n in 1..=4 {
-        let frames = whole_task(&mut client, &mut worker, "a-7-6", &format!("p-7-6-{n}"));
+        let frames = whole_task(&mut client, &mut worker, "a-7-6", &format!("p-7-6.{n}"));
         let bill = bill(&frames);
         let e = &bill.calls[0].estimate;
         if n < 4 {

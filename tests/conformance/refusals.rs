@@ -48,14 +48,15 @@ fn atp_5_1_eagentdown_and_ewindow_for_who_will_not_wait() {
     one.max_parallel = 1;
     let mut worker = Peer::agent(router.atp(), &one);
     router.has_agent("b-5-1");
-    client.send(&submit("first", &hurried("b-5-1")));
+    // Of one shard, by their names: another one would learn only from the agent that its slot is taken.
+    client.send(&submit("pair.1", &hurried("b-5-1")));
     let call = worker.dispatched().call_id;
-    client.send(&submit("second", &hurried("b-5-1")));
-    let error = client.refused("second");
+    client.send(&submit("pair.2", &hurried("b-5-1")));
+    let error = client.refused("pair.2");
     let facts = (error.code, error.scope.as_deref(), error.used, error.limit);
     assert_eq!(facts, (Code::Window, Some("agent:b-5-1"), Some(1), Some(1)), "{error}");
     worker.send(&last(call, 1, 1));
-    client.to_the_bill("first");
+    client.to_the_bill("pair.1");
 }
 
 #[test]

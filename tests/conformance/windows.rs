@@ -5,7 +5,7 @@ use atp_proto::content::{AgentFinal, Final, Finish, Submit, TaskState, WindowUpd
 use atp_proto::frame::kind;
 use atp_proto::{CallId, Code, Flags, Frame, Qos};
 use atp_sdk::{Client, ClientOptions, Dialer, EventKind, SubmitRequest};
-use atp_tests::blackbox::peer::{Peer, submit, task};
+use atp_tests::blackbox::peer::{Peer, at_home, submit, task};
 use atp_tests::blackbox::process::Router;
 
 /// At most two calls of an account at once; gold presses on others soon.
@@ -60,21 +60,24 @@ fn atp_10_6_an_account_with_all_its_calls_in_flight_is_named() {
     let mut worker = agent(&router, "a-12-6");
     let mut client = Peer::client(router.atp());
     let mut calls = Vec::new();
-    for stream in ["one", "two"] {
+    // Where the account is at home; another shard would have to ask first.
+    let home = at_home("default");
+    let [one, two, three, four] = [1, 2, 3, 4].map(|n| format!("{home}.{n}"));
+    for stream in [&one, &two] {
         client.send(&submit(stream, &task("a-12-6")));
         calls.push(worker.dispatched().call_id);
     }
-    client.send(&submit("three", &Submit { wait: false, ..task("a-12-6") }));
-    let error = client.refused("three");
+    client.send(&submit(&three, &Submit { wait: false, ..task("a-12-6") }));
+    let error = client.refused(&three);
     let facts = (error.code, error.scope.as_deref(), error.used, error.limit, error.retry_after_ms);
     assert_eq!(facts, (Code::Window, Some("tenant:default"), Some(2), Some(2), Some(1_000)), "{error}");
-    client.send(&submit("four", &Submit { deadline_ms: Some(300), ..task("a-12-6") }));
-    let frames = client.to_the_bill("four");
+    client.send(&submit(&four, &Submit { deadline_ms: Some(300), ..task("a-12-6") }));
+    let frames = client.to_the_bill(&four);
     let error = frames[frames.len() - 2].read::<Final>().unwrap().error.expect("an error");
     let facts = (error.code, error.scope.as_deref(), error.used, error.limit, error.retry_after_ms);
     assert_eq!(facts, (Code::Window, Some("tenant:default"), Some(2), Some(2), Some(1_000)), "{error}");
     calls.into_iter().for_each(|call| worker.send(&last(call, 1, 1)));
-    client.to_the_bill("two");
+    client.to_the_bill(&two);
     router.settled();
 }
 
@@ -85,14 +88,14 @@ fn atp_10_8_bronze_gives_way_to_gold_and_is_billed_for_what_it_used() {
     let mut worker = Peer::agent(router.atp(), &one);
     router.has_agent("a-12-8");
     let mut client = Peer::client(router.atp());
-    client.send(&with(Qos::Bronze, "low", &task("a-12-8")));
+    client.send(&with(Qos::Bronze, "s.low", &task("a-12-8")));
     let low = worker.dispatched().call_id;
     worker.send(&partial(low, 1, "half ", 5));
     client.expect(kind::RESULT_PARTIAL);
-    client.send(&with(Qos::Gold, "high", &task("a-12-8")));
+    client.send(&with(Qos::Gold, "s.high", &task("a-12-8")));
     assert_eq!(&*worker.expect(kind::AGENT_CANCEL).stream_id, low.to_string());
-    client.send(&with(Qos::Bronze, "new", &task("a-12-8")));
-    let error = client.refused("new");
+    client.send(&with(Qos::Bronze, "s.new", &task("a-12-8")));
+    let error = client.refused("s.new");
     assert_eq!(
         (error.code, error.scope.as_deref(), error.judged),
         (Code::Window, Some("qos:bronze"), false),
@@ -100,14 +103,14 @@ fn atp_10_8_bronze_gives_way_to_gold_and_is_billed_for_what_it_used() {
     );
     assert!(error.retry_after_ms.is_some());
     worker.send(&cancelled(low, 2, 7));
-    let frames = client.to_the_bill("low");
+    let frames = client.to_the_bill("s.low");
     let answer: Final = frames[frames.len() - 2].read().unwrap();
     assert_eq!((answer.state, answer.result.text.as_str()), (TaskState::Provisional, "half "));
     assert_eq!(answer.error.map(|e| e.code), Some(Code::Preempt));
     assert_eq!(bill(&frames).settled.tokens.0, 17, "to the token");
     let high = worker.dispatched().call_id;
     worker.send(&last(high, 1, 1));
-    assert_eq!(bill(&client.to_the_bill("high")).state, TaskState::Done);
+    assert_eq!(bill(&client.to_the_bill("s.high")).state, TaskState::Done);
     router.settled();
 }
 

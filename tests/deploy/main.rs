@@ -1,6 +1,7 @@
 //! The files that deploy a fleet, read as their tools read them: what they name exists, ports agree, the routers' configurations
 //! pass `atp check`, and every metric that a rule or a board asks for is one that the code registers. Starts no container.
 
+mod backup;
 mod compose;
 mod image;
 mod metrics;

@@ -20,6 +20,7 @@ fn a_router_that_joins_gets_its_part_and_one_that_is_drained_gives_it_up() {
     let mut fleet = Fleet::start(1, 64, 1);
     assert_eq!(fleet.shared_by(&[0])[&0], 64, "one alone has all");
     fleet.launch(1);
+    let part = fleet.part_of(1, &[0, 1]).len();
     let joined = pauses(&fleet, &[0, 1], || has(&fleet, 1, part));
     let shared = fleet.each_has_its_part(&[0, 1]);
     println!("joined: {shared:?}; without an owner: {}", shown(&joined));

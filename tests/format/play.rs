@@ -13,18 +13,19 @@ use std::io::Write;
 /// Ends with a router that is down; what it left is the log.
 pub(crate) type Play = fn() -> Router;
 
-pub(crate) const PLAYS: [(&str, Play); 8] = [
+pub(crate) const PLAYS: [(&str, Play); 9] = [
     ("plain", plain),
     ("fan-out", fan_out),
     ("tools", tools),
     ("refusals", refusals),
     ("windows", windows),
     ("late", late),
+    ("later", later),
     ("crash", crash),
     ("checkpoint", checkpoint),
 ];
 
-const CONFIG: &str = "accounts: {default: {usd: 100, per: total}}\n";
+const CONFIG: &str = "accounts: {default: {usd: 100, per: total}}\nshards: {count: 4}\n";
 
 /// Two chunks and a final: 100 tokens in, 25 out.
 const WRITER: &str = "models: [{id: m1, in_usd_per_mtok: 1.00, out_usd_per_mtok: 4.00}]
@@ -112,7 +113,7 @@ calls:
 
 /// More than the account has; no agent and no patience; a deadline in vain; the same key with another task.
 fn refusals() -> Router {
-    let mut router = Router::start("accounts: {default: {usd: 0.002, per: total}}\n");
+    let mut router = Router::start("accounts: {default: {usd: 0.002, per: total}}\nshards: {count: 4}\n");
     let _agent = agent(&router, "writer", WRITER);
     let _dear = agent(&router, "dear", &WRITER.replace("out_tokens: 30", "out_tokens: 3000"));
     follow(router.atp(), "first", &by(&["writer"])).bill();
@@ -121,11 +122,13 @@ fn refusals() -> Router {
         ("tiny", Submit { budget, ..by(&["writer"]) }),
         ("nobody", Submit { wait: false, ..by(&["stranger"]) }),
         ("first", by(&["stranger"])),
-        ("dear", by(&["dear"])),
     ];
     for (key, task) in refused {
         assert!(follow(router.atp(), key, &task).refused.is_some(), "{key}");
     }
+    // Elsewhere than at the account's home that is known only after it was accepted.
+    let dear = follow(router.atp(), "dear", &by(&["dear"]));
+    assert!(dear.refused.is_some() || dear.answer().error.is_some());
     let late = Submit { deadline_ms: Some(300), ..by(&["stranger"]) };
     let _ = follow(router.atp(), "in-vain", &late);
     router.settled();
@@ -137,7 +140,9 @@ fn refusals() -> Router {
 /// falls, one that says PAUSE, one that is drained.
 fn windows() -> Router {
     let config = |usd: &str| {
-        format!("accounts: {{default: {{usd: {usd}, per: minute, pacing: {{mode: observe}}, max_parallel: 4}}}}\n")
+        format!(
+            "accounts: {{default: {{usd: {usd}, per: minute, pacing: {{mode: observe}}, max_parallel: 4}}}}\nshards: {{count: 4}}\n"
+        )
     };
     let mut router = Router::start(&config("1"));
     // Each answer costs far more than those before it.
@@ -187,6 +192,16 @@ calls:
 
 /// An agent that ends a call long after the router gave it up: expired, then adjusted.
 fn late() -> Router {
+    ends_behind("settle", "adjust")
+}
+
+/// The same when the money that was lent for it has gone back: the account's home counts the difference.
+fn later() -> Router {
+    ends_behind("share_back", "share_late")
+}
+
+/// The agent ends its call when the log has the one kind of record, which must lead to the other.
+fn ends_behind(cause: &str, effect: &str) -> Router {
     let mut router = Router::start(&format!("{CONFIG}tasks: {{agent_timeout: 500ms, retries: 0}}\n"));
     let figures = EstimateFigures { in_tokens: Tokens(100), out_tokens: Tokens(100), ..EstimateFigures::default() };
     let model = ModelInfo {
@@ -212,11 +227,11 @@ fn late() -> Router {
     let call = agent.dispatched().call_id;
     client.to_the_bill("late");
     let kinds = |kind: &str| records(&router.log()).iter().any(|r| r["kind"] == kind);
-    wait_for("the call to expire", || kinds("settle").then_some(()));
+    wait_for(cause, || kinds(cause).then_some(()));
     let cost = Cost { in_tokens: Tokens(10), out_tokens: Tokens(15), usd_micros: UsdMicros(70) };
     let end = AgentFinal { text: Some("at last".into()), cost, ..AgentFinal::default() };
     agent.send(&Frame::json(call.to_string(), 1, Flags::FIN, kind::RESULT_FINAL, &end));
-    wait_for("the bill to be adjusted", || kinds("adjust").then_some(()));
+    wait_for(effect, || kinds(effect).then_some(()));
     router.settled();
     router.stop();
     router

@@ -12,9 +12,13 @@ struct Log {
 
 impl Log {
     fn of(name: &str) -> Self {
+        Self::at("1", name)
+    }
+
+    fn at(format: &str, name: &str) -> Self {
         let dir = tempfile::tempdir().unwrap();
         // A data directory stands for the log in it.
-        lay(&home().join("1").join(name), &dir.path().join("log"));
+        lay(&home().join(format).join(name), &dir.path().join("log"));
         let source = format!("local:{}", dir.path().display());
         Self { _dir: dir, source }
     }
@@ -69,6 +73,46 @@ fn the_state_is_rebuilt_at_each_position() {
     let text = atp::run(&["replay", "--log", &log.source, "--state", "--until", "3"]);
     let text = String::from_utf8(text.stdout).unwrap();
     assert!(text.contains("position 3") && text.contains(hashes[2].as_str().unwrap()), "{text}");
+}
+
+#[test]
+fn of_several_shards_all_are_shown_one_behind_the_other_or_one_alone() {
+    let log = Log::at("2", "plain");
+    let all = log.lines(&[]);
+    let mut alone = Vec::new();
+    for shard in 0..4 {
+        let lines = log.lines(&["--shard", &shard.to_string()]);
+        assert!(lines.iter().all(|line| line["shard"] == shard && line["position"].as_u64() > Some(0)));
+        alone.extend(lines);
+    }
+    assert_eq!(all, alone);
+    let close = all.iter().find(|line| line["kind"] == "close").unwrap();
+    let (shard, position) = (close["shard"].to_string(), close["position"].to_string());
+    let range = log.lines(&["--shard", &shard, "--from", &position, "--until", &position]);
+    assert!(!range.is_empty() && range.iter().all(|line| line["position"] == close["position"]));
+    let stream = close["stream_id"].as_str().unwrap();
+    assert!(log.lines(&["--stream", stream]).iter().all(|line| line["shard"] == close["shard"]));
+
+    let state = |flags: &[&str]| {
+        let flags = [&["replay", "--log", &log.source, "--state"], flags].concat();
+        atp::run_json(&flags)
+    };
+    let each: Vec<Value> = ["0", "1", "2", "3"].map(|shard| state(&["--shard", shard])).into();
+    let whole = state(&[]);
+    for sum in ["position", "records", "streams"] {
+        assert_eq!(whole[sum], each.iter().map(|one| one[sum].as_u64().unwrap()).sum::<u64>(), "{sum}");
+    }
+    assert!(each.iter().all(|one| one["state_hash"] != whole["state_hash"]));
+    assert_eq!(whole["accounts"].as_array().unwrap().len(), 1, "an account is one row, wherever its money is");
+
+    for (flags, words) in [
+        (&["--from", "2"][..], "--from: the log has 4 shards, each with its own positions; add --shard N"),
+        (&["--state", "--until", "2"], "--until: the log has 4 shards"),
+        (&["--shard", "4"], "--shard: 4 is none of the log's 4 shards"),
+    ] {
+        let (code, said) = log.refused(flags);
+        assert!(code == 2 && said.contains(words), "{flags:?}: exit {code}: {said}");
+    }
 }
 
 #[test]

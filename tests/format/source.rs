@@ -65,6 +65,8 @@ pub(crate) fn declared(dir: &Path) -> BTreeMap<String, Declared> {
 fn read(text: &str, found: &mut BTreeMap<String, Declared>) {
     let (mut doc, mut attribute, mut form) = (String::new(), String::new(), None);
     let mut current: Option<(String, Declared)> = None;
+    // An attribute of several lines is read like one of one.
+    let text = text.replace("#[prost(\n", "#[prost(").replace(",\n        tags", ", tags").replace("\n    )]", ")]");
     for line in text.lines() {
         let word = line.trim();
         if line == "}" {
@@ -84,7 +86,7 @@ fn read(text: &str, found: &mut BTreeMap<String, Declared>) {
                 .map(|(_, form)| form);
             continue;
         } else if let Some(prost) = word.strip_prefix("#[prost(") {
-            attribute = prost.trim_end_matches(")]").into();
+            attribute = prost.trim_start().trim_end_matches(")]").into();
             continue;
         } else if word.starts_with("#[") {
             continue;

@@ -9,6 +9,7 @@ use atp_proto::content::{Accepted, Resume, TaskCancel};
 use atp_proto::frame::{Meta, kind};
 use atp_proto::reassembly::fragment;
 use atp_proto::{Code, Flags, Frame, TenantId, WireError};
+use std::collections::BTreeMap;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum TaskState {
@@ -78,6 +79,16 @@ pub struct Clients {
 impl Clients {
     fn watcher(&self) -> usize {
         self.clients.len() - 1
+    }
+
+    /// Tasks of each tenant that were sent and aren't over.
+    #[must_use]
+    pub fn alive(&self) -> BTreeMap<String, usize> {
+        let mut alive = BTreeMap::new();
+        for task in self.tasks.iter().filter(|t| matches!(t.state, TaskState::Waiting | TaskState::Accepted)) {
+            *alive.entry(self.clients[task.plan.client].tenant.to_string()).or_default() += 1;
+        }
+        alive
     }
 
     pub fn connect(&mut self, s: &mut Sched, check: &mut Check, client: usize) {
@@ -255,6 +266,8 @@ impl Clients {
                     task.stream = atp_proto::id::stream_of_key(key, task.tries).as_str().into();
                     task.follows.clone_from(&task.stream);
                     (task.delivered, task.finals) = (0, 0);
+                    // Until it is sent, what is said of that stream is for another task of the key.
+                    task.state = TaskState::Idle;
                     task.sends += 1;
                     let ms = s.rng.range(10, 2_000);
                     s.after(ms, Event::Start { task: index });

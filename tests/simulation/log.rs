@@ -1,14 +1,13 @@
-//! The fake log: splits a commit at random, delays it, and at a crash keeps any prefix of what wasn't acknowledged.
+//! The fake log of one shard: what is in it counts for every reader, in one order. Who writes it loses any part of what it has not
+//! been told is there, and is told so when another has begun an epoch behind it.
 
-use crate::simulation::rng::Rng;
 use bytes::Bytes;
 
 #[derive(Debug, Default)]
 pub struct FakeLog {
     entries: Vec<Bytes>,
-    /// Entries that the owner was told are durable.
-    acked: usize,
-    pub commit_scheduled: bool,
+    /// The owner whose Epoch is the newest.
+    writer: u32,
 }
 
 impl FakeLog {
@@ -20,37 +19,26 @@ impl FakeLog {
     pub fn is_empty(&self) -> bool {
         self.entries.is_empty()
     }
-    #[must_use]
-    pub fn acked(&self) -> usize {
-        self.acked
-    }
     /// The entry at a position (from 1).
     #[must_use]
     pub fn entry(&self, position: usize) -> &Bytes {
         &self.entries[position - 1]
     }
-
-    /// False when the position isn't the next one.
+    /// From now on only this owner's messages count.
+    pub fn begin_epoch(&mut self, owner: u32) {
+        self.writer = owner;
+    }
     #[must_use]
-    pub fn append(&mut self, position: u64, entry: Bytes) -> bool {
-        self.entries.push(entry);
-        position == self.entries.len() as u64
+    pub fn is_fenced(&self, owner: u32) -> bool {
+        self.writer > owner
     }
-
-    /// Makes some of what waits durable; returns the new durable position.
-    pub fn commit(&mut self, rng: &mut Rng, split_percent: u64) -> usize {
-        let waiting = self.entries.len() - self.acked;
-        let n = if rng.percent(split_percent) { rng.index(waiting) + 1 } else { waiting };
-        self.acked += n.min(waiting);
-        self.acked
-    }
-
-    /// The process dies: some of what waited is there, the rest never was.
-    pub fn crash(&mut self, rng: &mut Rng) {
-        let waiting = self.entries.len() - self.acked;
-        let kept = rng.index(waiting + 1);
-        self.entries.truncate(self.acked + kept);
-        self.acked = self.entries.len();
-        self.commit_scheduled = false;
+    /// A message of an owner is written; false: it doesn't count.
+    pub fn write(&mut self, owner: u32, entry: Bytes) -> bool {
+        let counts = !self.is_fenced(owner);
+        if counts {
+            self.writer = owner;
+            self.entries.push(entry);
+        }
+        counts
     }
 }

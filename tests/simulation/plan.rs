@@ -4,6 +4,7 @@
 use crate::simulation::rng::Rng;
 use atp_core::ladder::OnLimit;
 use atp_core::pacing::Mode;
+use atp_core::placement::Placement;
 use atp_core::policy::{Escalation, Policy, Rule, Trigger};
 use atp_core::settings::{AccountSettings, FlowSettings, Limits, Per, Settings, WindowSettings};
 use atp_proto::content::{
@@ -11,7 +12,7 @@ use atp_proto::content::{
 };
 use atp_proto::{AgentName, Amount, Cost, Limit, Qos, TenantId, Tokens, UsdMicros};
 use std::collections::BTreeMap;
-use std::sync::Arc;
+use std::sync::{Arc, LazyLock};
 
 /// How much goes wrong, and how.
 #[derive(Clone, Debug, Default)]
@@ -115,6 +116,10 @@ pub struct Plan {
     pub room_at: Vec<u64>,
     pub wall_jump_at: Vec<u64>,
     pub reload_at: Vec<u64>,
+    pub take_over_at: Vec<u64>,
+    /// Two shards don't hear each other from then on, for so long.
+    pub cut_at: Vec<u64>,
+    pub placement: Placement,
     pub drain_at: Option<u64>,
 }
 
@@ -130,6 +135,12 @@ fn limit(rng: &mut Rng, none_percent: u64, tokens: (u64, u64), micros: (u64, u64
 }
 
 impl Plan {
+    /// Nothing goes wrong.
+    #[must_use]
+    pub fn is_calm(&self) -> bool {
+        self.faults.delay_max_ms == 0
+    }
+
     #[must_use]
     pub fn of(rng: &mut Rng) -> Self {
         let calm = rng.percent(8);
@@ -187,6 +198,9 @@ impl Plan {
                 times(rng, heal_at, n)
             },
             drain_at: (!calm && rng.percent(3)).then(|| rng.range(1_000, heal_at)),
+            take_over_at: Vec::new(),
+            cut_at: Vec::new(),
+            placement: Placement::default(),
             settings,
             faults,
             agents,
@@ -196,6 +210,53 @@ impl Plan {
             wall0_ms,
             heal_at,
         }
+    }
+}
+
+/// Placements are costly to make: these few are shared by all schedules.
+static PLACEMENTS: LazyLock<Vec<Placement>> =
+    LazyLock::new(|| (0..32).map(|n| Placement::new(n / 8 + 1, u64::from(n % 8))).collect());
+
+/// Half of the schedules have several shards, and then more tasks of few accounts, so that money has to travel.
+pub fn spread(rng: &mut Rng, plan: &mut Plan) {
+    let shards = rng.pick(&[1, 1, 1, 1, 1, 1, 2, 2, 2, 2, 3, 4]) as usize;
+    if shards == 1 {
+        return;
+    }
+    plan.placement = PLACEMENTS[(shards - 1) * 8 + rng.index(8)].clone();
+    plan.settings.placement = plan.placement.clone();
+    let (clients, heal_at) = (plan.clients.len() as u64 - 1, plan.heal_at);
+    let most = rng.range(3, 6);
+    for index in plan.tasks.len() as u64..most {
+        let mut more = task(rng, index, &plan.agents, clients, heal_at);
+        more.client = 0;
+        plan.tasks.push(more);
+    }
+    let calm = plan.is_calm();
+    if rng.percent(30) {
+        // Few calls at once, of one account at several shards.
+        let account = plan.settings.accounts.entry(TenantId::new("default")).or_default();
+        account.max_parallel = Some(rng.range(1, 4) as u32);
+    }
+    if !calm && rng.percent(20) {
+        // Ends that come when their share is back already.
+        plan.agents.iter_mut().for_each(|agent| agent.mood.late = 40);
+    }
+    let most = if calm { 0 } else { rng.pick(&[0, 0, 1, 2]) };
+    plan.take_over_at = times(rng, heal_at, most);
+    let most = if calm { 0 } else { rng.pick(&[0, 0, 2, 4]) };
+    plan.cut_at = times(rng, heal_at, most);
+}
+
+/// What an operator changes at a reload.
+pub struct Reload {
+    pub accounts: (BTreeMap<TenantId, AccountSettings>, AccountSettings),
+    pub retries: u32,
+}
+
+impl Reload {
+    pub fn of(rng: &mut Rng) -> Self {
+        Self { accounts: accounts(rng), retries: rng.pick(&[0, 1, 2]) as u32 }
     }
 }
 
@@ -423,10 +484,4 @@ fn same_key_twice(rng: &mut Rng, tasks: &mut [TaskPlan]) {
     let start_at = tasks[0].start_at + rng.range(0, 4_000);
     let stream = atp_proto::id::stream_of_key(&key, 2).as_str().into();
     tasks[1] = TaskPlan { start_at, stream, watch: false, ..tasks[0].clone() };
-}
-
-/// The call's plan is made when the provider is called: see `process`.
-#[must_use]
-pub fn settings_of(plan: &Plan) -> Arc<Settings> {
-    Arc::new(plan.settings.clone())
 }

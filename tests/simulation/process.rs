@@ -33,6 +33,7 @@ enum Ending {
 /// A call as its agent knows it.
 #[derive(Debug)]
 pub struct Running {
+    shard: u32,
     pub epoch: u64,
     grant: Amount,
     stop_at_output: Option<u64>,
@@ -74,7 +75,8 @@ pub struct Process {
     pub conn: Option<usize>,
     pub connected_at: u64,
     pub calls: BTreeMap<CallId, Running>,
-    pub epoch_seen: u64,
+    /// The highest epoch of each shard.
+    pub epochs_seen: BTreeMap<u32, u64>,
     pub status: AgentStatus,
 }
 
@@ -89,7 +91,7 @@ impl Process {
             conn: None,
             connected_at: 0,
             calls: BTreeMap::new(),
-            epoch_seen: 0,
+            epochs_seen: BTreeMap::new(),
             status: AgentStatus::default(),
         }
     }
@@ -108,7 +110,7 @@ impl Process {
         // Another process knows nothing of what the former one said.
         self.status = AgentStatus::default();
         self.calls.clear();
-        self.epoch_seen = 0;
+        self.epochs_seen.clear();
         let (agent, life) = (self.index, self.life);
         s.say(|| format!("{} starts as {}", self.plan.name, self.incarnation()));
         s.after(0, Event::AgentConnect { agent, life });
@@ -145,7 +147,7 @@ impl Process {
             .iter()
             .map(|(id, c)| ListedCall {
                 call_id: *id,
-                shard: 0,
+                shard: c.shard,
                 epoch: c.epoch,
                 msg_seq: c.sent_seq,
                 cost: self.plan.price(if c.out_tokens > 0 { c.in_tokens } else { 0 }, c.out_tokens),
@@ -219,7 +221,7 @@ impl Process {
             }
             kind::BUDGET_UPDATE => {
                 let update: BudgetUpdate = frame.read().expect("the router's own update");
-                if !self.fences(update.epoch)
+                if !self.fences(update.shard, update.epoch)
                     && let Some(call) = self.calls.get_mut(&id)
                 {
                     call.grant = call.grant.max(update.grant);
@@ -227,7 +229,7 @@ impl Process {
             }
             kind::AGENT_CANCEL => {
                 let cancel: atp_proto::content::AgentCancel = frame.read().expect("the router's own cancel");
-                if !self.fences(cancel.epoch) {
+                if !self.fences(cancel.shard, cancel.epoch) {
                     self.cancel(s, id);
                 }
             }
@@ -245,14 +247,15 @@ impl Process {
         }
     }
 
-    fn fences(&mut self, epoch: u64) -> bool {
-        let lower = epoch < self.epoch_seen;
-        self.epoch_seen = self.epoch_seen.max(epoch);
+    fn fences(&mut self, shard: u32, epoch: u64) -> bool {
+        let seen = self.epochs_seen.entry(shard).or_default();
+        let lower = epoch < *seen;
+        *seen = epoch.max(*seen);
         lower
     }
 
     fn dispatched(&mut self, s: &mut Sched, check: &mut Check, id: CallId, dispatch: &Dispatch) {
-        if self.fences(dispatch.epoch) {
+        if self.fences(dispatch.shard, dispatch.epoch) {
             s.say(|| format!("{} fences {id} of epoch {}", self.plan.name, dispatch.epoch));
             return;
         }
@@ -324,6 +327,7 @@ impl Process {
         }
         let slow = self.plan.slow && !s.healed;
         Running {
+            shard: dispatch.shard,
             epoch: dispatch.epoch,
             grant: dispatch.grant,
             stop_at_output: dispatch.max_output_tokens,

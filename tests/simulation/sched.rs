@@ -4,10 +4,11 @@ use crate::simulation::net::Net;
 use crate::simulation::plan::Faults;
 use crate::simulation::rng::Rng;
 use atp_core::clock::Now;
+use atp_core::escrow::Escrow;
 use atp_core::message::{FromAgent, ToAgent, ToolDone};
 use atp_proto::{CallId, Frame};
 use std::cmp::Ordering;
-use std::collections::BinaryHeap;
+use std::collections::{BTreeMap, BinaryHeap};
 use std::hash::{Hash, Hasher};
 
 /// What happens at a moment.
@@ -37,26 +38,60 @@ pub enum Event {
         message: Box<ToAgent>,
     },
     ToShard {
+        shard: u32,
         generation: u32,
         message: Box<FromAgent>,
     },
+    /// What a shard says to another.
+    Escrow {
+        from: u32,
+        to: u32,
+        message: Box<Escrow>,
+    },
     Commit {
+        shard: u32,
         owner: u32,
     },
     Unpause {
+        shard: u32,
         owner: u32,
     },
     Replay {
+        shard: u32,
         owner: u32,
         request: Box<Replay>,
     },
     /// A mediated tool has ended.
     ToolDone {
+        shard: u32,
         owner: u32,
         done: Box<ToolDone>,
     },
-    Crash,
-    Restart,
+    Crash {
+        shard: u32,
+    },
+    /// The process of which a shard's owner died had all the others too.
+    ProcessDies,
+    /// A client's connection died with a shard: the other shards hear of it.
+    ConnLost {
+        conn: usize,
+    },
+    Restart {
+        shard: u32,
+    },
+    TakeOver {
+        shard: u32,
+    },
+    /// An owner that was replaced hears of it.
+    StepDown {
+        shard: u32,
+        owner: u32,
+    },
+    /// Two shards don't hear each other for a while.
+    Cut {
+        pair: (u32, u32),
+        ms: u64,
+    },
     Connect {
         client: usize,
     },
@@ -184,6 +219,10 @@ pub struct Sched {
     pub steps: u64,
     pub hash: Fnv,
     pub trace: Option<Vec<String>>,
+    /// Until when two shards don't hear each other.
+    cuts: BTreeMap<(u32, u32), u64>,
+    /// When the last of what a shard said to another arrives.
+    escrow_at: BTreeMap<(u32, u32), u64>,
     queue: BinaryHeap<Scheduled>,
     seq: u64,
 }
@@ -202,6 +241,8 @@ impl Sched {
             steps: 0,
             hash: Fnv::default(),
             trace: trace.then(Vec::new),
+            cuts: BTreeMap::new(),
+            escrow_at: BTreeMap::new(),
             queue: BinaryHeap::new(),
             seq: 0,
         }
@@ -239,6 +280,43 @@ impl Sched {
             self.rng.range(0, self.faults.delay_max_ms)
         } else {
             self.rng.range(0, 5)
+        }
+    }
+
+    /// How often a message that is said again until it is answered arrives: not at all, once or twice.
+    pub fn copies(&mut self) -> u32 {
+        match () {
+            () if self.rng.percent(self.faults.loss_percent) => 0,
+            () if self.rng.percent(self.faults.duplicate_percent) => 2,
+            () => 1,
+        }
+    }
+
+    /// Two shards don't hear each other for so long.
+    pub fn cut_shards(&mut self, pair: (u32, u32), ms: u64) {
+        let until = self.now_ms + ms;
+        self.say(|| format!("shards {pair:?} don't hear each other until {until}"));
+        self.cuts.insert(pair, until);
+    }
+
+    /// A shard says something to another: it may be lost, late, twice, out of order.
+    pub fn send_escrow(&mut self, from: u32, to: u32, message: Escrow) {
+        let cut = self.cuts.get(&(from.min(to), from.max(to))).is_some_and(|until| self.now_ms < *until);
+        let copies = match () {
+            () if self.healed => 1,
+            () if cut => 0,
+            () => self.copies(),
+        };
+        for _ in 0..copies {
+            let ms = self.delay();
+            let mut at = self.now_ms + ms;
+            if self.healed {
+                // One connection, and nothing breaks it.
+                let last = self.escrow_at.entry((from, to)).or_default();
+                at = at.max(*last);
+                *last = at;
+            }
+            self.at(at, Event::Escrow { from, to, message: Box::new(message.clone()) });
         }
     }
 

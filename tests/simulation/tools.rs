@@ -119,7 +119,7 @@ impl Asking {
 }
 
 /// The shell runs a mediated tool: late, or never, if the process dies before.
-pub fn run(s: &mut Sched, owner: u32, call: CallId, attempt: u32, request: u64) {
+pub fn run(s: &mut Sched, shard: u32, owner: u32, call: CallId, attempt: u32, request: u64) {
     // What a request comes to is the same each time: the tools have no effects.
     let outcome = match request % 5 {
         0 => Err(WireError::proto("no such file")),
@@ -127,7 +127,7 @@ pub fn run(s: &mut Sched, owner: u32, call: CallId, attempt: u32, request: u64) 
     };
     let done = Box::new(ToolDone { call, attempt, request, outcome });
     let ms = s.delay();
-    s.after(ms, Event::ToolDone { owner, done });
+    s.after(ms, Event::ToolDone { shard, owner, done });
 }
 
 /// The frame of a request.

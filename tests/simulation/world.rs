@@ -1,24 +1,27 @@
 //! The event loop of one schedule: takes the next event in virtual time, hands it to its actor, and stops at the first
 //! broken promise, or when all is healed and quiet.
 
-use crate::simulation::check::ledger::Seen;
-use crate::simulation::check::{Check, Violation, ending};
-use crate::simulation::client::{Client, Clients, Task};
+use crate::simulation::check::ledger::{Call, Phase, Seen};
+use crate::simulation::check::{Check, Violation, ending, escrow};
+use crate::simulation::client::{Client, Clients, Task, TaskState};
 use crate::simulation::crowd;
+use crate::simulation::keepers::Keepers;
 use crate::simulation::net::Peer;
-use crate::simulation::plan::Plan;
+use crate::simulation::owner::{Around, Place};
+use crate::simulation::plan::{self, Plan, Reload};
 use crate::simulation::process::Process;
 use crate::simulation::rng::Rng;
-use crate::simulation::router::Router;
 use crate::simulation::sched::{Event, Sched};
+use crate::simulation::show::{frame_hash, show_frame};
 use crate::simulation::tools;
 use atp_core::message::{Input, Machine, Query};
-use atp_proto::{StreamId, TenantId};
+use atp_core::record::SourcePb;
+use atp_proto::{ConnId, Frame, StreamId, TenantId};
 use std::hash::Hasher;
 
 /// After healing all must be over within this long.
 const HEALING_MS: u64 = 120_000;
-/// Lent slots lapse within this long.
+/// Lent slots lapse within this long, and what shards say to each other is answered.
 const QUIET_MS: u64 = 8_000;
 /// More events than this in one schedule: something spins.
 const STEPS_MAX: u64 = 200_000;
@@ -26,6 +29,8 @@ const STEPS_MAX: u64 = 200_000;
 const SHOWN_STEPS: u64 = 32;
 /// Of so many schedules one lets a crowd queue up at one agent.
 const QUEUE_EVERY: u64 = 100;
+/// What decides where streams and accounts belong doesn't change what else a seed decides.
+const SPREAD: u64 = 0x7368_6172_6473;
 
 /// What came of one schedule.
 #[derive(Debug, Default)]
@@ -40,6 +45,7 @@ pub struct Outcome {
 /// How often things happened: a schedule in which nothing happens proves nothing.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Counts {
+    pub shards: u64,
     pub entries: u64,
     pub calls: u64,
     pub settled: u64,
@@ -52,10 +58,12 @@ pub struct Counts {
     pub tool_answers: u64,
     pub virtual_ms: u64,
     pub seen: Seen,
+    pub escrow: escrow::Seen,
 }
 
 impl Counts {
     pub fn add(&mut self, o: &Self) {
+        self.shards += o.shards;
         self.entries += o.entries;
         self.calls += o.calls;
         self.settled += o.settled;
@@ -67,13 +75,15 @@ impl Counts {
         self.tool_answers += o.tool_answers;
         self.virtual_ms += o.virtual_ms;
         self.seen.add(&o.seen);
+        self.escrow.add(&o.escrow);
     }
 }
 
 struct World {
     s: Sched,
     check: Check,
-    router: Router,
+    places: Vec<Place>,
+    keepers: Keepers,
     processes: Vec<Process>,
     clients: Clients,
 }
@@ -83,6 +93,7 @@ struct World {
 pub fn run(seed: u64, trace: bool) -> Outcome {
     let mut rng = Rng::new(seed);
     let mut plan = Plan::of(&mut rng);
+    plan::spread(&mut Rng::new(seed ^ SPREAD), &mut plan);
     tools::plan(&mut rng, &mut plan);
     if plan.tasks.len() > 3 && rng.percent(30) {
         crowd::gather(&mut rng, &mut plan);
@@ -101,17 +112,21 @@ pub fn run(seed: u64, trace: bool) -> Outcome {
         .collect();
     let tasks = plan.tasks.iter().map(|t| Task::new(t.clone())).collect();
     let processes = plan.agents.iter().enumerate().map(|(i, a)| Process::new(i, a.clone())).collect();
-    let mut check = Check { patience_ms: 3_000 + 4 * plan.faults.delay_max_ms, ..Check::default() };
+    let mut check = Check { patience_ms: 3_000 + 4 * plan.faults.delay_max_ms, ..Check::of(&plan.placement) };
     let caps = plan.settings.policy.tools_budget_caps.iter();
     check.tools.caps = caps.map(|(tool, cap)| (tool.clone(), cap.amount().usd_micros.0.into())).collect();
-    let mut world =
-        World { router: Router::new(&plan, seed), check, processes, clients: Clients { clients, tasks }, s };
+    check.balance.settings(&plan.settings);
+    check.balance.calm = plan.placement.shards() > 1 && plan.is_calm();
+    let places = (0..plan.placement.shards()).map(|no| Place::new(&plan, seed, no)).collect();
+    let keepers = Keepers::new(&plan);
+    let mut world = World { places, keepers, check, processes, clients: Clients { clients, tasks }, s };
     world.run(plan.heal_at);
     world.outcome()
 }
 
 fn schedule(s: &mut Sched, plan: &Plan) {
-    s.at(0, Event::Restart);
+    let shards = plan.placement.shards();
+    (0..shards).for_each(|shard| s.at(0, Event::Restart { shard }));
     for agent in 0..plan.agents.len() {
         let ms = s.rng.range(0, 200);
         s.after(ms, Event::AgentStart { agent });
@@ -125,7 +140,20 @@ fn schedule(s: &mut Sched, plan: &Plan) {
             s.at(at, Event::CancelTask { task });
         }
     }
-    plan.crash_at.iter().for_each(|at| s.at(*at, Event::Crash));
+    let one = |s: &mut Sched| if shards == 1 { 0 } else { s.rng.below(shards.into()) as u32 };
+    for at in &plan.crash_at {
+        let shard = one(s);
+        s.at(*at, Event::Crash { shard });
+    }
+    for at in &plan.take_over_at {
+        let shard = one(s);
+        s.at(*at, Event::TakeOver { shard });
+    }
+    for at in &plan.cut_at {
+        let (a, b) = (one(s), one(s));
+        let ms = s.rng.pick(&[300, 1_500, 6_000]);
+        s.at(*at, Event::Cut { pair: (a.min(b), a.max(b)), ms });
+    }
     for at in &plan.break_client_at {
         let client = s.rng.index(plan.clients.len());
         s.at(*at, Event::BreakClient { client });
@@ -180,8 +208,11 @@ impl World {
                     return self.finish();
                 }
             }
+            if self.check.balance.calm {
+                self.check.balance.alive = self.clients.alive();
+            }
             let event_at = self.s.next_at();
-            let timer_at = self.router.next_timeout();
+            let timer_at = self.next_timeout();
             match (event_at, timer_at) {
                 (Some(event), timer) if timer.is_none_or(|t| event <= t) => {
                     if let Some(event) = self.s.pop() {
@@ -190,55 +221,114 @@ impl World {
                 }
                 (_, Some(timer)) => {
                     self.s.now_ms = self.s.now_ms.max(timer);
-                    self.router.timeouts(&mut self.s, &mut self.check, &mut self.processes);
+                    self.timeouts();
                 }
                 (_, None) => return self.finish(),
             }
-            if self.check.shown.owner != self.router.owner || self.s.steps.is_multiple_of(SHOWN_STEPS) {
-                show(&mut self.router, &mut self.s, &mut self.check, &mut self.processes, false);
+            let every = self.s.steps.is_multiple_of(SHOWN_STEPS);
+            for shard in 0..self.places.len() {
+                if every || self.check.shards[shard].shown.owner != self.places[shard].number {
+                    self.show(shard, false);
+                }
             }
         }
     }
 
+    fn next_timeout(&self) -> Option<u64> {
+        let places = self.places.iter().filter_map(Place::next_timeout).min();
+        [places, self.keepers.next_timeout()].into_iter().flatten().min()
+    }
+
+    fn timeouts(&mut self) {
+        self.keepers.timeouts(&mut self.s, &mut self.check);
+        for shard in 0..self.places.len() {
+            let (place, mut around) = self.at(shard);
+            place.timeouts(&mut around);
+        }
+    }
+
+    /// A shard, and all that it acts on.
+    fn at(&mut self, shard: usize) -> (&mut Place, Around<'_>) {
+        let Self { s, check, places, keepers, processes, .. } = self;
+        (&mut places[shard], Around { s, check, processes, keepers })
+    }
+
+    fn input(&mut self, shard: u32, input: Input) {
+        let (place, mut around) = self.at(shard as usize);
+        place.input(&mut around, input);
+    }
+
+    fn each(&mut self, what: impl Fn(&mut Place, &mut Around<'_>)) {
+        for shard in 0..self.places.len() {
+            let (place, mut around) = self.at(shard);
+            what(place, &mut around);
+        }
+    }
+
+    fn one_shard(&mut self) -> u32 {
+        if self.places.len() == 1 { 0 } else { self.s.rng.index(self.places.len()) as u32 }
+    }
+
     fn is_quiet(&self) -> bool {
-        self.router.shard.is_some()
+        self.places.iter().all(Place::is_idle)
             && self.clients.tasks.iter().all(Task::is_over)
-            && self.check.ledger.open_calls().next().is_none()
+            && self.check.ledgers().all(|ledger| ledger.open_calls().next().is_none())
+            && self.check.nothing_between()
+    }
+
+    /// Asks for what a state store lacks, a few rows at a time; at the end for all of it, and then for the whole.
+    fn show(&mut self, shard: usize, end: bool) {
+        if !self.places[shard].is_up() {
+            return;
+        }
+        let owner = self.places[shard].number;
+        let (all, max) = (self.check.shards[shard].shown.is_new(owner), if end { usize::MAX } else { 2 });
+        let (place, mut around) = self.at(shard);
+        place.ask(&mut around, Query::Projection { all, agents: true, max });
+        if end {
+            place.ask(&mut around, Query::Projection { all: true, agents: false, max });
+        }
     }
 
     fn finish(&mut self) {
-        self.router.verified = false;
-        show(&mut self.router, &mut self.s, &mut self.check, &mut self.processes, true);
-        self.router.ask(&mut self.s, &mut self.check, &mut self.processes, Query::Verify);
+        for shard in 0..self.places.len() {
+            self.places[shard].verified = false;
+            self.show(shard, true);
+            let (place, mut around) = self.at(shard);
+            place.ask(&mut around, Query::Verify);
+        }
         for _ in 0..1_000 {
-            if self.router.verified || self.check.verdict.violation.is_some() {
+            if self.places.iter().all(|p| p.verified) || self.check.verdict.violation.is_some() {
                 break;
             }
             let Some(event) = self.s.pop() else { break };
             self.handle(event);
         }
-        self.check.verdict.expect(self.router.verified, "a question is answered", || "verify at the end".into());
-        for (agent, machine) in self.router.machines.iter().enumerate() {
+        let verified = self.places.iter().all(|p| p.verified);
+        self.check.verdict.expect(verified, "a question is answered", || "verify at the end".into());
+        for (agent, machine) in self.keepers.machines.iter().enumerate() {
             let used = machine.as_ref().map_or(0, atp_core::agent::Agent::slots_used);
             self.check.verdict.expect(used == 0, "slots = running calls after healing", || {
                 format!("agent {agent} has {used} slots in use, and no call runs")
             });
         }
-        if let Some(shard) = &self.router.shard {
-            self.check.fold.statistics(shard.state(), &mut self.check.verdict);
+        for (place, of) in self.places.iter().zip(&mut self.check.shards) {
+            if let Some(owner) = place.newest() {
+                of.fold.statistics(owner.shard.state(), &mut self.check.verdict);
+            }
         }
         ending::check(&mut self.check, &self.clients.tasks, self.s.now_ms);
     }
 
     fn handle(&mut self, event: Event) {
-        let Self { s, check, router, processes, clients } = self;
         match event {
             Event::Up { conn, seq, frame } => {
-                if s.arrives(conn, true, seq) {
-                    router.up(s, check, processes, conn, *frame);
+                if self.s.arrives(conn, true, seq) {
+                    self.up(conn, *frame);
                 }
             }
             Event::Down { conn, seq, frame } => {
+                let Self { s, check, processes, clients, .. } = self;
                 if s.arrives(conn, false, seq) {
                     match s.net.conns[conn].peer {
                         Peer::Client(client) => clients.receive(s, check, client, conn, &frame),
@@ -246,32 +336,74 @@ impl World {
                     }
                 }
             }
-            Event::RouterLearnsGone { conn } => router.gone(s, check, processes, conn),
-            Event::PeerLearnsGone { conn } => match s.net.conns[conn].peer {
-                Peer::Client(client) => clients.disconnected(s, conn, client),
-                Peer::Agent { agent, .. } => processes[agent].disconnected(s, conn),
+            Event::RouterLearnsGone { conn } => self.gone(conn),
+            Event::PeerLearnsGone { conn } => match self.s.net.conns[conn].peer {
+                Peer::Client(client) => self.clients.disconnected(&mut self.s, conn, client),
+                Peer::Agent { agent, .. } => self.processes[agent].disconnected(&mut self.s, conn),
             },
             Event::ToMachine { agent, generation, message } => {
-                router.hand_to_machine(s, check, agent, generation, *message)
+                self.keepers.hand(&mut self.s, &mut self.check, agent, generation, *message);
             }
-            Event::ToShard { generation, message } => router.from_machine(s, check, processes, generation, *message),
-            Event::ToolDone { owner, done } => router.tool_done(s, check, processes, owner, done),
-            Event::Commit { owner } => router.commit(s, check, processes, owner),
-            Event::Unpause { owner } => router.unpause(s, check, processes, owner),
-            Event::Replay { owner, request } => router.replay(s, check, processes, owner, &request),
-            Event::Crash => {
-                if !s.healed {
-                    router.crash(s, check, processes);
+            Event::ToShard { shard, generation, message } => {
+                if generation == self.keepers.generation {
+                    self.input(shard, Input::Agent(*message));
                 }
             }
-            Event::Restart => router.restart(s, check, processes),
-            Event::Connect { client } if router.shard.is_some() => clients.connect(s, check, client),
+            Event::Escrow { from, to, message } => {
+                let (place, mut around) = self.at(to as usize);
+                place.escrow(&mut around, from, *message);
+            }
+            Event::ToolDone { shard, owner, done } => {
+                let (place, mut around) = self.at(shard as usize);
+                place.tool_done(&mut around, owner, Input::ToolDone(done));
+            }
+            Event::Commit { shard, owner } => {
+                let (place, mut around) = self.at(shard as usize);
+                place.commit(&mut around, owner);
+            }
+            Event::Unpause { shard, owner } => {
+                let (place, mut around) = self.at(shard as usize);
+                place.unpause(&mut around, owner);
+            }
+            Event::Replay { shard, owner, request } => {
+                let (place, mut around) = self.at(shard as usize);
+                place.replay(&mut around, owner, &request);
+            }
+            Event::Crash { shard } if !self.s.healed => {
+                let (place, mut around) = self.at(shard as usize);
+                place.dies(&mut around);
+            }
+            Event::ProcessDies if !self.s.healed => self.each(Place::dies),
+            Event::Crash { .. } | Event::ProcessDies => {}
+            Event::ConnLost { conn } => self.each(|place, around| {
+                place.input(around, Input::ConnGone { conn: ConnId(conn as u64) });
+            }),
+            Event::Restart { shard } => {
+                let (place, mut around) = self.at(shard as usize);
+                place.restart(&mut around);
+            }
+            Event::TakeOver { shard } => {
+                let (place, mut around) = self.at(shard as usize);
+                place.take_over(&mut around);
+            }
+            Event::StepDown { shard, owner } => self.places[shard as usize].step_down(owner),
+            Event::Cut { pair, ms } => self.s.cut_shards(pair, ms),
+            Event::Heal => self.heal(),
+            other => self.peer_or_operator(other),
+        }
+    }
+
+    fn peer_or_operator(&mut self, event: Event) {
+        let up = self.places.iter().any(Place::is_up);
+        let Self { s, check, processes, clients, .. } = self;
+        match event {
+            Event::Connect { client } if up => clients.connect(s, check, client),
             Event::Connect { client } => s.after(100, Event::Connect { client }),
             Event::Start { task } => clients.start(s, check, task),
             Event::Patience { task, sends } => clients.patience(s, check, task, sends),
             Event::CancelTask { task } => clients.cancel(s, task),
             Event::AgentStart { agent } => processes[agent].start(s),
-            Event::AgentConnect { agent, life } if router.shard.is_some() => processes[agent].connect(s, life),
+            Event::AgentConnect { agent, life } if up => processes[agent].connect(s, life),
             Event::AgentConnect { agent, life } => s.after(100, Event::AgentConnect { agent, life }),
             Event::AgentCrash { agent } => processes[agent].crash(s, check),
             Event::Step { agent, life, call, step } => processes[agent].step(s, check, life, call, step),
@@ -288,74 +420,117 @@ impl World {
                     s.break_conn(conn);
                 }
             }
-            Event::Checkpoint => router.input(s, check, processes, Input::Checkpoint),
+            Event::Checkpoint => {
+                let shard = self.one_shard();
+                self.input(shard, Input::Checkpoint);
+            }
             Event::Query => {
                 let streams: Vec<(TenantId, StreamId)> = clients
                     .tasks
                     .iter()
                     .map(|t| (clients.clients[t.plan.client].tenant.clone(), StreamId::new(&t.follows)))
                     .collect();
-                let query = Router::random_query(s, &streams);
-                router.ask(s, check, processes, query);
+                let query = Place::random_query(s, &streams);
+                let shard = match &query {
+                    Query::Stream { tenant, stream } | Query::Bill { tenant, stream } => {
+                        check.placement.shard_of(tenant, stream)
+                    }
+                    _ => self.one_shard(),
+                };
+                let (place, mut around) = self.at(shard as usize);
+                place.ask(&mut around, query);
             }
-            Event::LogRoom => router.room(s, check, processes),
-            Event::Reload => router.reload(s, check, processes),
+            Event::LogRoom => {
+                let shard = self.one_shard();
+                let (place, mut around) = self.at(shard as usize);
+                place.room(&mut around);
+            }
+            Event::Reload => {
+                let changed = Reload::of(&mut s.rng);
+                s.say(|| format!("  reload {:?}", changed.accounts));
+                self.each(|place, around| place.reload(around, &changed));
+                self.check.balance.settings(&self.places[0].settings);
+            }
             Event::WallJump { by_ms } => s.wall_skew_ms += by_ms,
             Event::Drain => {
-                router.input(s, check, processes, Input::Drain);
-                let ms = s.rng.range(100, 3_000);
-                s.after(ms, Event::Crash);
+                let shard = self.one_shard();
+                self.input(shard, Input::Drain);
+                let ms = self.s.rng.range(100, 3_000);
+                self.s.after(ms, Event::Crash { shard });
             }
-            Event::Heal => self.heal(),
+            _ => {}
+        }
+    }
+
+    /// A frame reaches the router on a connection.
+    fn up(&mut self, conn: usize, frame: Frame) {
+        if !self.s.net.conns[conn].router_open {
+            return;
+        }
+        self.s.note(&frame_hash(&frame), || format!("up {conn} {}", show_frame(&frame)));
+        match self.s.net.conns[conn].peer {
+            Peer::Client(_) => {
+                let (tenant, stream) = (&self.s.net.conns[conn].tenant, StreamId::new(&frame.stream_id));
+                let shard = self.check.placement.shard_of(tenant, &stream);
+                let (place, mut around) = self.at(shard as usize);
+                place.client(&mut around, conn, frame);
+            }
+            Peer::Agent { agent, .. } => self.keepers.up(&mut self.s, &mut self.check, agent, conn, frame),
+        }
+    }
+
+    fn gone(&mut self, conn: usize) {
+        if !self.s.net.conns[conn].router_open {
+            return;
+        }
+        self.s.net.conns[conn].router_open = false;
+        match self.s.net.conns[conn].peer {
+            Peer::Client(_) => {
+                self.each(|place, around| place.input(around, Input::ConnGone { conn: ConnId(conn as u64) }));
+            }
+            Peer::Agent { agent, .. } => self.keepers.disconnected(&mut self.s, &mut self.check, agent, conn),
         }
     }
 
     /// Nothing goes wrong from here on.
     fn heal(&mut self) {
-        let Self { s, check, router, processes, .. } = self;
-        s.note(&"heal", || "HEAL".into());
+        self.s.note(&"heal", || "HEAL".into());
         // A router that was told to drain is stopped, and started again by its supervisor.
-        router.crash(s, check, processes);
-        s.healed = true;
-        router.restart(s, check, processes);
-        router.room(s, check, processes);
-        for process in processes.iter_mut() {
-            process.change_status(s);
+        self.each(Place::dies);
+        self.s.healed = true;
+        self.each(|place, around| {
+            place.all_step_down();
+            place.restart(around);
+            place.room(around);
+        });
+        for process in &mut self.processes {
+            process.change_status(&mut self.s);
         }
     }
 
     fn outcome(self) -> Outcome {
-        let ledger = &self.check.ledger;
-        let calls = || ledger.streams.values().flat_map(|s| &s.calls);
+        let calls = || self.check.ledgers().flat_map(|ledger| ledger.streams.values()).flat_map(|s| &s.calls);
         let phase = |p| calls().filter(|c| c.phase == p).count() as u64;
-        let unknown = |c: &&crate::simulation::check::ledger::Call| {
-            c.source.is_some_and(|s| {
-                matches!(s, atp_core::record::SourcePb::UnknownAtHold | atp_core::record::SourcePb::Expired)
-            })
-        };
-        let counts = Counts {
-            entries: ledger.position,
+        let unknown = |c: &&Call| c.source.is_some_and(|s| matches!(s, SourcePb::UnknownAtHold | SourcePb::Expired));
+        let tasks = |state| self.clients.tasks.iter().filter(|t| t.state == state).count() as u64;
+        let mut counts = Counts {
+            shards: self.places.len() as u64,
             calls: calls().count() as u64,
-            settled: phase(crate::simulation::check::ledger::Phase::Settled),
-            void: phase(crate::simulation::check::ledger::Phase::Void),
+            settled: phase(Phase::Settled),
+            void: phase(Phase::Void),
             unknown: calls().filter(unknown).count() as u64,
-            owners: u64::from(self.router.owner),
+            owners: self.places.iter().map(|p| u64::from(p.number)).sum(),
             tool_answers: self.check.tools.answered,
-            answered: self
-                .clients
-                .tasks
-                .iter()
-                .filter(|t| t.state == crate::simulation::client::TaskState::Answered)
-                .count() as u64,
-            refused: self
-                .clients
-                .tasks
-                .iter()
-                .filter(|t| t.state == crate::simulation::client::TaskState::Refused)
-                .count() as u64,
+            answered: tasks(TaskState::Answered),
+            refused: tasks(TaskState::Refused),
             virtual_ms: self.s.now_ms,
-            seen: ledger.seen,
+            escrow: self.check.escrow.seen,
+            ..Counts::default()
         };
+        for ledger in self.check.ledgers() {
+            counts.entries += ledger.position;
+            counts.seen.add(&ledger.seen);
+        }
         Outcome {
             violation: self.check.verdict.violation,
             trace_hash: self.s.hash.finish(),
@@ -371,15 +546,3 @@ const _: fn() = || {
     machine::<atp_core::shard::Shard>();
     machine::<atp_core::agent::Agent>();
 };
-
-/// Asks for what a state store lacks, a few rows at a time; at the end for all of it, and then for the whole.
-fn show(router: &mut Router, s: &mut Sched, check: &mut Check, processes: &mut [Process], end: bool) {
-    if router.shard.is_none() {
-        return;
-    }
-    let (all, max) = (check.shown.is_new(router.owner), if end { usize::MAX } else { 2 });
-    router.ask(s, check, processes, Query::Projection { all, agents: true, max });
-    if end {
-        router.ask(s, check, processes, Query::Projection { all: true, agents: false, max });
-    }
-}

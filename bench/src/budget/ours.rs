@@ -137,7 +137,11 @@ impl<'a> Ours<'a> {
             }
             Effect::Answer { answer, .. } => self.answers.push(answer),
             Effect::Close { error, .. } => panic!("the client's connection was closed: {error}"),
-            Effect::Replay { .. } | Effect::Tool { .. } | Effect::ToShard { .. } | Effect::Metric(_) => {}
+            Effect::Replay { .. }
+            | Effect::Tool { .. }
+            | Effect::ToShard { .. }
+            | Effect::Learned(_)
+            | Effect::Metric(_) => {}
         }
     }
 

@@ -31,12 +31,12 @@ pub enum Say {
     /// Home: how the account stands; the answer to a wish, behind the shares that it brought.
     #[prost(message, tag = "6")]
     Stands(Stands),
-    /// Home: what is idle is wanted back. Answered by `Back`s, then `Recalled`.
+    /// Home: what is idle is wanted back. Answered by `Recalled`.
     #[prost(message, tag = "7")]
     Recall(OfAccount),
     /// Holder: nothing more is idle.
     #[prost(message, tag = "8")]
-    Recalled(OfAccount),
+    Recalled(Recalled),
     /// Holder: an Adjust of a call whose share is gone; repeated until it comes back as it is.
     #[prost(message, tag = "9")]
     Late(LateSaid),
@@ -64,9 +64,12 @@ pub struct Wish {
     /// Of the first: 1 gold, 2 silver, 3 bronze.
     #[prost(uint32, tag = "5")]
     pub qos: u32,
-    /// Calls that wait.
+    /// Calls that wait and can't begin on what is here.
     #[prost(uint32, tag = "6")]
     pub calls: u32,
+    /// The newest share of this home that is here: a later one is on its way, and may be all that is needed.
+    #[prost(uint64, tag = "7")]
+    pub last: u64,
 }
 
 #[derive(Clone, PartialEq, Message)]
@@ -121,6 +124,19 @@ pub struct Stands {
 pub struct OfAccount {
     #[prost(string, tag = "1")]
     pub account: String,
+}
+
+/// What was idle comes in the same message: a home that heard first that nothing more comes would decide without it.
+#[derive(Clone, PartialEq, Message)]
+pub struct Recalled {
+    #[prost(string, tag = "1")]
+    pub account: String,
+    /// Shares that are given back and that the home may not know of; each is said by itself too.
+    #[prost(message, repeated, tag = "2")]
+    pub backs: Vec<Back>,
+    /// Tasks wait for money there; else what it wished for new calls is no more.
+    #[prost(bool, tag = "3")]
+    pub waits: bool,
 }
 
 #[derive(Clone, PartialEq, Message)]

@@ -6,6 +6,7 @@ use crate::agent::queue::Wish;
 use crate::clock::Now;
 use crate::escrow::Escrow;
 use crate::projection::Projection;
+use crate::statistics::{Lesson, Statistics};
 use crate::view::{AccountView, AgentView, StreamView, VerifyView};
 use atp_proto::codec::Received;
 use atp_proto::content::{AgentStatus, Bill, Capabilities, Final};
@@ -38,6 +39,8 @@ pub enum Input {
     ToolDone(Box<ToolDone>),
     /// What another shard says about an account's money.
     Escrow { from: u32, message: Escrow },
+    /// What all shards of this router have learned of agents, lessons of this one among them.
+    Learned(Arc<Statistics>),
     /// Write the fold into the log now (a new segment has begun).
     Checkpoint,
     /// New work is refused with EDRAINING; running streams end.
@@ -180,6 +183,8 @@ pub enum Effect {
         id: u64,
         answer: Answer,
     },
+    /// Where there are several shards: for the others to learn too.
+    Learned(Box<Lesson>),
     Metric(Metric),
 }
 

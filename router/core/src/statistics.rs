@@ -4,12 +4,17 @@
 //! Of each row the last `RUNS_KEPT` runs are kept as they were: mean, variance and quantiles are those of these runs, exact
 //! and not approximated. Shares over days are kept as sums per calendar day (UTC) of logged time.
 
+mod lesson;
+
 use crate::estimate::guard;
 use crate::tier::Standing;
 use crate::view::StatisticsView;
 use atp_proto::{Amount, Cost};
 use prost::Message;
 use std::collections::{BTreeMap, VecDeque};
+
+pub use lesson::Lesson;
+pub(crate) use lesson::merge_days;
 
 /// Runs of a row whose figures are kept one by one.
 pub const RUNS_KEPT: usize = 128;
@@ -362,6 +367,8 @@ impl Errors {
 pub struct Learned {
     rows: Vec<Row>,
     pub(crate) standing: Standing,
+    /// By lessons only: the largest one.
+    overshoot: Amount,
 }
 
 impl Learned {
@@ -373,6 +380,12 @@ impl Learned {
     #[must_use]
     pub fn row(&self, model: &str, task_type: &str) -> Option<&Row> {
         self.rows.iter().find(|r| r.model == model && r.task_type == task_type)
+    }
+
+    /// The largest overshoot that lessons told of.
+    #[must_use]
+    pub fn overshoot(&self) -> Amount {
+        self.overshoot
     }
 
     pub fn rows(&self) -> impl Iterator<Item = &Row> {
@@ -411,7 +424,7 @@ impl Learned {
     }
 }
 
-/// The statistics of a shard.
+/// The statistics of a shard, or of all that a router knows of.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub struct Statistics {
     agents: BTreeMap<String, Learned>,
@@ -498,9 +511,14 @@ impl Statistics {
         };
         let agents = image.into_iter().map(|l| {
             let rows = l.rows.into_iter().map(row).collect();
-            (l.agent, Learned { rows, standing: l.standing })
+            (l.agent, Learned { rows, standing: l.standing, overshoot: Amount::ZERO })
         });
         Self { agents: agents.collect() }
+    }
+
+    /// The agents that something is known of.
+    pub fn agents(&self) -> impl Iterator<Item = (&str, &Learned)> {
+        self.agents.iter().map(|(name, learned)| (name.as_str(), learned))
     }
 }
 

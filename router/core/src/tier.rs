@@ -1,7 +1,7 @@
 //! How far an agent's estimates are trusted: its QoS tier, which repeated underestimation lowers and good estimates raise
 //! again. It judges from sums of the log and never changes a tier by itself: a `Tier` record does.
 
-use crate::statistics::{Day, ERROR_DAYS, Errors, add_to_day, sum_of_days};
+use crate::statistics::{Day, ERROR_DAYS, Errors, add_to_day, merge_days, sum_of_days};
 use atp_proto::Qos;
 use prost::Message;
 
@@ -59,6 +59,14 @@ impl Standing {
 
     pub(crate) fn add(&mut self, today: u64, sums: &Day) {
         add_to_day(&mut self.since, today, sums);
+    }
+
+    /// Adds the errors that another shard counted; its tier is the agent's where it is the one that judges.
+    pub(crate) fn merge(&mut self, other: &Self, judges: bool) {
+        if judges {
+            self.steps = other.steps;
+        }
+        merge_days(&mut self.since, &other.since);
     }
 
     /// A `Tier` record: counting begins anew.

@@ -12,6 +12,7 @@ use atp_core::record::{Entry, Genesis, Record};
 use atp_core::settings::{AccountSettings, FlowSettings, Settings, WindowSettings};
 use atp_core::shard::Shard;
 use atp_core::state::State;
+use atp_core::statistics::Statistics;
 use atp_proto::codec::{Received, encode_body};
 use atp_proto::content::*;
 use atp_proto::frame::{Flags, kind};
@@ -38,6 +39,8 @@ struct Fleet {
     /// Messages between shards that don't arrive: (from, to).
     cut: BTreeSet<(u32, u32)>,
     runs: u64,
+    /// What all shards have learned.
+    learned: Statistics,
 }
 
 fn received(frame: Frame) -> Received {
@@ -83,6 +86,7 @@ impl Fleet {
             calls: BTreeMap::new(),
             cut: BTreeSet::new(),
             runs: 0,
+            learned: Statistics::default(),
         };
         fleet.run();
         let capabilities = Capabilities {
@@ -176,9 +180,19 @@ impl Fleet {
                     self.shards[shard as usize].handle(self.now, Input::Escrow { from, message });
                 }
             }
+            Effect::Learned(lesson) => self.learned.learn(&lesson),
             Effect::Replay { .. } | Effect::Answer { .. } | Effect::Tool { .. } | Effect::Metric(_) => {}
             Effect::Close { error, .. } => panic!("{error}"),
         }
+    }
+
+    /// All shards hear what all have learned.
+    fn teach(&mut self) {
+        let learned = Arc::new(self.learned.clone());
+        for shard in &mut self.shards {
+            shard.handle(self.now, Input::Learned(learned.clone()));
+        }
+        self.run();
     }
 
     fn wait(&mut self, ms: u64) {
@@ -404,4 +418,49 @@ fn calls_at_once_are_counted_over_all_shards() {
     }
     assert!(most <= 5, "{most} at once");
     assert_eq!(fleet.runs, 20);
+}
+
+#[test]
+fn what_one_shard_learns_of_an_agent_all_know() {
+    let mut fleet = Fleet::new(settings(100_000, None));
+    for n in 0..3 {
+        let id = fleet.stream_on(fleet.away(n)).next().unwrap();
+        fleet.submit(&id, true);
+        fleet.finish_all(4);
+    }
+    fleet.teach();
+    let last = fleet.away(3);
+    let id = fleet.stream_on(last).next().unwrap();
+    fleet.submit(&id, true);
+    let reserved = fleet.logs[last as usize].iter().flat_map(|e| &e.records).find_map(|r| match &r.record {
+        Some(Record::Reserve(r)) => Some(r.calls[0].clone()),
+        _ => None,
+    });
+    let call = reserved.expect("it was reserved");
+    assert_eq!((call.source.as_str(), call.samples, call.mean.usd_micros), ("statistics", 3, 4));
+}
+
+#[test]
+fn an_agent_s_home_lowers_its_tier_and_writes_down_who_is_drained() {
+    let mut fleet = Fleet::new(settings(1_000_000, None));
+    let home = fleet.settings.placement.home_of_agent(&AgentName::new("a"));
+    for n in 0..12 {
+        let id = fleet.stream_on(n % SHARDS).nth(n as usize).unwrap();
+        fleet.submit(&id, true);
+        fleet.finish_all(100);
+    }
+    fleet.teach();
+    fleet.teach();
+    let tiers: Vec<usize> = (0..SHARDS).map(|n| fleet.records(n, "tier")).collect();
+    assert_eq!((tiers.iter().sum::<usize>(), tiers[home as usize]), (1, 1), "{tiers:?}");
+    let agent = AgentName::new("a");
+    fleet.shards[home as usize].handle(fleet.now, Input::DrainAgent { id: 1, agent, drained: true });
+    fleet.run();
+    assert_eq!((0..SHARDS).map(|n| fleet.records(n, "agent")).sum::<usize>(), 1, "its home writes it down");
+    for n in 0..SHARDS {
+        let id = fleet.stream_on(n).nth(50).unwrap();
+        fleet.submit(&id, false);
+        let error = fleet.refusal_of(&id).expect("nobody takes it");
+        assert_eq!(error.code.as_str(), "EAGENTDOWN", "shard {n}: {error}");
+    }
 }

@@ -88,7 +88,7 @@ impl House {
                     }
                     Effect::Answer { answer, .. } => self.answers.push(answer),
                     Effect::Close { error, .. } => panic!("{error}"),
-                    Effect::ToShard { .. } | Effect::Tool { .. } | Effect::Metric(_) => {}
+                    Effect::ToShard { .. } | Effect::Tool { .. } | Effect::Learned(_) | Effect::Metric(_) => {}
                 }
             }
             while let Some(effect) = self.agent.poll_effect() {

@@ -9,7 +9,7 @@ use crate::peer::{Peers, say};
 use crate::shards::Shards;
 use crate::time::Clocks;
 use atp_core::agent::Agent;
-use atp_core::message::{AgentEffect, AgentInput, FromAgent, Machine, ToAgent};
+use atp_core::message::{AgentEffect, AgentInput, Flow, FromAgent, Machine, ToAgent};
 use atp_core::settings::Settings;
 use atp_proto::content::{AgentRoute, AgentStatus, Capabilities, Status};
 use atp_proto::limits::UNSENT_FULL_MS;
@@ -17,6 +17,7 @@ use atp_proto::{AgentName, Code, ConnId, Frame, WireError};
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 use tokio::sync::mpsc::error::TrySendError;
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::Instant;
@@ -24,6 +25,9 @@ use tokio_util::task::TaskTracker;
 
 /// Messages that may wait for one agent's task.
 const MESSAGES_MAX: usize = 1024;
+/// Every shard is told how much the agent is given at most so often, unless it has become well or unwell: it moves with each
+/// result, and a slot is lent by the agent alone.
+const FLOW_EVERY: Duration = Duration::from_millis(50);
 
 /// One message to the owner task of an agent.
 pub(crate) enum AgentMessage {
@@ -146,6 +150,8 @@ impl Agents {
             here: handle.here.clone(),
             peers: self.peers.clone(),
             connections: BTreeMap::new(),
+            flow: None,
+            told: None,
             shown: None,
         };
         self.tasks.spawn(task.run());
@@ -172,9 +178,9 @@ impl Agents {
             messages.drain(..told);
             return Ok(messages.is_empty());
         }
-        match self.of(name)?.queue.try_send(AgentMessage::Shard(std::mem::take(messages), Via::Here)) {
-            Err(TrySendError::Full(AgentMessage::Shard(back, _))) => *messages = back,
-            Ok(()) | Err(_) => {}
+        let sent = self.of(name)?.queue.try_send(AgentMessage::Shard(std::mem::take(messages), Via::Here));
+        if let Err(TrySendError::Full(AgentMessage::Shard(back, _))) = sent {
+            *messages = back;
         }
         Ok(messages.is_empty())
     }
@@ -245,6 +251,9 @@ struct AgentTask {
     here: Arc<Mutex<Option<Presence>>>,
     peers: Peers,
     connections: BTreeMap<ConnId, Connection>,
+    /// How much it is given, where the shards haven't all been told; what they were told last, and when.
+    flow: Option<Flow>,
+    told: Option<(Flow, Instant)>,
     /// Its status and the calls that wait for it, as the metrics say.
     shown: Option<(&'static str, usize)>,
 }
@@ -255,9 +264,11 @@ impl AgentTask {
         loop {
             let timeout = self.machine.poll_timeout().map(|at| self.clocks.instant(at));
             let waiting = self.connections.values().find(|c| !c.waiting.is_empty()).map(|c| c.outbox.clone());
+            let flow = self.flow.and(self.told).map(|(_, at)| at + FLOW_EVERY);
             tokio::select! {
                 n = self.queue.recv_many(&mut batch, 256) => if n == 0 { return },
                 () = sleep_until(timeout), if timeout.is_some() => {}
+                () = sleep_until(flow), if flow.is_some() => {}
                 () = room_or_a_second(waiting.as_ref()), if waiting.is_some() => {}
             }
             let now = self.clocks.now();
@@ -349,6 +360,14 @@ impl AgentTask {
         self.routes.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Every shard, wherever it is.
+    fn tell_all(&self, told: &mut BTreeMap<u32, Vec<FromAgent>>, message: &FromAgent) {
+        self.peers.tell_all(message);
+        for (shard, _) in self.shards.all_here() {
+            told.entry(shard).or_default().push(message.clone());
+        }
+    }
+
     /// Carries out what the machine wants; returns what the shards are told.
     fn drain(&mut self) -> BTreeMap<u32, Vec<FromAgent>> {
         let mut told: BTreeMap<u32, Vec<FromAgent>> = BTreeMap::new();
@@ -365,26 +384,37 @@ impl AgentTask {
                         connection.outbox.close(Some(error));
                     }
                 }
-                AgentEffect::ToShard { shard, message } => {
-                    match &message {
-                        FromAgent::Flow { agent, flow } => metric::agent_flow(agent, flow),
-                        FromAgent::Unsent { call, .. } => self.routes().ended(call),
-                        _ => {}
+                AgentEffect::ToShard { shard: None, message: FromAgent::Flow { agent, flow } } => {
+                    metric::agent_flow(&agent, &flow);
+                    self.flow = Some(flow);
+                }
+                AgentEffect::ToShard { shard: Some(shard), message } => {
+                    if let FromAgent::Unsent { call, .. } = &message {
+                        self.routes().ended(call);
                     }
-                    match shard.map(|shard| (shard, self.routes().via(shard))) {
-                        Some((shard, Via::Here)) => told.entry(shard).or_default().push(message),
-                        Some((shard, Via::Link(link))) => say::or_close(&link, say::from_agent(Some(shard), &message)),
-                        // It left here, and is connected elsewhere.
-                        None if matches!(message, FromAgent::Down { .. }) && self.peers.is_far(self.machine.name()) => {
-                        }
-                        None => {
-                            self.peers.tell_all(&message);
-                            for (shard, _) in self.shards.all_here() {
-                                told.entry(shard).or_default().push(message.clone());
-                            }
-                        }
+                    match self.routes().via(shard) {
+                        Via::Here => told.entry(shard).or_default().push(message),
+                        Via::Link(link) => say::or_close(&link, say::from_agent(Some(shard), &message)),
                     }
                 }
+                // It left here, and is connected elsewhere.
+                AgentEffect::ToShard { shard: None, message: FromAgent::Down { .. } }
+                    if self.peers.is_far(self.machine.name()) => {}
+                AgentEffect::ToShard { shard: None, message } => {
+                    if matches!(message, FromAgent::Up { .. }) {
+                        self.told = None;
+                    }
+                    self.tell_all(&mut told, &message);
+                }
+            }
+        }
+        if let Some(flow) = self.flow {
+            let well = |flow: &Flow| (flow.healthy, flow.breaker);
+            let now = Instant::now();
+            if self.told.is_none_or(|(last, at)| well(&last) != well(&flow) || now >= at + FLOW_EVERY) {
+                let agent = self.machine.name().clone();
+                self.tell_all(&mut told, &FromAgent::Flow { agent, flow });
+                (self.flow, self.told) = (None, Some((flow, now)));
             }
         }
         for connection in self.connections.values_mut().filter(|c| !c.waiting.is_empty()) {
@@ -407,7 +437,7 @@ impl AgentTask {
 
 async fn room_or_a_second(outbox: Option<&Outbox>) {
     if let Some(outbox) = outbox {
-        let _ = tokio::time::timeout(std::time::Duration::from_secs(1), outbox.room()).await;
+        let _ = tokio::time::timeout(Duration::from_secs(1), outbox.room()).await;
     }
 }
 

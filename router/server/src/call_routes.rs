@@ -65,9 +65,10 @@ impl CallRoutes {
     }
 
     fn learn(&mut self, call: CallId, shard: u32) {
-        if self.running.contains_key(&call) || self.past.insert(call, shard).is_some() {
+        if self.running.contains_key(&call) || self.past.contains_key(&call) {
             return;
         }
+        self.past.insert(call, shard);
         self.order.push_back(call);
         if self.order.len() > PAST_MAX
             && let Some(oldest) = self.order.pop_front()

@@ -445,7 +445,8 @@ async fn verify_now(State(site): State<Site>) -> Result<Json<verify::Report>, Pr
 async fn metrics(State(site): State<Site>) -> impl IntoResponse {
     let all = site.healths();
     let room = all.iter().map(|h| h.room).max().unwrap_or_default();
-    metric::health(all.iter().filter(|h| h.serving && h.failed.is_none()).count(), room);
+    let serving = all.iter().filter(|h| h.serving && h.failed.is_none()).count();
+    metric::health(serving, site.0.shards.placement().shards(), room);
     site.0.prometheus.run_upkeep();
     ([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], site.0.prometheus.render())
 }
@@ -480,7 +481,7 @@ async fn readyz(State(site): State<Site>) -> impl IntoResponse {
         "shards": { "count": count, "serving": serving, "owned": owned, "nowhere": fleet.nowhere() },
         "durability": all.first().map(|h| h.guarantee.as_str()),
         "durable": all.iter().map(|h| h.durable).sum::<u64>(),
-        "wall_clock_minus_logged_ms": all.iter().map(|h| h.clock_ms).min(),
+        "wall_clock_minus_logged_ms": all.iter().max_by_key(|h| h.clock_at).map(|h| h.clock_ms),
     });
     (status, Json(body))
 }

@@ -13,6 +13,7 @@ mod descriptors;
 mod http;
 mod identity;
 mod inbox;
+mod lessons;
 mod listen;
 pub mod log;
 mod metric;

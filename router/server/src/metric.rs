@@ -131,11 +131,12 @@ pub(crate) fn agent(agent: &AgentName, status: &'static str, waiting: usize) {
     gauge!("atp_agent_waiting_calls", "agent" => agent.to_string()).set(waiting as f64);
 }
 
-/// How many shards this router owns and serves, and how much room the log has: 0 enough, 1 low (new work is refused),
+/// How many shards this router owns and serves, of how many that the log has (0: not known yet), and how much room the log has: 0 enough, 1 low (new work is refused),
 /// 2 nearly none (running calls are told to stop).
 #[allow(clippy::cast_precision_loss)] // a gauge is a float by its nature
-pub(crate) fn health(serving: usize, room: LogRoom) {
+pub(crate) fn health(serving: usize, shards: u32, room: LogRoom) {
     gauge!("atp_shards_serving").set(serving as f64);
+    gauge!("atp_shards").set(f64::from(shards));
     gauge!("atp_log_room_level").set(f64::from(room as u8));
 }
 

@@ -4,6 +4,7 @@ use crate::agent_task::Agents;
 use crate::config::Config;
 use crate::connection::Shared;
 use crate::inbox::inbox;
+use crate::lessons::Lessons;
 use crate::log::Guarantee;
 use crate::opening::OpenedShard;
 use crate::shard_task::{Begin, Health, ShardTask};
@@ -27,6 +28,7 @@ pub(crate) struct Running {
     guarantee: Guarantee,
     inbox_bytes: u32,
     tools: Tools,
+    lessons: Lessons,
     tasks: TaskTracker,
     stop: CancellationToken,
     running: JoinSet<(u32, Result<(), String>)>,
@@ -47,18 +49,9 @@ impl Running {
         let inbox_bytes = (config.limits.inbox_bytes / shards.placement().shards()).max(INBOX_BYTES_LEAST);
         let tools = Tools::new(config.tools.clone(), tasks.clone());
         let agents = shared.agents.clone();
-        Self {
-            shards,
-            agents,
-            clocks,
-            guarantee,
-            inbox_bytes,
-            tools,
-            tasks,
-            stop,
-            running: JoinSet::new(),
-            stops: BTreeMap::new(),
-        }
+        let lessons = Lessons::start(shards.clone(), &tasks, stop.clone());
+        let (running, stops) = (JoinSet::new(), BTreeMap::new());
+        Self { shards, agents, clocks, guarantee, inbox_bytes, tools, lessons, tasks, stop, running, stops }
     }
 
     /// Starts one shard, which is found from now on. It ends with its log, or when it is stopped with all others.
@@ -72,6 +65,7 @@ impl Running {
         self.shards.set(number, Place::Here(Here { inbox: inbox.clone(), source: source.clone(), health }));
         let stop = self.stop.child_token();
         self.stops.insert(number, stop.clone());
+        self.lessons.begins(number, shard.state().statistics());
         let task = ShardTask::new(Begin {
             number,
             shard,
@@ -86,6 +80,7 @@ impl Running {
             stop: stop.clone(),
             tasks: self.tasks.clone(),
             tools: self.tools.clone(),
+            lessons: self.lessons.clone(),
         });
         let shards = self.shards.clone();
         self.running.spawn(async move {

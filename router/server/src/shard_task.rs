@@ -6,6 +6,7 @@ use crate::catch_up::Replay;
 use crate::clients::Clients;
 use crate::connection::not_here;
 use crate::inbox::{Inbox, Taking, ToShard};
+use crate::lessons::Lessons;
 use crate::log::{Event, Events, Guarantee, Log, LogError, QueuedEntry, Source};
 use crate::metric::{self, Facts, Part};
 use crate::peer::say;
@@ -43,8 +44,9 @@ pub(crate) struct Health {
     pub(crate) since_ms: u64,
     /// Why the router has stopped.
     pub(crate) failed: Option<String>,
-    /// Wall clock minus logged time.
+    /// Wall clock minus logged time, and when that was looked at.
     pub(crate) clock_ms: i64,
+    pub(crate) clock_at: Option<Instant>,
 }
 
 /// What the task needs to begin.
@@ -62,6 +64,7 @@ pub(crate) struct Begin {
     pub(crate) stop: CancellationToken,
     pub(crate) tasks: TaskTracker,
     pub(crate) tools: Tools,
+    pub(crate) lessons: Lessons,
 }
 
 pub(crate) struct ShardTask {
@@ -75,6 +78,7 @@ pub(crate) struct ShardTask {
     agents: Agents,
     shards: Shards,
     tools: Tools,
+    lessons: Lessons,
     clocks: Clocks,
     health: watch::Sender<Health>,
     stop: CancellationToken,
@@ -125,6 +129,7 @@ impl ShardTask {
             agents: begin.agents,
             shards: begin.shards,
             tools: begin.tools,
+            lessons: begin.lessons,
             clocks: begin.clocks,
             health: begin.health,
             stop: begin.stop,
@@ -233,7 +238,8 @@ impl ShardTask {
                 let epoch = self.shard.epoch();
                 let first = self.health.send_if_modified(|h| {
                     let first = !h.serving;
-                    (h.serving, h.durable, h.clock_ms, h.epoch) = (true, position, clock_ms, epoch);
+                    (h.serving, h.durable, h.epoch) = (true, position, epoch);
+                    (h.clock_ms, h.clock_at) = (clock_ms, Some(at));
                     first
                 });
                 if first {
@@ -371,6 +377,7 @@ impl ShardTask {
                     self.tools.run(self.inbox.clone(), call, attempt, request, tool, args);
                 }
                 Effect::ToShard { shard, message } => self.to_shard(shard, message),
+                Effect::Learned(lesson) => self.lessons.teach(lesson),
                 Effect::Metric(metric) => self.meters.facts.record(metric),
             }
         }

@@ -290,7 +290,7 @@ async fn a_disk_that_says_it_fills_refuses_new_tasks_and_lets_the_running_one_en
     until("warning", async || http(&router, "GET /readyz").await.0 == 503).await;
     let shows = async |wanted: &str| http(&router, "GET /metrics").await.1.as_str().is_some_and(|t| t.contains(wanted));
     until("a level above 0", async || shows("atp_log_room_level 1").await).await;
-    until("a shard that is served", async || shows("atp_shards_serving 64").await).await;
+    until("all shards are served", async || shows("atp_shards_serving 64").await && shows("atp_shards 64").await).await;
 
     client.send(submit("s2", "talker")).await;
     let refused: WireError = client.expect(kind::ERROR).await.read().expect("an error");

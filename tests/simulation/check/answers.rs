@@ -1,7 +1,7 @@
 //! Answers of queries: all they show is durable, and says what the checker's own ledger says.
 
-use super::Check;
-use super::ledger::Pair;
+use super::ledger::{Ledger, Pair};
+use super::{Check, Verdict};
 use atp_core::message::Answer;
 use atp_core::view::AccountView;
 use atp_proto::Amount;
@@ -12,16 +12,18 @@ fn pair(a: Amount) -> Pair {
 
 impl Check {
     /// An answer leaves the shard; `acked` is the last position that it was told is durable.
-    pub fn answered(&mut self, answer: &Answer, acked: u64) {
+    pub fn answered(&mut self, shard: u32, answer: &Answer, acked: u64) {
+        let of = &mut self.shards[shard as usize];
+        let ledger = &of.ledger;
         match answer {
             Answer::Verify(view) => {
                 self.verdict.expect(view.position <= acked, "replies show durable state", || {
                     format!("verify shows {}, {acked} is durable", view.position)
                 });
-                self.fold.verify(view, &mut self.verdict);
-                if view.position == self.ledger.position {
-                    self.accounts(&view.accounts);
-                    let open = self.ledger.open_calls().count() as u64;
+                of.fold.verify(view, &mut self.verdict);
+                if view.position == ledger.position {
+                    accounts(ledger, &view.accounts, &mut self.verdict);
+                    let open = ledger.open_calls().count() as u64;
                     self.verdict.expect(open == view.open_reservations, "fold(log) = live state", || {
                         format!("{} open reservations, the log has {open}", view.open_reservations)
                     });
@@ -31,13 +33,13 @@ impl Check {
                 self.verdict.expect(*position <= acked, "replies show durable state", || {
                     format!("accounts show {position}, {acked} is durable")
                 });
-                if *position == self.ledger.position {
-                    self.accounts(accounts);
+                if *position == ledger.position {
+                    self::accounts(ledger, accounts, &mut self.verdict);
                 }
             }
             Answer::Stream(Some(stream)) => {
                 let shown = &stream.view;
-                let known = self.ledger.stream(&shown.account, &shown.stream_id);
+                let known = ledger.stream(&shown.account, &shown.stream_id);
                 self.verdict.expect(known.is_some(), "replies show durable state", || {
                     format!("{} isn't in the log", shown.stream_id)
                 });
@@ -49,7 +51,7 @@ impl Check {
                 }
             }
             Answer::Bill(Some(bill)) => {
-                let known = self.ledger.stream(&bill.account, &bill.stream_id);
+                let known = ledger.stream(&bill.account, &bill.stream_id);
                 self.verdict.expect(known.is_some(), "replies show durable state", || {
                     format!("{} isn't in the log", bill.stream_id)
                 });
@@ -59,30 +61,26 @@ impl Check {
                 });
             }
             Answer::Streams(rows) => {
-                let unknown = rows.iter().find(|r| self.ledger.stream(&r.account, &r.stream_id).is_none());
+                let unknown = rows.iter().find(|r| ledger.stream(&r.account, &r.stream_id).is_none());
                 self.verdict.expect(unknown.is_none(), "replies show durable state", || {
                     format!("{unknown:?} isn't in the log")
                 });
             }
-            Answer::Projection(projection) => self.projected(projection, acked),
+            Answer::Projection(projection) => self.projected(shard, projection, acked),
             Answer::Stream(None) | Answer::Bill(None) | Answer::Agents(_) => {}
         }
     }
+}
 
-    fn accounts(&mut self, rows: &[AccountView]) {
-        for row in rows {
-            let Some(mine) = self.ledger.windows.get(&(row.account.clone(), row.window_id.clone())) else { continue };
-            let (settled, held) = (pair(row.settled), pair(row.held));
-            self.verdict.expect(
-                mine.settled == settled && mine.held == held,
-                "the ledger is the sum of its records",
-                || {
-                    format!(
-                        "{} {}: live S {settled:?} R {held:?}, records say S {:?} R {:?}",
-                        row.account, row.window_id, mine.settled, mine.held
-                    )
-                },
-            );
-        }
+fn accounts(ledger: &Ledger, rows: &[AccountView], verdict: &mut Verdict) {
+    for row in rows {
+        let Some(mine) = ledger.windows.get(&(row.account.clone(), row.window_id.clone())) else { continue };
+        let (settled, held) = (pair(row.settled), pair(row.held));
+        verdict.expect(mine.settled == settled && mine.held == held, "the ledger is the sum of its records", || {
+            format!(
+                "{} {}: live S {settled:?} R {held:?}, records say S {:?} R {:?}",
+                row.account, row.window_id, mine.settled, mine.held
+            )
+        });
     }
 }

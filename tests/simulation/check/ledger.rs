@@ -4,8 +4,10 @@
 use super::Verdict;
 use super::grammar;
 use super::turn::Turns;
+use atp_core::placement::Placement;
 use atp_core::record::{
-    AgentRecord, AmountPb, CostPb, Entry, Key, LimitPb, Record, ReserveCall, SourcePb, ToolVerdict,
+    AgentRecord, AmountPb, AnyRecord, CostPb, Entry, Key, Late, LimitPb, Record, ReserveCall, Shared, SourcePb,
+    ToolVerdict,
 };
 use atp_proto::{CallId, Qos};
 use std::collections::{BTreeMap, BTreeSet};
@@ -123,6 +125,10 @@ pub struct Window {
     pub ends_ms: Option<u64>,
     pub settled: Pair,
     pub held: Pair,
+    /// What other shards may spend of it.
+    pub lent: Pair,
+    /// The highest that the limit ever was.
+    pub limit_max: Pair,
 }
 
 /// How often what is rare happened.
@@ -178,7 +184,20 @@ pub struct Ledger {
     pub streams: BTreeMap<Key, Stream>,
     pub by_call: BTreeMap<CallId, (Key, u32)>,
     pub windows: BTreeMap<(String, String), Window>,
-    current: BTreeMap<String, String>,
+    pub(super) current: BTreeMap<String, String>,
+    /// This shard.
+    pub no: u32,
+    pub(super) placement: Placement,
+    /// Shares that aren't back, by (true: lent, false: held), the other shard and number.
+    pub open_shares: BTreeMap<(bool, u32, u64), Shared>,
+    pub(super) numbers: BTreeMap<(bool, u32), u64>,
+    /// Adjusts whose share was gone, ever and as long as their home may not know.
+    pub lates: BTreeMap<String, Late>,
+    pub lates_open: BTreeSet<String>,
+    /// As home: evidence of such Adjusts.
+    pub counted: BTreeSet<String>,
+    /// Open calls of each account.
+    pub open: BTreeMap<String, u32>,
     pub turns: Turns,
     accepted: u64,
     /// How each agent stood, by handle, in order.
@@ -186,6 +205,10 @@ pub struct Ledger {
 }
 
 impl Ledger {
+    #[must_use]
+    pub fn of(no: u32, placement: Placement) -> Self {
+        Self { no, placement, ..Self::default() }
+    }
     #[must_use]
     pub fn call(&self, id: &CallId) -> Option<&Call> {
         let (key, lane) = self.by_call.get(id)?;
@@ -205,14 +228,22 @@ impl Ledger {
         self.streams.values().flat_map(|s| &s.calls).filter(|c| matches!(c.phase, Phase::Reserved | Phase::Running))
     }
 
+    /// Calls that count in an account's window.
+    pub fn calls_in(&self, at: &(String, String)) -> impl Iterator<Item = &Call> {
+        self.streams.values().flat_map(|s| &s.calls).filter(move |c| c.windows.contains(at))
+    }
+
     pub fn apply(&mut self, position: u64, entry: &Entry, verdict: &mut Verdict) {
         verdict.expect(position == self.position + 1, "one order without a hole", || {
             format!("entry {position} follows {}", self.position)
         });
-        verdict.expect(entry.at_ms >= self.at_ms, "logged time never goes back", || {
+        // Who takes a log over writes its Epoch before it has read what time it is there.
+        let takes_over = matches!(&entry.records[..], [AnyRecord { record: Some(Record::Epoch(_)) }]);
+        let at_ms = if takes_over { entry.at_ms.max(self.at_ms) } else { entry.at_ms };
+        verdict.expect(at_ms >= self.at_ms, "logged time never goes back", || {
             format!("{} follows {} at {position}", entry.at_ms, self.at_ms)
         });
-        (self.position, self.at_ms) = (position, entry.at_ms);
+        (self.position, self.at_ms) = (position, at_ms);
         for any in &entry.records {
             let Some(record) = &any.record else {
                 return verdict.fail("replay halts nowhere", || format!("empty record at {position}"));
@@ -234,6 +265,7 @@ impl Ledger {
             Record::Window(r) => {
                 let window = self.windows.entry((r.account.clone(), r.window.clone())).or_default();
                 (window.limit, window.ends_ms) = (limit(&r.limit), r.ends_ms);
+                window.limit_max = larger(window.limit_max, window.limit);
                 self.current.insert(r.account.clone(), r.window.clone());
             }
             Record::Accept(r) => {
@@ -307,9 +339,9 @@ impl Ledger {
                 if let Some(stream) = self.streams.get_mut(&r.key) {
                     stream.settled = plus(stream.settled, minus(to, from));
                 }
+                let evidence = format!("{}:{}", r.key.call(r.lane), r.evidence);
                 for at in windows {
-                    let window = self.windows.entry(at).or_default();
-                    window.settled = plus(window.settled, minus(to, from));
+                    self.adjusted(at, evidence.clone(), from, to);
                 }
             }
             Record::Close(r) => {
@@ -352,12 +384,11 @@ impl Ledger {
                 self.grow(&r.key, r.lane, to, verdict);
             }
             Record::Tool(_) => {}
-            // One shard lends nothing.
-            Record::Share(_)
-            | Record::ShareIn(_)
-            | Record::ShareOut(_)
-            | Record::ShareBack(_)
-            | Record::ShareLate(_) => {}
+            Record::Share(r) => self.share(r, verdict),
+            Record::ShareIn(r) => self.share_in(r, verdict),
+            Record::ShareOut(r) => self.share_out(r, verdict),
+            Record::ShareBack(r) => self.share_back(r, verdict),
+            Record::ShareLate(r) => self.share_late(r, verdict),
             Record::Faster(_) => {}
             Record::Checkpoint(_) => self.seen.checkpoints += 1,
             // No money moves with it.
@@ -382,6 +413,11 @@ impl Ledger {
         let hold = amount(&r.hold);
         let id = key.call(r.lane);
         let windows: Vec<_> = r.windows.iter().map(|w| (w.account.clone(), w.window.clone())).collect();
+        for w in &r.windows {
+            let home = self.is_home(&w.account);
+            verdict.expect(home != w.shared, "only the home spends without a share", || format!("{id} in {w:?}"));
+            *self.open.entry(w.account.clone()).or_default() += 1;
+        }
         verdict.expect(!windows.is_empty(), "a hold stands in every level", || format!("{id} names no account"));
         for at in &windows {
             verdict.expect(self.current.get(&at.0) == Some(&at.1), "a rolled window is closed for Reserve", || {
@@ -392,7 +428,7 @@ impl Ledger {
             verdict.expect(!ended, "a rolled window is closed for Reserve", || {
                 format!("{id} reserved in {at:?} after its end")
             });
-            within("window", window.settled, window.held, hold, window.limit, id, verdict);
+            within("window", window.settled, plus(window.held, window.lent), hold, window.limit, id, verdict);
             window.held = plus(window.held, hold);
         }
         let at_ms = self.at_ms;
@@ -442,7 +478,7 @@ impl Ledger {
         self.seen.extends_behind += u64::from(behind);
         for at in windows {
             let window = self.windows.entry(at).or_default();
-            within("window", window.settled, window.held, more, window.limit, id, verdict);
+            within("window", window.settled, plus(window.held, window.lent), more, window.limit, id, verdict);
             window.held = plus(window.held, more);
         }
         let Some(stream) = self.streams.get_mut(key) else { return };
@@ -455,6 +491,7 @@ impl Ledger {
         let (hold, windows) = (call.hold, call.windows.clone());
         (call.phase, call.actual) = (phase, actual);
         for at in windows {
+            *self.open.entry(at.0.clone()).or_default() -= 1;
             let window = self.windows.entry(at).or_default();
             window.held = minus(window.held, hold);
             window.settled = plus(window.settled, actual);

@@ -15,7 +15,8 @@ const PASSED_MAX: u32 = 24;
 #[derive(Debug)]
 struct Waiting {
     no: u64,
-    epoch: u64,
+    /// Shard and epoch of who wants it.
+    of: (u32, u64),
     wish: Wish,
     until: u64,
 }
@@ -31,14 +32,14 @@ pub struct Queue {
 
 impl Queue {
     /// A shard says that it wants a slot, for the first time or again.
-    pub fn wants(&mut self, call: CallId, epoch: u64, wish: &Wish, now_ms: u64) {
+    pub fn wants(&mut self, call: CallId, of: (u32, u64), wish: &Wish, now_ms: u64) {
         let until = now_ms + wish.lasts_ms.min(WISH_MS);
         self.lapse(now_ms);
         if let Some(waiting) = self.waiting.get_mut(&call) {
             waiting.until = until;
         } else if !self.known.contains(&call) {
             self.last_no += 1;
-            self.waiting.insert(call, Waiting { no: self.last_no, epoch, wish: wish.clone(), until });
+            self.waiting.insert(call, Waiting { no: self.last_no, of, wish: wish.clone(), until });
         }
     }
 
@@ -55,8 +56,8 @@ impl Queue {
     }
 
     /// A higher epoch was seen: what a former owner wanted is no more.
-    pub fn fence(&mut self, epoch: u64) {
-        self.waiting.retain(|_, w| w.epoch >= epoch);
+    pub fn fence(&mut self, shard: u32, epoch: u64) {
+        self.waiting.retain(|_, w| w.of.0 != shard || w.of.1 >= epoch);
     }
 
     pub fn gives_back(&mut self, call: &CallId) {

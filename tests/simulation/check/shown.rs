@@ -1,6 +1,6 @@
 //! What a state store is shown is durable, and adds up: at the end the sum of all answers says what one whole answer says.
 
-use super::Check;
+use super::{Check, OfShard};
 use atp_core::projection::{Projection, StreamRow};
 use std::collections::BTreeMap;
 
@@ -26,8 +26,9 @@ impl Shown {
 
 impl Check {
     /// An answer without agents is the whole at the end.
-    pub fn projected(&mut self, projection: &Projection, acked: u64) {
-        let (at, shown) = (projection.position, &mut self.shown);
+    pub fn projected(&mut self, shard: u32, projection: &Projection, acked: u64) {
+        let OfShard { ledger, shown, .. } = &mut self.shards[shard as usize];
+        let at = projection.position;
         self.verdict.expect(at <= acked && at >= shown.position, "a projection is durable and only rises", || {
             format!("shows {at} after {}, {acked} is durable", shown.position)
         });
@@ -36,7 +37,7 @@ impl Check {
             // What waits for a fragment is no change of its own, nor is what nobody is told of.
             let row = StreamRow { missing: Vec::new(), last_at: 0, ..row.clone() };
             let key = (row.tenant.to_string(), row.stream.to_string());
-            if let Some(stream) = self.ledger.stream(&key.0, &key.1).filter(|_| at == self.ledger.position) {
+            if let Some(stream) = ledger.stream(&key.0, &key.1).filter(|_| at == ledger.position) {
                 let free = |i: usize| (stream.limit[i] - stream.settled[i] - stream.held[i]).max(0);
                 let left = [row.left.max_tokens.map(|t| t.0), row.left.max_usd_micros.map(|u| u.0)];
                 let mine = [free(0), free(1)];

@@ -7,6 +7,7 @@ use super::status::Statuses;
 use crate::simulation::plan::AgentPlan;
 use atp_core::message::{FromAgent, ToAgent};
 use atp_proto::CallId;
+use atp_proto::content::Dispatch;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
@@ -15,6 +16,7 @@ const LEASE_MS: u64 = 2_000;
 
 #[derive(Debug)]
 struct Lent {
+    shard: u32,
     epoch: u64,
     until: u64,
     used: bool,
@@ -24,7 +26,8 @@ struct Lent {
 
 #[derive(Debug, Default)]
 struct Keeper {
-    epoch: u64,
+    /// The highest epoch of each shard.
+    epochs: BTreeMap<u32, u64>,
     lent: BTreeMap<CallId, Lent>,
     queue: Queue,
 }
@@ -43,22 +46,26 @@ impl Slots {
     /// A message of the shard is handed to the keeper.
     pub fn told(&mut self, agent: usize, message: &ToAgent, now_ms: u64) {
         let keeper = self.keepers.entry(agent).or_default();
-        let (epoch, ended) = match message {
-            ToAgent::Owner { epoch, .. }
-            | ToAgent::Standing { epoch, .. }
-            | ToAgent::Want { epoch, .. }
-            | ToAgent::Dispatch { epoch, .. }
-            | ToAgent::Pass { epoch, .. } => (*epoch, None),
-            ToAgent::Back { epoch, call, .. } | ToAgent::Ended { epoch, call, .. } => (*epoch, Some(call)),
+        let (shard, epoch, ended) = match message {
+            ToAgent::Owner { shard, epoch }
+            | ToAgent::Standing { shard, epoch, .. }
+            | ToAgent::Want { shard, epoch, .. }
+            | ToAgent::Dispatch { shard, epoch, .. }
+            | ToAgent::Pass { shard, epoch, .. } => (*shard, *epoch, None),
+            ToAgent::Back { shard, epoch, call, .. } | ToAgent::Ended { shard, epoch, call, .. } => {
+                (*shard, *epoch, Some(call))
+            }
         };
-        if epoch > keeper.epoch {
-            keeper.epoch = epoch;
-            keeper.lent.retain(|_, slot| slot.epoch >= epoch);
-            keeper.queue.fence(epoch);
+        let highest = keeper.epochs.entry(shard).or_default();
+        if epoch > *highest {
+            *highest = epoch;
+            keeper.lent.retain(|_, slot| slot.shard != shard || slot.epoch >= epoch);
+            keeper.queue.fence(shard, epoch);
         }
+        let newest = epoch == *highest;
         match message {
-            ToAgent::Want { call, wish, .. } if epoch == keeper.epoch => keeper.queue.wants(*call, epoch, wish, now_ms),
-            ToAgent::Back { call, .. } if epoch == keeper.epoch => keeper.queue.gives_back(call),
+            ToAgent::Want { call, wish, .. } if newest => keeper.queue.wants(*call, (shard, epoch), wish, now_ms),
+            ToAgent::Back { call, .. } if newest => keeper.queue.gives_back(call),
             ToAgent::Dispatch { call, .. } | ToAgent::Ended { call, .. } => keeper.queue.knows(*call),
             _ => {}
         }
@@ -75,11 +82,20 @@ impl Slots {
     }
 
     /// The keeper answers.
-    pub fn said(&mut self, agent: usize, message: &FromAgent, now_ms: u64, statuses: &Statuses, verdict: &mut Verdict) {
+    pub fn said(
+        &mut self,
+        agent: usize,
+        shard: u32,
+        message: &FromAgent,
+        now_ms: u64,
+        statuses: &Statuses,
+        verdict: &mut Verdict,
+    ) {
         let keeper = self.keepers.entry(agent).or_default();
         if let FromAgent::Lent { call, epoch, incarnation, .. } = message {
-            verdict.expect(*epoch >= keeper.epoch, "agents fence lower epochs", || {
-                format!("a slot was lent for {call} under epoch {epoch}, {} was seen", keeper.epoch)
+            let seen = keeper.epochs.get(&shard).copied().unwrap_or_default();
+            verdict.expect(*epoch >= seen, "agents fence lower epochs", || {
+                format!("a slot was lent for {call} under epoch {epoch}, {seen} was seen")
             });
             // Said again it is still the slot that was lent first.
             let until = now_ms + LEASE_MS;
@@ -87,7 +103,7 @@ impl Slots {
             let old = keeper.lent.get(call).filter(same).map(|slot| slot.until);
             keeper.lent.insert(
                 *call,
-                Lent { epoch: *epoch, until: old.unwrap_or(until), used: false, of: incarnation.clone() },
+                Lent { shard, epoch: *epoch, until: old.unwrap_or(until), used: false, of: incarnation.clone() },
             );
             if old.is_none() {
                 keeper.queue.lent(*call, now_ms, verdict);
@@ -102,10 +118,12 @@ impl Slots {
     }
 
     /// The keeper sends a dispatch (not a question to go on) to its agent.
-    pub fn dispatched(&mut self, agent: usize, call: CallId, epoch: u64, now_ms: u64, verdict: &mut Verdict) {
+    pub fn dispatched(&mut self, agent: usize, d: &Dispatch, now_ms: u64, verdict: &mut Verdict) {
+        let (call, epoch) = (d.call_id, d.epoch);
         let keeper = self.keepers.entry(agent).or_default();
-        verdict.expect(epoch >= keeper.epoch, "agents fence lower epochs", || {
-            format!("{call} was dispatched under epoch {epoch}, {} was seen", keeper.epoch)
+        let seen = keeper.epochs.get(&d.shard).copied().unwrap_or_default();
+        verdict.expect(epoch >= seen, "agents fence lower epochs", || {
+            format!("{call} was dispatched under epoch {epoch}, {seen} was seen")
         });
         let slot = keeper.lent.get(&call);
         verdict.expect(

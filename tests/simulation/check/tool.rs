@@ -30,7 +30,7 @@ impl Check {
     pub fn tool(&mut self, record: &Record) {
         let Record::Tool(r) = record else { return };
         let id = r.key.call(r.lane);
-        let attempt = self.ledger.call(&id).map_or(0, |c| c.intents);
+        let attempt = self.call(&id).map_or(0, |c| c.intents);
         if let Err(why) = self.tools.word(id, attempt, r) {
             self.verdict.fail("grammar of tool requests", || format!("{id}, message {}: {why}", r.msg_seq));
         }

@@ -19,8 +19,8 @@ pub struct Wire {
 
 impl Check {
     /// A frame goes out to a client of this tenant.
-    pub fn to_client(&mut self, tenant: &str, frame: &Frame) {
-        let ledger = &self.ledger;
+    pub fn to_client(&mut self, shard: u32, tenant: &str, frame: &Frame) {
+        let ledger = &self.shards[shard as usize].ledger;
         let verdict = &mut self.verdict;
         let id = frame.stream_id.to_string();
         match &*frame.kind {
@@ -46,12 +46,12 @@ impl Check {
                     format!("{id}: message {} left, {durable} is durable", frame.msg_seq)
                 });
             }
-            kind::ERROR if frame.flags.has(Flags::RST) => self.refused(tenant, &id, frame),
+            kind::ERROR if frame.flags.has(Flags::RST) => self.refused(shard, tenant, &id, frame),
             _ => {}
         }
     }
 
-    fn refused(&mut self, tenant: &str, id: &str, frame: &Frame) {
+    fn refused(&mut self, shard: u32, tenant: &str, id: &str, frame: &Frame) {
         let Ok(error) = frame.read::<WireError>() else {
             return self.verdict.fail("refusal => durable Deny", || format!("{id}: unreadable"));
         };
@@ -60,13 +60,13 @@ impl Check {
             return;
         }
         self.wire.refusals += 1;
-        let denied = self.ledger.stream(tenant, id).and_then(|s| s.denied.as_ref());
+        let denied = self.ledger(shard).stream(tenant, id).and_then(|s| s.denied.as_ref());
         self.verdict.expect(denied.is_some(), "refusal => durable Deny", || format!("{id} was refused: {error}"));
     }
 
-    /// A message goes out to an agent's keeper.
-    pub fn to_agent(&mut self, agent: &AgentName, message: &ToAgent) {
-        let ledger = &self.ledger;
+    /// A message goes out to an agent's keeper; `fenced`: from an owner that was replaced and doesn't know it yet.
+    pub fn to_agent(&mut self, shard: u32, agent: &AgentName, message: &ToAgent, fenced: bool) {
+        let ledger = &self.shards[shard as usize].ledger;
         let verdict = &mut self.verdict;
         match message {
             ToAgent::Dispatch { epoch, call, frame, .. } => {
@@ -74,9 +74,11 @@ impl Check {
                 let ready = known.is_some_and(|c| c.intent.is_some());
                 verdict.expect(ready, "dispatch => durable Reserve and Intent", || format!("{call} leaves: {known:?}"));
                 // A repeat may leave together with its call's end: the keeper and the provider's meter tell it from a new one.
-                verdict.expect(*epoch == ledger.epoch, "one writer per epoch", || {
-                    format!("{call} leaves under epoch {epoch}, the log's is {}", ledger.epoch)
-                });
+                verdict.expect(
+                    (*epoch < ledger.epoch) == fenced && *epoch <= ledger.epoch,
+                    "one writer per epoch",
+                    || format!("{call} leaves under epoch {epoch}, the log's is {}", ledger.epoch),
+                );
                 match frame.read::<Dispatch>() {
                     Ok(d) => granted(ledger, call, [d.grant.tokens.0.into(), d.grant.usd_micros.0.into()], verdict),
                     Err(e) => verdict.fail("dispatch => durable Reserve and Intent", || e.to_string()),

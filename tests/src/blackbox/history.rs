@@ -77,7 +77,13 @@ pub fn records(log: &str) -> Vec<Value> {
     text.lines().map(|line| serde_json::from_str(line).unwrap_or_else(|e| panic!("{e}: {line}"))).collect()
 }
 
-/// Rebuilds the state up to a position by `atp replay --state` and returns its hash.
+/// What `atp replay --state` rebuilds: all shards at the log's end.
+#[must_use]
+pub fn state(log: &str) -> Value {
+    atp::run_json(&["replay", "--log", log, "--state"])
+}
+
+/// The hash of the state at a position of a log of one shard, by `atp replay --state`.
 #[must_use]
 pub fn state_hash(log: &str, position: u64) -> Value {
     let position = position.to_string();

@@ -2,11 +2,12 @@
 //! Shares the codec with the product and nothing else.
 
 use super::PATIENCE;
+use atp_core::placement::{Placement, SHARDS};
 use atp_proto::codec;
 use atp_proto::content::{Capabilities, Dispatch, Hello, HelloAck, Role, Submit};
 use atp_proto::frame::{Meta, kind};
 use atp_proto::id::stream_of_key;
-use atp_proto::{AgentName, Flags, Frame, WireError};
+use atp_proto::{AgentName, Flags, Frame, StreamId, TenantId, WireError};
 use bytes::BytesMut;
 use std::io::{self, ErrorKind, Read, Write};
 use std::net::{SocketAddr, TcpStream};
@@ -224,6 +225,15 @@ impl Peer {
     pub fn dispatched(&mut self) -> Dispatch {
         self.expect(kind::DISPATCH).read().expect("a dispatch")
     }
+}
+
+/// How the ids of streams begin that belong to the home shard of their account, in a log with the usual number of shards; a `.`
+/// and any text may follow.
+#[must_use]
+pub fn at_home(account: &str) -> String {
+    let (placement, tenant) = (Placement::new(SHARDS, 0), TenantId::new("default"));
+    let here = |id: &String| placement.shard_of(&tenant, &StreamId::new(id)) == placement.home_of(account);
+    (0_u32..).map(|n| format!("h{n}")).find(here).expect("one of them")
 }
 
 /// A frame's bytes on the wire.

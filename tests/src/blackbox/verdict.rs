@@ -1,10 +1,11 @@
 //! What must hold when it is over, whoever was killed: histories of clients, the wire, the providers' meters and the router's log
 //! against each other.
 
-use super::history::{billed, records, state_hash, true_bill};
+use super::history::{billed, records, state, true_bill};
 use super::load::Told;
 use super::process::Router;
 use super::relay::Relay;
+use super::wait_for;
 use atp_proto::content::{CallState, Source};
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -15,9 +16,8 @@ use std::path::Path;
 /// # Panics
 /// When one of these doesn't hold.
 pub fn agree(router: &Router, wires: &[Relay], meters: &[&Path], told: &[Told], lines: u64) {
-    let report = router.settled();
-    let position = report["position"].as_u64().expect("a position");
-    assert_eq!(state_hash(&router.log(), position), report["state_hash"], "replay and live state at {position}");
+    router.settled();
+    replays(router);
 
     let mut dispatches: BTreeMap<String, u32> = BTreeMap::new();
     for (call, times) in wires.iter().flat_map(Relay::dispatches) {
@@ -37,6 +37,20 @@ pub fn agree(router: &Router, wires: &[Relay], meters: &[&Path], told: &[Told], 
     let intents = records(&router.log()).iter().filter(|r| r["kind"] == "intent").count();
     println!("{} tasks, {intents} intents, {} dispatches, {} calls charged", told.len(), dispatches.len(), truth.len());
     assert!(intents >= dispatches.len(), "each dispatch has an intent");
+}
+
+/// The log, replayed, is the live state. Shards may still give each other's money back meanwhile: both are looked at until they
+/// are at the same position.
+///
+/// # Panics
+/// When they differ, or never rest.
+pub fn replays(router: &Router) {
+    let (live, replayed) = wait_for("log and live state at one position", || {
+        let live = router.verify();
+        let replayed = state(&router.log());
+        (live["position"] == replayed["position"]).then_some((live, replayed))
+    });
+    assert_eq!(replayed["state_hash"], live["state_hash"], "replay and live state at {}", live["position"]);
 }
 
 /// Where every agent lived, each call on each bill is known to the micro-dollar, or proven to have had no effect; and nothing was

@@ -273,6 +273,18 @@ impl Agent {
         self.note_stop();
     }
 
+    /// A shard that hasn't it in its own log hears how the agent stands.
+    fn stands_told(&mut self, shard: u32) {
+        if !self.is_connected() {
+            return;
+        }
+        self.up(Some(shard));
+        if !self.said.here && self.said.status != AgentStatus::default() {
+            let message = FromAgent::Status { agent: self.name.clone(), status: self.said.status.clone() };
+            self.effects.push_back(AgentEffect::ToShard { shard: Some(shard), message });
+        }
+    }
+
     fn takes_work(&self) -> bool {
         !self.drained && matches!(self.said.status.status, Status::Ready | Status::Busy)
     }

@@ -251,6 +251,8 @@ impl Agent {
             ToAgent::Standing { shard, epoch, incarnation, status, drained } => {
                 if self.fence(shard, epoch) {
                     self.standing(&incarnation, status, drained);
+                    let others: Vec<u32> = self.epochs.keys().copied().filter(|n| *n != shard).collect();
+                    others.into_iter().for_each(|other| self.stands_told(other));
                     self.lend();
                 }
             }

@@ -60,8 +60,10 @@ pub struct Shared {
 /// Holder: nothing is reserved in the share any more, and this is what it gives back.
 #[derive(Clone, PartialEq, Message)]
 pub struct ShareOut {
+    /// As in ShareIn.
     #[prost(uint32, tag = "1")]
     pub home: u32,
+    /// As in Share.
     #[prost(uint64, tag = "2")]
     pub no: u64,
     /// What was spent; more than the share where calls cost more than their hold.
@@ -75,10 +77,13 @@ pub struct ShareOut {
 /// Home: the share is back. Holder: home knows, nobody has to be told again.
 #[derive(Clone, PartialEq, Message)]
 pub struct ShareBack {
+    /// As in ShareIn.
     #[prost(uint32, tag = "1")]
     pub home: u32,
+    /// As in Share.
     #[prost(uint32, tag = "2")]
     pub holder: u32,
+    /// As in Share.
     #[prost(uint64, tag = "3")]
     pub no: u64,
     /// As in ShareOut.
@@ -92,10 +97,13 @@ pub struct ShareBack {
 /// An Adjust of a call whose share is gone. Home: counted, once for each (call, evidence). Holder: home knows.
 #[derive(Clone, PartialEq, Message)]
 pub struct ShareLate {
+    /// As in ShareIn.
     #[prost(uint32, tag = "1")]
     pub home: u32,
+    /// As in Share.
     #[prost(uint32, tag = "2")]
     pub holder: u32,
+    /// What is counted.
     #[prost(message, required, tag = "3")]
     pub late: Late,
 }
@@ -108,11 +116,13 @@ pub struct Late {
     pub evidence: String,
     #[prost(string, tag = "2")]
     pub account: String,
+    /// Its window.
     #[prost(string, tag = "3")]
     pub window: String,
     /// Replaced by `to` in what is settled.
     #[prost(message, required, tag = "4")]
     pub from: AmountPb,
+    /// What is settled instead.
     #[prost(message, required, tag = "5")]
     pub to: AmountPb,
 }

@@ -84,7 +84,7 @@ impl Shard {
 
     fn agent(&self, name: AgentName, scores: &BTreeMap<AgentName, u64>) -> AgentView {
         let today = day_of(self.clock.logged_ms());
-        let learned = self.state.statistics().agent(name.as_str());
+        let learned = self.statistics().agent(name.as_str());
         let errors = learned.map(|l| l.errors(today)).filter(|e| e.runs >= RUNS_MIN);
         AgentView {
             mape_7d_ppm: errors.map(|e| e.mape_ppm),

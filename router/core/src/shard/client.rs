@@ -401,12 +401,14 @@ impl Shard {
 
     fn may_deny(&mut self, tenant: &TenantId) -> bool {
         let (now, limits) = (self.now_ms, self.settings.limits);
-        let most = limits.denials_burst * 1_000;
+        // This shard's part of what the tenant may have: the others have as much.
+        let cost = 1_000 * u64::from(self.settings.placement.shards());
+        let most = (limits.denials_burst * 1_000).max(cost);
         let bucket = self.denials.entry(tenant.clone()).or_insert(Bucket { thousandths: most, at: now });
         bucket.thousandths = most.min(bucket.thousandths + (now - bucket.at) * limits.denials_per_second);
         bucket.at = now;
-        let may = bucket.thousandths >= 1_000;
-        bucket.thousandths -= if may { 1_000 } else { 0 };
+        let may = bucket.thousandths >= cost;
+        bucket.thousandths -= if may { cost } else { 0 };
         may
     }
 

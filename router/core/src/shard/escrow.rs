@@ -4,7 +4,7 @@
 use super::holder::Told;
 use super::lender::{Recall, Wished};
 use super::{REPEAT_MS, Shard, Timer};
-use crate::escrow::{Back, Escrow, LateSaid, Number, Numbered, OfAccount, Say};
+use crate::escrow::{Back, Escrow, LateSaid, Number, Numbered, OfAccount, Recalled, Say};
 use crate::message::Effect;
 use atp_proto::reassembly::Message;
 use atp_proto::{Amount, ConnId, StreamId, TenantId};
@@ -15,7 +15,7 @@ const PATIENCE_MS: u64 = 1_000;
 /// An answer that brought too little holds for this long.
 const FRESH_MS: u64 = 250;
 /// Messages that are said again at once.
-const AGAIN_MAX: usize = 1_024;
+pub(super) const AGAIN_MAX: usize = 1_024;
 /// Submits that may wait for an answer.
 const PARKED_MAX: usize = 1_024;
 
@@ -78,7 +78,13 @@ impl Shard {
             Say::BackTaken(Number { no }) => self.home_knows(from, no),
             Say::Stands(stands) => self.stands_so(from, stands),
             Say::Recall(OfAccount { account }) => self.recalled(from, account),
-            Say::Recalled(OfAccount { account }) => self.has_recalled(from, &account),
+            Say::Recalled(Recalled { account, backs, waits }) => {
+                if !waits && let Some(wishes) = self.escrows.wishes.get_mut(&account) {
+                    wishes.remove(&(from, String::new()));
+                }
+                backs.into_iter().for_each(|back| self.share_is_back(from, back));
+                self.has_recalled(from, &account);
+            }
             Say::Late(LateSaid { late, taken: false }) => self.late(from, late),
             Say::Late(LateSaid { late, taken: true }) => self.late_is_known(from, late),
         }
@@ -115,16 +121,12 @@ impl Shard {
         found
     }
 
-    /// An answer is here: what it brought may be asked for again, what it didn't may not for a while.
-    pub(super) fn answered(&mut self, account: &str, given: bool) {
+    /// An answer is here that brought nothing: it holds for a while.
+    pub(super) fn answered(&mut self, account: &str) {
         let now = self.now_ms;
-        self.escrows.asked.retain(|(a, _), asked| {
-            if a == account && asked.answered_at.is_none() {
-                asked.answered_at = Some(now);
-                return !given;
-            }
-            true
-        });
+        for (_, asked) in self.escrows.asked.iter_mut().filter(|((a, _), _)| a == account) {
+            asked.answered_at.get_or_insert(now);
+        }
     }
 
     /// A share of a window is here: its running calls may ask for the next one.
@@ -143,6 +145,11 @@ impl Shard {
     pub(super) fn parks(&mut self, tenant: &TenantId, need: Amount) -> bool {
         let room = self.escrows.parked.get(tenant.as_str()).is_none_or(|p| p.len() < PARKED_MAX);
         room && self.seeks(tenant.as_str(), "", need)
+    }
+
+    /// True while tasks here lack money of an account.
+    pub(super) fn lacks_money(&self, account: &str) -> bool {
+        self.escrows.parked.contains_key(account) || !self.waiting_for_money(account, 1).is_empty()
     }
 
     pub(super) fn park(&mut self, conn: ConnId, tenant: &TenantId, submit: Message) {

@@ -1,11 +1,13 @@
 //! A shard that spends for an account whose home is elsewhere: it wishes for shares, spends only what it holds, and gives back what
 //! is idle. Shares of one window are one purse.
 
+use super::escrow::AGAIN_MAX;
 use super::{Shard, Timer};
 use crate::account::AccountWindow;
-use crate::escrow::{Back, LateSaid, Number, OfAccount, Say, Stands, Wish};
+use crate::escrow::{Back, LateSaid, Number, Recalled, Say, Stands, Wish};
 use crate::message::LogRoom;
 use crate::record::{AmountPb, Late, LimitPb, Record, ShareBack, ShareIn, ShareLate, ShareOut, Shared, WindowRef};
+use crate::state::Out;
 use atp_proto::{Amount, Tokens, UsdMicros};
 
 /// Shares that nobody uses for so long go back, in milliseconds.
@@ -33,6 +35,11 @@ impl Shard {
         (AccountWindow { limit, ends_ms, settled, held, ..AccountWindow::default() }, at)
     }
 
+    /// True where calls of the account can be reserved: at its home, elsewhere with a share.
+    pub(super) fn has_window(&self, account: &str) -> bool {
+        self.is_home(account) || self.purse(account).is_some()
+    }
+
     fn purse(&self, account: &str) -> Option<&AccountWindow> {
         let known = self.state.accounts.get(account)?;
         let now = self.clock.logged_ms();
@@ -53,13 +60,11 @@ impl Shard {
         if !self.knows(account) {
             return Amount { tokens: Tokens::MAX, usd_micros: UsdMicros::MAX };
         }
-        let left = self.shown_window(account).level().left();
-        let own = self.purse(account).map(|w| Amount::from(w.settled)).unwrap_or_default();
-        let less = |left: u64, own: u64| if left == u64::MAX { left } else { left.saturating_sub(own) };
-        Amount::new(less(left.tokens.0, own.tokens.0), less(left.usd_micros.0, own.usd_micros.0))
+        self.shown_window(account).level().left()
     }
 
-    /// The account's window as errors and clients are told of it: the home's word, or what the settings say.
+    /// The account's window as errors and clients are told of it: the home's word, or what the settings say. What is spent of
+    /// the shares here the home doesn't know yet.
     pub(super) fn shown_window(&self, account: &str) -> AccountWindow {
         if self.is_home(account) {
             return self.window_now(account).0;
@@ -67,6 +72,9 @@ impl Shard {
         let told = self.escrows.told.get(account).map(|told| &told.stands);
         let limit = told.map_or_else(|| self.account_settings(account).limit.into(), |t| t.limit);
         let (settled, held, lent) = told.map(|t| (t.settled, t.held, t.lent)).unwrap_or_default();
+        let spent = self.purse(account).map(|w| Amount::from(w.settled)).unwrap_or_default();
+        let settled = Amount::from(settled).add(spent).map_or(settled, Into::into);
+        let lent = Amount::from(lent).less(spent).into();
         AccountWindow { limit, settled, held, lent, ends_ms: told.and_then(|t| t.ends_ms), ..AccountWindow::default() }
     }
 
@@ -77,6 +85,7 @@ impl Shard {
 
     /// Tells the home what is needed: for running calls of a window, or for all new ones that wait.
     pub(super) fn wish(&mut self, account: &str, window: &str, need: Amount) -> bool {
+        let home = self.settings.placement.home_of(account);
         let mut wish = Wish {
             account: account.into(),
             window: window.into(),
@@ -84,6 +93,7 @@ impl Shard {
             least: need.into(),
             qos: 1,
             calls: 1,
+            last: self.state.holding().get(&home).map_or(0, |line| line.last),
         };
         if window.is_empty() {
             let waiting = self.waiting_for_money(account, WAITING_MAX);
@@ -92,11 +102,14 @@ impl Shard {
                 (wish.qos, wish.least, wish.need) = (*qos, (*first).into(), all.into());
                 wish.calls = u32::try_from(waiting.len() + 1).unwrap_or(u32::MAX);
             }
+            if let Some(most) = self.calls_max(account) {
+                let open = self.books.get(account).map_or(0, |b| u32::try_from(b.open.len()).unwrap_or(u32::MAX));
+                wish.calls = wish.calls.saturating_sub(most.saturating_sub(open));
+            }
         } else {
             // A slice helps, however small.
             wish.least = Amount::new(need.tokens.0.min(1), need.usd_micros.0.min(1)).into();
         }
-        let home = self.settings.placement.home_of(account);
         self.say(home, Say::Wish(wish));
         true
     }
@@ -117,12 +130,16 @@ impl Shard {
         }
         let account = of.account.clone();
         self.granted(&account, &of.window);
+        if of.current {
+            self.granted(&account, "");
+        }
         self.record(Record::ShareIn(ShareIn { home, no, of }));
         self.escrows.came.insert((home, no), self.now_ms);
         self.say(home, Say::Taken(Number { no }));
         self.roll_timer(&account);
         self.idle_later(&account);
         self.found(&account);
+        self.account_metric(&account);
     }
 
     /// How the account stands at home: the answer to a wish.
@@ -132,7 +149,10 @@ impl Shard {
             return;
         }
         self.escrows.told.insert(account.clone(), Told { stands });
-        self.answered(&account, given);
+        // What was given is known when it is here.
+        if !given {
+            self.answered(&account);
+        }
         self.tell_account_window(&account);
         self.found(&account);
     }
@@ -146,7 +166,11 @@ impl Shard {
         }
         self.escrows.recalled.insert(account.clone(), self.now_ms + RECALL_MS);
         self.return_idle(&account, true);
-        self.say(home, Say::Recalled(OfAccount { account }));
+        let out = self.state.holding().get(&home).into_iter().flat_map(|line| &line.out);
+        let back = |(no, out): (&u64, &Out)| Back { no: *no, settled: out.settled, unused: out.unused };
+        let backs = out.take(AGAIN_MAX).map(back).collect();
+        let waits = self.lacks_money(&account);
+        self.say(home, Say::Recalled(Recalled { account, backs, waits }));
     }
 
     /// What is idle goes back, if the home wants it or its window is over.
@@ -178,6 +202,7 @@ impl Shard {
             .flat_map(|(id, w)| w.shares.keys().rev().map(move |no| (id.clone(), *no)))
             .filter(|(_, no)| !kept(no))
             .collect();
+        let before = self.state.holding().get(&home).map_or(0, |line| line.open.len());
         for (window, no) in candidates {
             let known = self.state.accounts.get(account).and_then(|a| a.windows.get(&window));
             let Some(out) = known.and_then(|w| w.gives_back(no)) else { continue };
@@ -186,6 +211,9 @@ impl Shard {
             self.escrows.came.remove(&(home, no));
             self.say(home, Say::Back(Back { no, settled, unused }));
             self.say_again_later();
+        }
+        if self.state.holding().get(&home).map_or(0, |line| line.open.len()) < before {
+            self.account_metric(account);
         }
     }
 

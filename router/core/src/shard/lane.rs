@@ -121,7 +121,9 @@ impl Shard {
         let (c, incarnation) = (seat.capabilities.clone(), seat.incarnation.clone());
         let Some(stream) = self.state.stream(no) else { return };
         let id = stream.call_id(lane);
-        let overshoot = Amount::from(self.state.agent_totals(agent.as_str()).overshoot);
+        let learned = self.statistics().agent(agent.as_str()).map(crate::statistics::Learned::overshoot);
+        let overshoot =
+            Amount::from(self.state.agent_totals(agent.as_str()).overshoot).max(learned.unwrap_or_default());
         let intent = Intent {
             key: stream.accept.key.clone(),
             lane,

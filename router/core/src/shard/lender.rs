@@ -61,10 +61,24 @@ impl Shard {
             return;
         }
         let (now, logged, account) = (self.now_ms, self.clock.logged_ms(), wish.account.clone());
+        self.escrows.unsaid.retain(|(h, no)| *h != holder || *no > wish.last);
+        // It asks again if what is on its way isn't enough. Else a share that got lost would be lent again and again.
+        let on_its_way = self.unsaid_of(holder, &account);
+        if !on_its_way.is_empty() {
+            return on_its_way.into_iter().for_each(|(no, of)| self.say(holder, Say::Share(Numbered { no, of })));
+        }
         let wishes = self.escrows.wishes.entry(account.clone()).or_default();
         let since = wishes.get(&(holder, wish.window.clone())).map_or(logged, |w| w.since);
         wishes.insert((holder, wish.window.clone()), Wished { wish, since, at: now, answered: false });
         self.serve(&account);
+    }
+
+    /// Shares of an account that a holder hasn't confirmed.
+    fn unsaid_of(&self, holder: u32, account: &str) -> Vec<(u64, Shared)> {
+        let open = self.state.lent().get(&holder).map(|line| &line.open);
+        let unsaid = self.escrows.unsaid.range((holder, 0)..=(holder, u64::MAX));
+        let of = unsaid.filter_map(|(_, no)| Some((*no, open?.get(no)?.clone())));
+        of.filter(|(_, of)| of.account == account).collect()
     }
 
     /// Gives holders what they wish for, as far as there is money: running calls first, then by tier and age.
@@ -134,15 +148,16 @@ impl Shard {
             return false;
         }
         let open = self.books.get(account).map_or(0, |b| b.open.len());
-        let most = self.account_settings(account).max_parallel.filter(|_| fresh);
-        let room = most.map(|most| {
+        let most = self.account_settings(account).max_parallel;
+        let room = most.filter(|_| fresh).map(|most| {
             most.saturating_sub(u32::try_from(open).unwrap_or(u32::MAX)).saturating_sub(self.calls_lent(account))
         });
-        if room == Some(0) {
+        if room == Some(0) && wish.calls > 0 {
             return false;
         }
         let given = need.min(free).max(least);
-        let calls = room.map(|room| wish.calls.clamp(1, room));
+        // What running calls need lets no other begin.
+        let calls = most.map(|_| room.map_or(0, |room| wish.calls.min(room)));
         self.lend_share(holder, account, &id, &window, given, calls);
         let part = SPARE_PART * u64::from(self.settings.placement.shards());
         let spare = |given: u64, free: u64| (given.saturating_mul(SPARE_TIMES)).min((free - given) / part);
@@ -248,7 +263,7 @@ impl Shard {
     }
 
     fn recalled_all(&mut self, account: &str) {
-        self.answered(account, false);
+        self.answered(account);
         self.found(account);
     }
 
@@ -256,7 +271,12 @@ impl Shard {
     pub(super) fn share_is_back(&mut self, holder: u32, back: Back) {
         let Back { no, settled, unused } = back;
         let Some(lent) = self.state.lent().get(&holder).filter(|line| no <= line.last) else { return };
-        if let Some(account) = lent.open.get(&no).map(|of| of.account.clone()) {
+        if let Some(of) = lent.open.get(&no) {
+            // The share of that number is another one: this owner was replaced and doesn't know it yet.
+            if Amount::from(unused) != Amount::from(of.amount).less(settled.into()) {
+                return;
+            }
+            let account = of.account.clone();
             let home = self.settings.shard;
             self.record(Record::ShareBack(ShareBack { home, holder, no, settled, unused }));
             self.escrows.unsaid.remove(&(holder, no));

@@ -31,6 +31,7 @@ use crate::record::{AnyRecord, Checkpoint, Entry, Epoch, Genesis, Record};
 use crate::said::Said;
 use crate::settings::Settings;
 use crate::state::State;
+use crate::statistics::Statistics;
 use crate::stream::{Phase, Stream};
 use atp_proto::content::Ack;
 use atp_proto::frame::{Flags, kind};
@@ -147,6 +148,8 @@ pub struct Shard {
     in_flight: BTreeMap<AgentName, u32>,
     timers: BTreeSet<(u64, Timer)>,
     escrows: Escrows,
+    /// What all shards of this router have learned; `None`: this one alone.
+    learned: Option<Arc<Statistics>>,
     acks: BTreeMap<CallId, u64>,
     acks_held: (Position, BTreeMap<CallId, u64>),
 }
@@ -191,7 +194,9 @@ impl Shard {
     }
 
     /// A shard that knows the log and nothing of its own.
-    fn of(settings: Arc<Settings>, state: State, now: Now, epoch: u64) -> Self {
+    fn of(settings: Arc<Settings>, mut state: State, now: Now, epoch: u64) -> Self {
+        // It was taught long ago.
+        state.take_lesson();
         Self {
             durable: state.position(),
             clock: Clock::start(now, state.logged_ms()),
@@ -219,6 +224,7 @@ impl Shard {
             in_flight: BTreeMap::new(),
             timers: BTreeSet::new(),
             escrows: Escrows::default(),
+            learned: None,
             acks: BTreeMap::new(),
             acks_held: (0, BTreeMap::new()),
         }
@@ -321,6 +327,9 @@ impl Shard {
             panic!("a decision broke the record grammar, {kind}: {e}");
         }
         self.note_changed(&record);
+        if let Some(lesson) = self.state.take_lesson() {
+            self.out.hold(Effect::Learned(lesson));
+        }
         if let Some(entry) = &mut self.entry {
             entry.push(record.into());
         }
@@ -489,6 +498,7 @@ impl Machine for Shard {
             Input::Replayed { conn, tenant, stream, upto } => self.replayed(conn, &tenant, &stream, upto),
             Input::Query { id, query } => self.query(id, query),
             Input::Escrow { from, message } => self.escrow(from, message),
+            Input::Learned(statistics) => self.learned(statistics),
             Input::Checkpoint => self.checkpoint(),
             Input::ToolDone(done) => self.tool_done(*done),
             Input::Drain => self.draining = true,

@@ -159,11 +159,13 @@ impl Shard {
         let room = |most: Option<u32>, open: usize| most.map_or(usize::MAX, |m| (m as usize).saturating_sub(open));
         let in_account = room(self.calls_max(tenant), book.map_or(0, |b| b.open.len()));
         let room = room(self.settings.stream_window.max_parallel, open_lanes as usize).min(in_account);
+        // A call needs a window to be reserved in, also one that costs nothing.
+        let least = if self.has_window(tenant) { Amount::ZERO } else { Amount::new(1, 0) };
         let (mut holds, mut used) = (Vec::new(), Amount::ZERO);
         for (n, offer) in offers.iter().enumerate() {
             let e = &offer.estimate;
             let rest = left.less(used);
-            let need = e.guarded.min(rest);
+            let need = e.guarded.min(rest).max(least);
             let never = !e.mean.fits(rest)
                 || !first_grant_suffices(offer, need)
                 || (offer.capabilities.stop == Stop::None && need != e.guarded);
@@ -195,8 +197,8 @@ impl Shard {
         stream: &Level,
         e: &Estimate,
     ) -> WireError {
-        let binding =
-            if e.guarded.min(account.left()) == e.guarded && !e.mean.fits(stream.left()) { stream } else { account };
+        // An account that has all that the call may cost isn't what it is too dear for.
+        let binding = if e.guarded.fits(account.left()) { stream } else { account };
         let of_stream = std::ptr::eq(binding, stream);
         let usd = !e.mean.usd_micros.le(&binding.left().usd_micros) || e.mean.tokens <= binding.left().tokens;
         let (what, mean, used, limit) = if usd {

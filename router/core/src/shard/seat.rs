@@ -70,7 +70,9 @@ impl Shard {
         // Nothing is known yet of how it does: it may begin with all it takes.
         let flow = flow.unwrap_or(Flow { window: capabilities.max_parallel, healthy: true, ..Flow::default() });
         let known = self.state.standing(agent.as_str()).cloned().unwrap_or_default();
-        let (mute, drained) = (said.is_none(), known.drained);
+        // Its home has it in its log; others have it from the agent's router.
+        let drained = if self.is_home_of_agent(&agent) { known.drained } else { drained_there };
+        let mute = said.is_none();
         // Who hasn't spoken since this router began is as the log has it, unless another process has taken its place.
         let status = match said {
             None if *known.incarnation == *incarnation => known.said(self.clock.logged_ms()),
@@ -162,8 +164,17 @@ impl Shard {
         }
     }
 
+    /// True where this shard writes down how the agent stands.
+    pub(super) fn is_home_of_agent(&self, agent: &AgentName) -> bool {
+        let placement = &self.settings.placement;
+        placement.shards() == 1 || placement.home_of_agent(agent) == self.settings.shard
+    }
+
     /// Writes down how an agent stands, where the log has it otherwise.
     fn stands(&mut self, agent: &AgentName, incarnation: &Arc<str>, status: &AgentStatus, drained: bool) {
+        if !self.is_home_of_agent(agent) {
+            return;
+        }
         let known = self.state.standing(agent.as_str()).cloned().unwrap_or_default();
         let now = AgentRecord::new(agent, incarnation, status, drained, self.clock.logged_ms());
         if !now.says_the_same(&known) && self.room < LogRoom::Last {

@@ -7,11 +7,12 @@ use crate::message::{LogRoom, Metric, Outcome, ToAgent};
 use crate::price::Price;
 use crate::record::{Adjust, Ended, Extend, ProofPb, Record, Settle, SourcePb, Tier, Void};
 use crate::said::Said;
-use crate::statistics::{Learned, day_of};
+use crate::statistics::{Learned, Statistics, day_of};
 use crate::stream::{Call, Phase};
 use atp_proto::content::BudgetUpdate;
 use atp_proto::frame::{Flags, kind};
 use atp_proto::{AgentName, Amount, CallId, Code, Cost, Frame, Tokens, UsdMicros};
+use std::sync::Arc;
 
 impl Shard {
     /// Extends a running call's hold when what is left of its grant is below one slice; oldest call first.
@@ -248,11 +249,31 @@ impl Shard {
         self.money_returned(&account);
     }
 
-    /// Repeated underestimation lowers an agent's QoS tier; good estimates raise it again.
+    /// What is known of agents: by this shard, or by all of this router.
+    pub(super) fn statistics(&self) -> &Statistics {
+        self.learned.as_deref().unwrap_or_else(|| self.state.statistics())
+    }
+
+    /// Other shards of this router have learned something too. An agent's home judges by it.
+    pub(super) fn learned(&mut self, statistics: Arc<Statistics>) {
+        let ours: Vec<AgentName> = statistics.agents().map(|(name, _)| AgentName::new(name)).collect();
+        self.learned = Some(statistics);
+        ours.iter().for_each(|agent| self.judge_tier(agent));
+    }
+
+    /// Repeated underestimation lowers an agent's QoS tier; good estimates raise it again. Its home shard judges.
     fn judge_tier(&mut self, agent: &AgentName) {
+        if !self.is_home_of_agent(agent) {
+            return;
+        }
         let today = day_of(self.clock.logged_ms());
-        let Some(standing) = self.state.statistics().agent(agent.as_str()).map(Learned::standing) else { return };
+        let Some(standing) = self.statistics().agent(agent.as_str()).map(Learned::standing) else { return };
         let Some(tier) = standing.due(today) else { return };
+        let known = self.state.statistics().agent(agent.as_str()).map(|l| l.standing().tier());
+        if known == Some(tier) {
+            // It stands in the log, and isn't known to all yet.
+            return;
+        }
         let errors = standing.errors(today);
         let name = agent.as_str().into();
         let tier = tier as u32;
@@ -266,9 +287,14 @@ impl Shard {
     }
 
     pub(super) fn account_metric(&mut self, account: &str) {
-        let Some(found) = self.state.accounts.get(account) else { return };
-        let Some(level) = found.windows.get(&found.current).map(crate::account::AccountWindow::level) else { return };
-        let remaining = level.limit.usd_micros.map(|_| level.free().usd_micros.0);
+        let home = self.is_home(account);
+        let found = self.state.accounts.get(account).and_then(|found| found.windows.get(&found.current));
+        // Shares that are all given back leave nothing behind.
+        let Some(window) = found.cloned().or_else(|| (!home).then(|| self.purse_now(account).0)) else { return };
+        let level = window.level();
+        // What a holder may spend of its shares is left of the account too, where that has a limit.
+        let limited = level.limit.usd_micros.is_some() && self.shown_window(account).limit.usd_micros.is_some();
+        let remaining = limited.then(|| level.free().usd_micros.0);
         let ahead = self.pace(account).map(|(_, pace)| pace.is_ahead(self.clock.logged_ms()));
         if ahead == Some(true) {
             self.pace_timer(account);
@@ -276,7 +302,7 @@ impl Shard {
         let account = atp_proto::TenantId::new(account);
         self.metric(Metric::Account {
             account,
-            held_usd_micros: level.held.usd_micros.0,
+            held_usd_micros: window.held.usd_micros,
             remaining_usd_micros: remaining,
             limit_usd_micros: level.limit.usd_micros.map(|usd| usd.0),
             ahead_of_pace: ahead,

@@ -37,8 +37,10 @@ pub struct Holding {
 /// What a share gives back.
 #[derive(Clone, Copy, PartialEq, Message)]
 pub struct Out {
+    /// What was spent.
     #[prost(message, required, tag = "1")]
     pub settled: AmountPb,
+    /// What wasn't.
     #[prost(message, required, tag = "2")]
     pub unused: AmountPb,
 }
@@ -46,6 +48,7 @@ pub struct Out {
 /// Of one account, what one other shard has.
 #[derive(Clone, Copy, PartialEq, Eq, Message)]
 pub struct LentTo {
+    /// How many it has.
     #[prost(uint32, tag = "1")]
     pub shares: u32,
     /// Calls at once, where the shares say how many.
@@ -56,8 +59,10 @@ pub struct LentTo {
 /// One share in a purse.
 #[derive(Clone, Copy, PartialEq, Message)]
 pub struct Piece {
+    /// Of money.
     #[prost(message, required, tag = "1")]
     pub amount: AmountPb,
+    /// Calls at once; absent: without a limit.
     #[prost(uint32, optional, tag = "2")]
     pub calls: Option<u32>,
 }
@@ -65,7 +70,7 @@ pub struct Piece {
 impl AccountWindow {
     /// What share `no` would give back now; `None` while calls need it.
     ///
-    /// What is spent goes first: it is the home's to know. With calls open, what stays behind has to hold them.
+    /// What is spent goes first: it is the home's to know. With calls open, what stays behind has to hold them, all of them.
     #[must_use]
     pub fn gives_back(&self, no: u64) -> Option<Out> {
         let amount = Amount::from(self.shares.get(&no)?.amount);
@@ -77,7 +82,13 @@ impl AccountWindow {
         let goes = if last { settled } else { settled.min(amount) };
         let rest = self.level().limit.amount().less(amount);
         let stays = settled.less(goes).add(held).ok()?;
-        (self.open == 0 || stays.fits(rest)).then(|| Out { settled: goes.into(), unused: amount.less(goes).into() })
+        let calls = self
+            .shares
+            .iter()
+            .filter(|(n, _)| **n != no)
+            .try_fold(0_u32, |sum, (_, p)| Some(sum.saturating_add(p.calls?)));
+        let carried = stays.fits(rest) && calls.is_none_or(|most| self.open <= most);
+        (self.open == 0 || carried).then(|| Out { settled: goes.into(), unused: amount.less(goes).into() })
     }
 
     /// Calls that may run at once on the purse; `None`: no limit.

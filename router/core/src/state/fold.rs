@@ -7,7 +7,7 @@ use crate::record::{
     Tier, Void, Window, WindowRef, hex,
 };
 use crate::said::Said;
-use crate::statistics::Run;
+use crate::statistics::{Lesson, Run};
 use crate::stream::{Call, Phase, Stream};
 use atp_proto::frame::kind;
 use atp_proto::money::OutOfRange;
@@ -218,11 +218,14 @@ impl State {
             }
         }
         self.count_open(&windows, false)?;
-        let totals = self.agents.entry(agent).or_default();
+        let totals = self.agents.entry(agent.clone()).or_default();
         // A statistic, unlike the levels above: it may stop at the end of its range.
         totals.spent_usd_micros = totals.spent_usd_micros.saturating_add(actual.usd_micros.0);
         if matches!(r.source(), SourcePb::Reported | SourcePb::Counted) {
-            totals.overshoot = Amount::from(totals.overshoot).max(actual.less(hold)).into();
+            let overshoot = actual.less(hold);
+            totals.overshoot = Amount::from(totals.overshoot).max(overshoot).into();
+            self.lesson = (self.genesis.shards > 1 && !overshoot.is_zero())
+                .then(|| Box::new(Lesson { agent: agent.clone(), overshoot, ..Lesson::default() }));
         }
         let measured = matches!(r.source(), SourcePb::Reported | SourcePb::Counted);
         let complete = r.ended.how == "complete";
@@ -246,12 +249,24 @@ impl State {
             ..Run::new(call.own_cost(), reserve.mean.into())
         };
         let row = (reserve.agent.as_str(), reserve.model.as_str(), stream.accept.task_type.as_str());
-        self.statistics.record(row, self.logged_ms, accepted, measured.then_some(run));
+        let run = measured.then_some(run);
+        self.statistics.record(row, self.logged_ms, accepted, run);
+        if self.genesis.shards > 1 {
+            let (agent, model, task_type) = (row.0.into(), row.1.into(), row.2.into());
+            let overshoot = self.lesson.take().map_or(Amount::ZERO, |l| l.overshoot);
+            let at_ms = self.logged_ms;
+            let lesson = Lesson { agent, model, task_type, at_ms, accepted, run, overshoot, tier: None };
+            self.lesson = Some(Box::new(lesson));
+        }
     }
 
     pub(super) fn tier(&mut self, r: &Tier) -> Done {
         let tier = atp_proto::Qos::from_wire(r.tier).map_err(|e| e.message.to_string())?;
         self.statistics.agent_mut(&r.agent).standing.set(tier);
+        if self.genesis.shards > 1 {
+            let agent = r.agent.clone();
+            self.lesson = Some(Box::new(Lesson { agent, tier: Some(tier), ..Lesson::default() }));
+        }
         Ok(())
     }
 

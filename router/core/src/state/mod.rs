@@ -9,7 +9,7 @@ mod tool;
 use crate::account::Account;
 use crate::record::{AgentRecord, AmountPb, AnyRecord, Entry, Genesis, Late, Record};
 use crate::said::Said;
-use crate::statistics::Statistics;
+use crate::statistics::{Lesson, Statistics};
 use crate::stream::Stream;
 use atp_proto::CallId;
 use bytes::Bytes;
@@ -72,6 +72,8 @@ pub struct State {
     lent: BTreeMap<u32, Lent>,
     holding: BTreeMap<u32, Holding>,
     late: BTreeMap<String, Late>,
+    /// What the last record taught, for other shards; no part of the fold.
+    lesson: Option<Box<Lesson>>,
 }
 
 type Done = Result<(), String>;
@@ -131,6 +133,11 @@ impl State {
     #[must_use]
     pub fn statistics(&self) -> &Statistics {
         &self.statistics
+    }
+
+    /// What the last record taught; once.
+    pub(crate) fn take_lesson(&mut self) -> Option<Box<Lesson>> {
+        self.lesson.take()
     }
 
     /// How an agent stands: its last word and the operator's; `None` where neither said anything.

@@ -124,7 +124,11 @@ impl House {
                     self.shard.handle(self.now, Input::Replayed { conn, tenant, stream, upto });
                 }
                 Effect::Close { error, .. } => panic!("{error}"),
-                Effect::Answer { .. } | Effect::Tool { .. } | Effect::ToShard { .. } | Effect::Metric(_) => {}
+                Effect::Answer { .. }
+                | Effect::Tool { .. }
+                | Effect::ToShard { .. }
+                | Effect::Learned(_)
+                | Effect::Metric(_) => {}
             }
         }
     }

@@ -47,14 +47,14 @@ pub enum LogError {
     NotThisLog { address: String, what: String },
     /// An entry stands in the log or not: nobody knows before it is read again.
     #[error(
-        "no broker confirmed entry {position}, so it may stand in the log or not: {why}; a restart reads what stands"
+        "no broker confirmed entry {position} of shard {shard}, so it may stand in the log or not: {why}; its next owner reads what stands"
     )]
-    Unknown { position: u64, why: String },
+    Unknown { shard: u32, position: u64, why: String },
     /// Another owner has begun.
     #[error("{by} has taken over shard {shard} at offset {offset}; this router has stepped down")]
     Fenced { shard: u32, offset: u64, by: String },
     /// The log holds what this owner can't explain.
-    #[error("stepped down from shard {shard}: {why}; a restart reads what stands")]
+    #[error("stepped down from shard {shard}: {why}; its next owner reads what stands")]
     SteppedDown { shard: u32, why: String },
     #[error("{} can't be read or written: {what}; restore it from a copy, or remove it to trust the topic as it is", path.display())]
     Memory { path: PathBuf, what: String },

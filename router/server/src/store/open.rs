@@ -29,11 +29,11 @@ impl Opened {
         };
         let mut store = RedisStore::new(config).map_err(|e| format!("store.redis.url: {e}"))?;
         same_log::check(&mut store, log, ends).await.map_err(|(shard, what)| {
-            let key = super::keys::Keys::new(&config.prefix).shard(shard);
+            let prefix = &config.prefix;
             format!(
-                "ELOG: acknowledged records are gone: {what}; restore the newest copy of data_dir/log. To give up what \
-                 is gone and begin with this log, delete what the store remembers, redis-cli DEL '{key}', or set \
-                 another store.redis.prefix; then start the agents again too, which have known a later owner"
+                "ELOG: acknowledged records are gone: shard {shard}: {what}; restore the newest copy of data_dir/log. To give up what \
+                 is gone and begin with this log, delete what the store remembers, redis-cli --scan --pattern \
+                 '{{{prefix}:*}}:shard' | xargs redis-cli DEL, or set another store.redis.prefix; then start the agents again too, which have known a later owner"
             )
         })?;
         Ok(Self::Redis(Box::new(store)))

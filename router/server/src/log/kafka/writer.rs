@@ -83,7 +83,7 @@ impl Writer {
             let header = self.owner.send(*checkpoint);
             let key = key(entry);
             let sent = self.sender.send(index, &header, key.as_deref(), entry);
-            sent.map_err(|why| LogError::Unknown { position: first + index as u64, why })?;
+            sent.map_err(|why| LogError::Unknown { shard: self.shard, position: first + index as u64, why })?;
             bytes += entry.len() as u64;
             self.since_checkpoint += entry.len() as u64;
         }
@@ -93,7 +93,7 @@ impl Writer {
         while done < batch.len() {
             for (index, delivered) in self.sender.reports() {
                 let position = first + index as u64;
-                let offset = delivered.map_err(|why| LogError::Unknown { position, why })?;
+                let offset = delivered.map_err(|why| LogError::Unknown { shard: self.shard, position, why })?;
                 let before = self.mark();
                 self.follow(|owner| owner.reported(first_n + index as u64, offset))?;
                 self.durable(before, &batch[index].entry, batch[index].checkpoint);
