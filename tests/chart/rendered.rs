@@ -58,6 +58,7 @@ impl Rendered {
         let sample = |name: &str| match name {
             "POD_NAME" => "prod-atp-0".to_owned(),
             url if url.ends_with("_URL") => "rediss://atp:secret@redis.example:6380/0".to_owned(),
+            key if key.ends_with("_KEY") => "of-32-bytes-at-least-as-it-has-to-be".to_owned(),
             _ => "secret".to_owned(),
         };
         let mut names: BTreeSet<&str> = list(&self.router()["env"]).iter().map(|e| text(&e["name"])).collect();

@@ -124,6 +124,8 @@ struct Client {
     reading: bool,
     /// A task waits for room.
     waiting: bool,
+    /// It has said what nobody has read: it has to say it again.
+    unread: bool,
 }
 
 /// Where a lagging stream goes on.
@@ -158,6 +160,7 @@ impl Clients {
             replays: Vec::new(),
             reading: false,
             waiting: false,
+            unread: false,
         };
         self.list.insert(conn, client);
     }
@@ -166,13 +169,22 @@ impl Clients {
         self.list.remove(&conn);
     }
 
+    /// The shard has ended without reading what this connection said last.
+    pub(crate) fn unread(&mut self, conn: ConnId) {
+        if let Some(client) = self.list.get_mut(&conn) {
+            client.unread = true;
+        }
+    }
+
     /// The shard has ended: its streams go on elsewhere. Those of connections that nobody follows them for lose the connection,
     /// and their clients find them.
     pub(crate) fn end(&mut self, shard: u32, error: &WireError) {
-        for client in self.list.values().filter(|c| !c.streams.is_empty()) {
+        for client in self.list.values().filter(|c| c.unread || !c.streams.is_empty()) {
             let followed = client.bounds.relay.as_ref().is_some_and(|relay| {
                 // Where a reader of the log has got to isn't known here.
-                let still = !client.reading && client.replays.is_empty();
+                let still = !client.reading && client.replays.is_empty() && !client.unread;
+                // Nor is it known whether a stream was begun that nothing was said of.
+                let still = still && client.streams.values().all(|after| *after > 0);
                 still && relay.try_send(Far::Moved { shard, streams: client.sent() }).is_ok()
             });
             if !followed {

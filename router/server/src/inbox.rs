@@ -185,6 +185,17 @@ impl Taking {
         self.room.add_permits(weight);
     }
 
+    /// Takes no more; what was queued until now and nobody has read.
+    pub(crate) async fn close(&mut self) -> Vec<ToShard> {
+        self.room.close();
+        self.queue.close();
+        let mut unread = Vec::new();
+        while let Some((_, message)) = self.queue.recv().await {
+            unread.push(message);
+        }
+        unread
+    }
+
     pub(crate) fn bytes(&self) -> usize {
         (self.bytes_max as usize).saturating_sub(self.room.available_permits())
     }

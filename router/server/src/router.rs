@@ -129,7 +129,7 @@ impl Router {
             stopping: CancellationToken::new(),
             tasks: tasks.clone(),
         });
-        let mut running = Running::new(&config, &shared, log.guarantee(), clocks, stop_shards.clone());
+        let mut running = Running::new(&config, &shared, (log.guarantee(), log.is_own()), clocks, stop_shards.clone());
         let identity = store::Identity {
             router: config.settings.router_id.clone(),
             incarnation: me.incarnation.clone(),
@@ -371,6 +371,10 @@ impl Log {
             return opening::open_shared(config, place, clocks).map(Self::Shared);
         }
         opening::open(config, disk, incarnation, clocks).map(Self::Own)
+    }
+
+    const fn is_own(&self) -> bool {
+        matches!(self, Self::Own(_))
     }
 
     fn id(&self) -> &str {

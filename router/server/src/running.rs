@@ -26,6 +26,7 @@ pub(crate) struct Running {
     agents: Agents,
     clocks: Clocks,
     guarantee: Guarantee,
+    alone: bool,
     inbox_bytes: u32,
     tools: Tools,
     lessons: Lessons,
@@ -37,11 +38,11 @@ pub(crate) struct Running {
 }
 
 impl Running {
-    /// Nothing runs yet. `stop` ends all of them.
+    /// Nothing runs yet. `stop` ends all of them; `alone`: no other router can own one.
     pub(crate) fn new(
         config: &Config,
         shared: &Shared,
-        guarantee: Guarantee,
+        (guarantee, alone): (Guarantee, bool),
         clocks: Clocks,
         stop: CancellationToken,
     ) -> Self {
@@ -51,7 +52,7 @@ impl Running {
         let agents = shared.agents.clone();
         let lessons = Lessons::start(shards.clone(), &tasks, stop.clone());
         let (running, stops) = (JoinSet::new(), BTreeMap::new());
-        Self { shards, agents, clocks, guarantee, inbox_bytes, tools, lessons, tasks, stop, running, stops }
+        Self { shards, agents, clocks, guarantee, alone, inbox_bytes, tools, lessons, tasks, stop, running, stops }
     }
 
     /// Starts one shard, which is found from now on. It ends with its log, or when it is stopped with all others.
@@ -77,20 +78,13 @@ impl Running {
             clocks: self.clocks,
             source,
             health: sender,
-            stop: stop.clone(),
+            stop,
+            alone: self.alone,
             tasks: self.tasks.clone(),
             tools: self.tools.clone(),
             lessons: self.lessons.clone(),
         });
-        let shards = self.shards.clone();
-        self.running.spawn(async move {
-            let ended = task.run().await;
-            // Of one that failed its health still says why.
-            if ended.is_ok() {
-                shards.set(number, Place::Unknown);
-            }
-            (number, ended)
-        });
+        self.running.spawn(async move { (number, task.run().await) });
     }
 
     /// Ends one shard: what is decided is written first.

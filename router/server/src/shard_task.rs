@@ -62,6 +62,8 @@ pub(crate) struct Begin {
     pub(crate) source: Source,
     pub(crate) health: watch::Sender<Health>,
     pub(crate) stop: CancellationToken,
+    /// No other router can own the shard: of one that failed its place goes on to say why.
+    pub(crate) alone: bool,
     pub(crate) tasks: TaskTracker,
     pub(crate) tools: Tools,
     pub(crate) lessons: Lessons,
@@ -82,6 +84,7 @@ pub(crate) struct ShardTask {
     clocks: Clocks,
     health: watch::Sender<Health>,
     stop: CancellationToken,
+    alone: bool,
     clients: Clients,
     asked: BTreeMap<u64, oneshot::Sender<Answer>>,
     next_ask: u64,
@@ -133,6 +136,7 @@ impl ShardTask {
             clocks: begin.clocks,
             health: begin.health,
             stop: begin.stop,
+            alone: begin.alone,
             asked: BTreeMap::new(),
             next_ask: 1,
             draining: Vec::new(),
@@ -155,6 +159,13 @@ impl ShardTask {
     /// Why the log can't be written any more. Nothing may be served after that.
     pub(crate) async fn run(mut self) -> Result<(), String> {
         let ended = self.serve().await;
+        // Before its clients hear of it, or they would come back here.
+        if ended.is_ok() || !self.alone {
+            self.shards.set(self.number, Place::Unknown);
+        }
+        for message in self.taking.close().await {
+            self.unread(message);
+        }
         self.clients.end(self.number, &not_here());
         match ended {
             Ok(()) => {
@@ -170,6 +181,20 @@ impl ShardTask {
                 let _ = close(self.log).await;
                 Err(why)
             }
+        }
+    }
+
+    /// A message that came too late: who sent it may have to send it again, elsewhere.
+    fn unread(&mut self, message: ToShard) {
+        match message {
+            ToShard::Opened { conn, tenant, outbox, bounds } => self.clients.open(conn, tenant, outbox, bounds),
+            ToShard::Resume { conn, tenant, outbox, bounds, .. } => {
+                self.clients.open(conn, tenant, outbox, bounds);
+                self.clients.unread(conn);
+            }
+            ToShard::Frames { conn, frames } if !frames.is_empty() => self.clients.unread(conn),
+            ToShard::Gone { conn } => self.clients.gone(conn),
+            _ => {}
         }
     }
 
