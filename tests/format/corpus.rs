@@ -99,7 +99,7 @@ fn goes_on(from: &Path, expected: &Value) {
     lay(from, &router.dir().join("data/log"));
     let before = states(&router.log(), None);
     router.restart();
-    let script = "models: [{id: m1, in_usd_per_mtok: 1.00, out_usd_per_mtok: 4.00}]\nestimate: {mode: declared, in_tokens: 1, out_tokens: 1}\ncalls: [{final: {text: \"end\", in_tokens: 1, out_tokens: 1}}]\n";
+    let script = "calls: [{final: {text: \"end\", in_tokens: 1, out_tokens: 1}}]\n";
     let _agent = Scripted::start(router.dir(), "newcomer", router.atp(), script);
     let task = Submit { task: "one more".into(), agents: vec![AgentName::new("newcomer")], ..Submit::default() };
     let told = follow(router.atp(), "one-more", &task);

@@ -35,6 +35,11 @@ impl Shard {
         (AccountWindow { limit, ends_ms, settled, held, ..AccountWindow::default() }, at)
     }
 
+    /// True where calls of the account can be reserved: at its home, elsewhere with a share.
+    pub(super) fn has_window(&self, account: &str) -> bool {
+        self.is_home(account) || self.purse(account).is_some()
+    }
+
     fn purse(&self, account: &str) -> Option<&AccountWindow> {
         let known = self.state.accounts.get(account)?;
         let now = self.clock.logged_ms();

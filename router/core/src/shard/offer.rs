@@ -159,11 +159,13 @@ impl Shard {
         let room = |most: Option<u32>, open: usize| most.map_or(usize::MAX, |m| (m as usize).saturating_sub(open));
         let in_account = room(self.calls_max(tenant), book.map_or(0, |b| b.open.len()));
         let room = room(self.settings.stream_window.max_parallel, open_lanes as usize).min(in_account);
+        // A call needs a window to be reserved in, also one that costs nothing.
+        let least = if self.has_window(tenant) { Amount::ZERO } else { Amount::new(1, 0) };
         let (mut holds, mut used) = (Vec::new(), Amount::ZERO);
         for (n, offer) in offers.iter().enumerate() {
             let e = &offer.estimate;
             let rest = left.less(used);
-            let need = e.guarded.min(rest);
+            let need = e.guarded.min(rest).max(least);
             let never = !e.mean.fits(rest)
                 || !first_grant_suffices(offer, need)
                 || (offer.capabilities.stop == Stop::None && need != e.guarded);
