@@ -4,6 +4,7 @@ use crate::cli::Global;
 use crate::failure::{Exit, Failure};
 use atp_core::view::{AccountView, AgentView, StreamView};
 use atp_proto::content::{Bill, TaskState};
+use atp_router::{RouterRow, ShardRow};
 use reqwest::Method;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -32,6 +33,17 @@ pub(crate) struct Agents {
 pub(crate) struct Accounts {
     pub(crate) position: u64,
     pub(crate) accounts: Vec<AccountView>,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct Shards {
+    pub(crate) shards: Vec<ShardRow>,
+    pub(crate) routers: Vec<RouterRow>,
+}
+
+#[derive(Debug, Deserialize)]
+pub(crate) struct Routers {
+    pub(crate) routers: Vec<RouterRow>,
 }
 
 #[derive(Debug, Deserialize)]

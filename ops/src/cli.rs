@@ -83,7 +83,10 @@ pub(crate) enum Command {
     Agents,
     /// One agent
     AgentStatus(AgentName),
-    /// Send nothing new to an agent, also after a restart; what it runs goes on
+    /// Which router owns which shard, who stands by, how far it is behind
+    #[command(after_help = "Examples:\n  atp shards\n  atp shards --json | jq '.shards[] | select(.owner == null)'")]
+    Shards,
+    /// Send nothing new to an agent, or let a router own nothing; what runs goes on
     #[command(subcommand)]
     Drain(Drain),
     /// Budgets: limit, settled, held, what is left, pace
@@ -342,6 +345,21 @@ pub(crate) enum Drain {
         after_help = "Examples:\n  atp drain agent reviewer.gemini\n  atp drain agent reviewer.gemini --undo   as the agent says itself again"
     )]
     Agent(DrainAgent),
+    /// Hand all shards of a router to the others; it owns nothing until `--undo` or its next start
+    #[command(
+        after_help = "Examples:\n  atp drain router r2 && atp shards         it still serves clients and agents, by the others' shards\n  atp drain router r2 --undo"
+    )]
+    Router(DrainRouter),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct DrainRouter {
+    /// The router's `router.id`
+    #[arg(value_name = "ID", value_parser = id)]
+    pub(crate) id: String,
+    /// Take it back
+    #[arg(long)]
+    pub(crate) undo: bool,
 }
 
 #[derive(Debug, Args)]

@@ -1,7 +1,7 @@
-//! Commands that look, over HTTP: ps, agents, agent-status, accounts, bill; and `drain agent`, which answers with the row of
-//! `agents`. Nothing else here changes anything.
+//! Commands that look, over HTTP: ps, agents, agent-status, shards, accounts, bill; and `drain`, which answers with the row of the
+//! agent or router. Nothing else here changes anything.
 
-use crate::api::{Accounts, Agents, Api, Streams};
+use crate::api::{Accounts, Agents, Api, Routers, Shards, Streams};
 use crate::cli::{self, Global};
 use crate::failure::{Exit, Failure, Outcome};
 use crate::rows;
@@ -87,6 +87,33 @@ pub(crate) async fn drain_agent(global: &Global, screen: Screen, args: &cli::Dra
         return Ok(screen.document(&one.unwrap_or_default())?);
     }
     Ok(screen.line(rows::agents(screen, &agents.agents).trim_end())?)
+}
+
+pub(crate) async fn drain_router(global: &Global, screen: Screen, args: &cli::DrainRouter) -> Outcome {
+    let (api, path) = (Api::new(global)?, format!("/v1/routers/{}/drain", args.id));
+    let answer: Routers = if args.undo { api.delete(&path).await? } else { api.post(&path).await? };
+    if screen.json {
+        let one = answer.routers.first().map(serde_json::to_value).transpose()?;
+        return Ok(screen.document(&one.unwrap_or_default())?);
+    }
+    Ok(screen.line(rows::routers(screen, &answer.routers).trim_end())?)
+}
+
+pub(crate) async fn shards(global: &Global, screen: Screen) -> Outcome {
+    let api = Api::new(global)?;
+    if screen.json {
+        let fleet: Shards = api.fetch("/v1/shards").await?;
+        return Ok(screen.document(&fleet)?);
+    }
+    live(screen, async || {
+        let fleet: Shards = api.fetch("/v1/shards").await?;
+        let nowhere = fleet.shards.iter().filter(|row| row.owner.is_none()).count();
+        let head =
+            format!("{} routers, {} shards, {nowhere} without an owner", fleet.routers.len(), fleet.shards.len());
+        let tables = [rows::routers(screen, &fleet.routers), rows::shards(screen, &fleet.shards)];
+        Ok((head, tables.join("\n")))
+    })
+    .await
 }
 
 pub(crate) async fn fetch_agents(api: &Api) -> Result<Agents, Failure> {

@@ -77,6 +77,8 @@ async fn run(cli: Cli, screen: Screen) -> Outcome {
         Command::Agents => look::agents(global, screen).await,
         Command::AgentStatus(args) => look::agent_status(global, screen, &args).await,
         Command::Drain(cli::Drain::Agent(args)) => look::drain_agent(global, screen, &args).await,
+        Command::Drain(cli::Drain::Router(args)) => look::drain_router(global, screen, &args).await,
+        Command::Shards => look::shards(global, screen).await,
         Command::Accounts(args) => look::accounts(global, screen, &args).await,
         Command::Bill(args) => look::bill(global, screen, &args).await,
         Command::Completion { shell } => completion(shell),

@@ -51,7 +51,8 @@ pub(crate) async fn run(screen: Screen, args: &cli::Router) -> Outcome {
     }
     let ends = async {
         if router.hands_over() {
-            screen.progress("handing over: another router goes on with what runs");
+            screen.progress("handing over: other routers go on with what runs; a second signal stops at once");
+            router.hand_over().await;
         } else {
             screen.progress("draining: running streams end, new ones are refused; a second signal stops at once");
             router.drain().await;

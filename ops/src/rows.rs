@@ -5,6 +5,7 @@ use atp_core::view::{AccountView, AgentView, PaceView, StatisticsView, StreamVie
 use atp_proto::content::{Bill, CallState, Source, TaskState, WindowUpdate, WindowView};
 use atp_proto::money::show_usd;
 use atp_proto::{Amount, Limit, Tokens, UsdMicros};
+use atp_router::{RouterRow, ShardRow};
 
 /// Dollars; `-` for no limit.
 fn usd(v: Option<UsdMicros>) -> String {
@@ -111,6 +112,32 @@ pub(crate) fn agents(screen: Screen, rows: &[AgentView]) -> String {
                 _ => Paint::Yellow,
             },
         );
+    }
+    table.render(screen)
+}
+
+pub(crate) fn routers(screen: Screen, rows: &[RouterRow]) -> String {
+    let mut table = Table::new(&["ROUTER", "ATP", "HTTP", ">SHARDS", "DRAINED"]);
+    for row in rows {
+        let drained = if row.drained { "yes" } else { "" };
+        table.row([row.id.clone(), row.atp.clone(), row.http.clone(), row.shards.to_string(), drained.into()]);
+    }
+    table.render(screen)
+}
+
+pub(crate) fn shards(screen: Screen, rows: &[ShardRow]) -> String {
+    let mut table = Table::new(&[">SHARD", "OWNER", "STANDBY", ">EPOCH", ">POSITION", ">LAG", "SINCE"]);
+    for row in rows {
+        table.row([
+            row.shard.to_string(),
+            row.owner.clone().unwrap_or_else(|| "nobody".into()),
+            row.standby.clone().unwrap_or_default(),
+            row.epoch.to_string(),
+            row.position.to_string(),
+            row.lag.map(|lag| lag.to_string()).unwrap_or_default(),
+            row.since.clone().unwrap_or_default(),
+        ]);
+        table.paint(1, if row.owner.is_some() { Paint::Green } else { Paint::Red });
     }
     table.render(screen)
 }

@@ -367,6 +367,19 @@ pub fn encode_into(frame: &Frame, options: EncodeOptions, out: &mut BytesMut) {
     }
 }
 
+/// Appends a frame whose body goes on as it was received, length first.
+pub fn encode_received(hop: Option<&pb::Hop>, body: &[u8], out: &mut BytesMut) {
+    let hop = hop.map(|hop| (hop, hop.encoded_len()));
+    let length = hop.map_or(0, |(_, n)| message_len(n)) + message_len(body.len());
+    out.reserve(PREFIX + length);
+    out.put_u32(u32::try_from(length).expect("a received body is bounded far below 4 GiB"));
+    if let Some((hop, n)) = hop {
+        put_message(out, 1, hop, n);
+    }
+    put_head(out, 2, body.len());
+    out.put_slice(body);
+}
+
 /// Bytes that `encode` appends, without the length prefix: what `FRAME_BYTES_MAX` bounds.
 #[must_use]
 pub fn encoded_len(frame: &Frame) -> usize {

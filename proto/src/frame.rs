@@ -189,6 +189,10 @@ pub mod kind {
     pub const BUDGET_UPDATE: &str = "control.budget_update";
     pub const ACK: &str = "control.ack";
     pub const ERROR: &str = "control.error";
+    pub const ROUTE_UPDATE: &str = "control.route_update";
+    pub const PEER_CHALLENGE: &str = "peer.challenge";
+    pub const PEER_PROOF: &str = "peer.proof";
+    pub const PEER_SAY: &str = "peer.say";
 }
 
 /// One frame: `Hop` beside `Body` (ATP-2).

@@ -116,7 +116,9 @@ fn each_router_s_configuration_is_good_and_fits_its_surroundings() {
         let command = texts(&service["command"]);
         assert_eq!(command, ["router", "--config", path.trim_end_matches(":ro")], "{router}");
         let file = format!("ops/{}", source.trim_start_matches("./"));
-        let checked = atp::command(&["check"]).arg(root().join(&file)).env("ATP_ROUTER", id).output().expect("atp");
+        let mut check = atp::command(&["check"]);
+        let env = entries(&service["environment"]).filter_map(|(name, value)| Some((name, value.as_str()?)));
+        let checked = check.arg(root().join(&file)).envs(env).output().expect("atp");
         assert!(checked.status.success(), "{file}: {}", String::from_utf8_lossy(&checked.stdout));
 
         let config = parse(&file, &read(&file).replace("${ATP_ROUTER}", id));

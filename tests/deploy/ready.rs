@@ -1,4 +1,4 @@
-//! `atp-ready`, the health check of containers, asked of a real router. How it takes one that stands by is shown with the fleet.
+//! `atp-ready`, the health check of containers, asked of a real router.
 
 use crate::root;
 use atp_tests::blackbox::process::Router;

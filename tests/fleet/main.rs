@@ -1,19 +1,20 @@
-//! Several routers that share one log in Kafka, with Redis for the leases: one owns the shard, the others take over when it is
-//! killed, stands still or hands over. Real processes, real servers; every task ends in one answer, and the bill is true.
+//! Several routers that share one log in Kafka, with Redis for the leases: each owns a part of the shards, and the others take
+//! over what one loses. Real processes, real servers; every task ends in one answer, and the bill is true.
 
-use atp_proto::content::{Submit, TaskState};
-use atp_tests::blackbox::kafka::Brokers;
-use atp_tests::blackbox::load;
+mod fleet;
+mod ownership;
+
+use atp_proto::content::{CallState, Source, Submit, TaskState};
+use atp_tests::blackbox::history::{billed, true_bill};
+use atp_tests::blackbox::load::{self, Told};
 use atp_tests::blackbox::process::{Router, Scripted};
-use atp_tests::blackbox::redis::Redis;
 use atp_tests::blackbox::relay::Relay;
-use atp_tests::blackbox::{atp, verdict, wait_for};
-use std::net::SocketAddr;
+use atp_tests::blackbox::{atp, wait_for};
+use fleet::{Fleet, ROUTERS};
+use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
-const ROUTERS: usize = 3;
 const CLIENTS: u64 = 12;
-const LEASE: Duration = Duration::from_secs(1);
 
 const SCRIPT: &str = "models: [{id: steady, in_usd_per_mtok: 1.00, out_usd_per_mtok: 4.00}]
 max_parallel: 8
@@ -23,58 +24,11 @@ calls:
     final: {text: \"end\", in_tokens: 80}
 ";
 
-struct Fleet {
-    routers: Vec<Router>,
-    /// Each router is known by a wire of its own, also to those who are sent to it.
-    wires: Vec<Relay>,
-    redis: Redis,
-    brokers: Brokers,
-}
-
-impl Fleet {
-    fn start() -> Self {
-        let (redis, brokers) = (Redis::start(), Brokers::start(3));
-        let log = brokers.log();
-        let (mut routers, mut wires) = (Vec::new(), Vec::new());
-        for n in 1..=ROUTERS {
-            let mut router = Router::prepare("");
-            let wire = Relay::to(router.atp());
-            router.configure(&format!(
-                "router: {{id: r{n}, advertise: \"{}\"}}
-{log}
-store: {{kind: redis, redis: {{url: \"{}\"}}}}
-shards: {{lease: {}ms}}
-limits: {{heartbeat: 300ms}}
-accounts: {{default: {{usd: 1000, per: total}}}}
-tasks: {{retries: 4, deadline: 170s, agent_timeout: 100s}}",
-                wire.address(),
-                redis.url(),
-                LEASE.as_millis(),
-            ));
-            router.launch();
-            routers.push(router);
-            wires.push(wire);
-        }
-        let fleet = Self { routers, wires, redis, brokers };
-        fleet.owner();
-        fleet
-    }
-
-    /// The one that serves.
-    fn owner(&self) -> usize {
-        wait_for("a router to serve", || self.routers.iter().position(Router::is_ready))
-    }
-
-    fn addresses(&self) -> Vec<SocketAddr> {
-        self.wires.iter().map(Relay::address).collect()
-    }
-}
-
 /// Puts a load through a fleet while `faults` happen to it, and checks what came of it.
 fn through(mut fleet: Fleet, faults: impl FnOnce(&mut Fleet)) {
     let addresses = fleet.addresses();
     let dir = tempfile::tempdir().expect("a directory");
-    let agents: Vec<Scripted> = (0..2)
+    let agents: Vec<Scripted> = (0..ROUTERS)
         .map(|n| {
             // Not all of them know the same router first.
             let mut routers = addresses.clone();
@@ -82,28 +36,42 @@ fn through(mut fleet: Fleet, faults: impl FnOnce(&mut Fleet)) {
             Scripted::start_at(dir.path(), &format!("steady-{n}"), &routers, SCRIPT)
         })
         .collect();
-    let owner = fleet.owner();
-    fleet.routers[owner].has_agent("steady-0");
+    (0..ROUTERS).for_each(|n| fleet.routers[n].has_agent(&format!("steady-{n}")));
     let task = |n: u64| Submit { task: format!("task {n}"), ..Submit::default() };
     let told = load::during(&addresses, CLIENTS, task, || faults(&mut fleet));
 
-    let owner = fleet.owner();
     let mut took: Vec<Duration> = told.iter().map(|told| told.took).collect();
     took.sort();
     let at = |percent: usize| took[(took.len() - 1) * percent / 100].as_millis();
     println!("{} tasks; from submit to bill p50 {} ms, p99 {} ms, max {} ms", took.len(), at(50), at(99), at(100));
+    let log = fleet.routers[0].log();
+    let verified = wait_for("every call to be settled", || {
+        Some(atp::run_json(&["verify", "--log", &log])).filter(|report| report["open_reservations"] == 0)
+    });
+    assert_eq!(verified["ok"], true, "{verified:#}");
+    let mut dispatches: BTreeMap<String, u32> = BTreeMap::new();
+    for (call, times) in fleet.wires.iter().flat_map(Relay::dispatches) {
+        *dispatches.entry(call).or_default() += times;
+    }
+    let again: Vec<_> = dispatches.iter().filter(|(_, times)| **times > 1).collect();
+    assert!(again.is_empty(), "calls that were dispatched again: {again:?}");
     for told in &told {
         let answer = told.answer();
         assert_eq!((answer.state, &answer.error), (TaskState::Done, &None), "{}", told.stream);
     }
-    let meters: Vec<_> = agents.iter().map(Scripted::meter).collect();
-    verdict::agree(&fleet.routers[owner], &fleet.wires, &meters, &told, 9);
-    verdict::billed_as_charged(&told, &meters);
-    let verified = atp::run_json(&["verify", "--log", &fleet.routers[owner].log()]);
-    assert_eq!(verified["ok"], true, "{verified:#}");
+    let bills: Vec<_> = told.iter().map(Told::bill).collect();
+    let (truth, calls) = (true_bill(agents.iter().map(Scripted::meter)), billed(&bills));
+    for (id, truth) in &truth {
+        assert!(truth.lines <= 9, "{id} was called twice: {truth:?}");
+        let call = calls.get(id).unwrap_or_else(|| panic!("{id} was charged and stands in no bill"));
+        assert_eq!(call.state, CallState::Settled, "{id}");
+        let exact = call.source == Some(Source::Reported);
+        let billed = call.actual.usd_micros.0;
+        assert!(if exact { billed == truth.usd_micros } else { billed >= truth.usd_micros }, "{call:?} {truth:?}");
+    }
 }
 
-/// Time for some tasks, with whatever owner there is.
+/// Time for some tasks, with whatever owners there are.
 fn work(fleet: &Fleet) {
     let frames = |fleet: &Fleet| fleet.wires.iter().map(Relay::frames).sum::<u64>();
     let before = frames(fleet);
@@ -111,58 +79,50 @@ fn work(fleet: &Fleet) {
 }
 
 #[test]
-fn one_of_three_routers_serves_and_the_next_takes_over() {
-    through(Fleet::start(), |fleet| {
-        // Who stands by shows its own figures, not the owner's.
-        let owner = fleet.owner();
-        let standby = (owner + 1) % ROUTERS;
-        assert_eq!(fleet.routers[standby].http("GET", "/metrics").0, 200);
-        assert_eq!(fleet.routers[standby].http("GET", "/v1/fleet").0, 307);
-        let script = concat!(env!("CARGO_MANIFEST_DIR"), "/../ops/docker/atp-ready");
-        let port = fleet.routers[standby].http_addr().port().to_string();
-        let said = std::process::Command::new(script).arg(port).output().expect("bash");
-        assert!(said.status.success(), "who stands by does its part: {said:?}");
+fn three_routers_share_the_work_and_any_of_them_may_go() {
+    const ALL: [usize; ROUTERS] = [0, 1, 2];
+    let fleet = Fleet::start(3, 64, ROUTERS);
+    println!("shards of each router: {:?}", fleet.each_has_its_part(&ALL));
+    through(fleet, |fleet| {
         let rounds = if std::env::var_os("ATP_TEST_ALL").is_some() { 10 } else { 1 };
-        // SIGKILL: the lease has to lapse. SIGTERM: handed over at once.
         for (signal, end) in [("SIGKILL", Router::kill as fn(&mut Router)), ("SIGTERM", Router::stop)] {
             let mut pauses: Vec<u128> = Vec::new();
-            for _ in 0..rounds {
+            for round in 0..rounds {
                 work(fleet);
-                let owner = fleet.owner();
+                let gone = round % ROUTERS;
+                let rest: Vec<usize> = ALL.into_iter().filter(|n| *n != gone).collect();
                 let begun = Instant::now();
-                end(&mut fleet.routers[owner]);
-                let next = fleet.owner();
+                end(&mut fleet.routers[gone]);
+                fleet.shared_by(&rest);
                 pauses.push(begun.elapsed().as_millis());
-                assert_ne!(next, owner);
-                fleet.routers[owner].launch();
+                fleet.launch(gone);
+                fleet.each_has_its_part(&ALL);
             }
             pauses.sort_unstable();
-            println!("{signal}: another one serves after {pauses:?} ms");
+            println!("{signal}: its shards are served elsewhere after {pauses:?} ms");
         }
         work(fleet);
 
-        // SIGSTOP past the lease: another one owns the shard, and the old owner finds out and ends.
-        let owner = fleet.owner();
-        fleet.routers[owner].signal("STOP");
-        wait_for("another router to serve", || {
-            fleet.routers.iter().enumerate().find(|(n, r)| *n != owner && r.is_ready()).map(|_| ())
-        });
+        // SIGSTOP past the lease: others own its shards; it finds out shard by shard, and lives.
+        fleet.routers[1].signal("STOP");
+        fleet.shared_by(&[0, 2]);
         work(fleet);
-        fleet.routers[owner].signal("CONT");
-        assert_eq!(fleet.routers[owner].ended(), Some(1), "fenced: it says so by its exit code");
-        assert!(fleet.routers[owner].stderr().contains("another"), "{}", fleet.routers[owner].stderr());
-        fleet.routers[owner].launch();
+        fleet.routers[1].signal("CONT");
+        fleet.each_has_its_part(&ALL);
+        assert!(fleet.routers[1].stderr().contains("owned here no longer"), "{}", fleet.routers[1].stderr());
+        work(fleet);
 
-        // Redis is flushed: whoever owns the shard goes on.
-        let owner = fleet.owner();
+        // Redis is flushed: whoever owns a shard goes on.
+        let before = fleet.shared_by(&ALL);
         let _ = fleet.redis.ask(&["FLUSHALL"]);
         work(fleet);
-        assert!(fleet.routers[owner].is_ready(), "the owner goes on");
+        assert_eq!(fleet.shared_by(&ALL), before, "the owners go on");
 
         // One of three brokers is killed.
         fleet.brokers.kill(2);
         work(fleet);
         fleet.brokers.revive(2);
         work(fleet);
+        fleet.shared_by(&ALL);
     });
 }

@@ -7,7 +7,8 @@ use atp_core::view::AgentView;
 use atp_proto::content::{OpenMessage, TaskState, WindowView};
 use atp_proto::{AgentName, Qos, StreamId, TenantId, Tokens, UsdMicros};
 use atp_router::store::{
-    Batch, Beat, Fields, MemoryStore, RedisConfig, RedisStore, Snapshot, StateStore, StoreError, Watermark,
+    Batch, Beat, Fields, Found, Lease, MemoryStore, RedisConfig, RedisStore, Snapshot, StateStore, StoreError, Turn,
+    Watermark,
 };
 use atp_tests::blackbox::redis::Redis;
 use std::time::Duration;
@@ -45,6 +46,7 @@ fn batch(position: u64, streams: Vec<StreamRow>) -> Batch {
         shard: 0,
         position,
         epoch: 1,
+        since_ms: NOW,
         checkpoint: 0,
         router: "r1".into(),
         at_ms: NOW,
@@ -177,21 +179,86 @@ async fn a_page_of_rows_is_one_write<S: StateStore>(store: &mut S) {
     assert_eq!((all.streams.len(), all.agents.len()), (2_000, 1_000));
 }
 
+const LONG: Duration = Duration::from_secs(60);
+
+/// The turn of router r1 or r2, run 1 of it, which wants and follows these of three shards.
+async fn turn<S: StateStore>(store: &mut S, holder: &str, wanted: &[u32], followed: &[(u32, u64)]) -> Found {
+    turn_for(store, holder, wanted, followed, LONG).await
+}
+
+async fn turn_for<S: StateStore>(
+    store: &mut S,
+    holder: &str,
+    wanted: &[u32],
+    followed: &[(u32, u64)],
+    ttl: Duration,
+) -> Found {
+    let (wanted, followed) = (wanted.iter().copied().collect(), followed.iter().copied().collect());
+    let router = holder.split(' ').next().unwrap();
+    let (wanted, followed) = (&wanted, &followed);
+    store.turn(&Turn { router, holder, wanted, followed, shards: 3, at_ms: 5, ttl }).await.unwrap()
+}
+
+fn leases(found: &Found) -> Vec<&str> {
+    let text = |lease| match lease {
+        &Lease::Lapsed => "",
+        Lease::Free => "free",
+        Lease::Of(holder) => holder,
+    };
+    found.shards.iter().map(|seen| text(&seen.lease)).collect()
+}
+
 async fn one_holds_a_lease<S: StateStore>(store: &mut S) {
-    let (long, brief) = (Duration::from_secs(60), Duration::from_millis(50));
-    assert_eq!(store.lease(0, "r1", long).await, Ok(None));
-    assert_eq!(store.lease(0, "r1", long).await, Ok(None), "asked again, because the answer was lost");
-    assert_eq!(store.lease(0, "r2", long).await, Ok(Some("r1".into())));
-    assert_eq!(store.lease(1, "r2", long).await, Ok(None), "each shard has its own");
-    store.release(0, "r2").await.unwrap();
-    assert_eq!(store.lease(0, "r2", long).await, Ok(Some("r1".into())), "nobody gives back another's");
-    store.release(0, "r1").await.unwrap();
-    store.release(0, "r1").await.unwrap();
-    assert_eq!(store.lease(0, "r2", brief).await, Ok(None));
-    while store.lease(0, "r1", long).await.unwrap().is_some() {
+    assert_eq!(leases(&turn(store, "r1 1", &[0], &[]).await), ["r1 1", "", ""]);
+    assert_eq!(leases(&turn(store, "r1 1", &[0], &[]).await), ["r1 1", "", ""], "again, because the answer was lost");
+    assert_eq!(leases(&turn(store, "r2 1", &[0, 1], &[]).await), ["r1 1", "r2 1", ""], "each shard has its own");
+    store.release(&[0], "r2 1", None).await.unwrap();
+    assert_eq!(leases(&turn(store, "r2 1", &[], &[]).await), ["r1 1", "r2 1", ""], "nobody gives back another's");
+    store.release(&[0, 2], "r1 1", None).await.unwrap();
+    store.release(&[0, 2], "r1 1", None).await.unwrap();
+    assert_eq!(leases(&turn(store, "r2 1", &[], &[]).await), ["free", "r2 1", ""], "given back, not lapsed");
+    assert_eq!(leases(&turn(store, "r2 1", &[0], &[]).await), ["r2 1", "r2 1", ""]);
+    store.release(&[0, 1], "r2 1", Some(("r1 1", LONG))).await.unwrap();
+    assert_eq!(leases(&turn(store, "r2 1", &[0, 1], &[]).await), ["r1 1", "r1 1", ""], "the heir's");
+    turn_for(store, "r1 1", &[0, 1], &[], Duration::from_millis(50)).await;
+    while leases(&turn(store, "r2 1", &[0], &[]).await) != ["r2 1", "", ""] {
         tokio::time::sleep(Duration::from_millis(10)).await;
     }
-    assert_eq!(store.lease(0, "r2", long).await, Ok(Some("r1".into())), "it had lapsed");
+}
+
+async fn a_router_lives_for_a_lease<S: StateStore>(store: &mut S) {
+    let alive = |found: &Found| found.alive.values().cloned().collect::<Vec<_>>();
+    assert_eq!(alive(&turn(store, "r1 1", &[], &[]).await), ["r1 1"]);
+    assert_eq!(alive(&turn(store, "r2 1", &[], &[]).await), ["r1 1", "r2 1"]);
+    let other = turn(store, "r1 2", &[0], &[(1, 7)]).await;
+    assert_eq!((alive(&other), leases(&other)), (vec!["r1 1".into(), "r2 1".into()], vec!["", "", ""]), "one run each");
+    assert_eq!(other.shards[1].standby, None);
+    store.leave("r1", "r1 2").await.unwrap();
+    store.leave("r1", "r1 1").await.unwrap();
+    let found = turn_for(store, "r1 2", &[0], &[(1, 7)], Duration::from_millis(50)).await;
+    assert_eq!((alive(&found), leases(&found)), (vec!["r1 2".into(), "r2 1".into()], vec!["r1 2", "", ""]));
+    assert_eq!(found.shards[1].standby, Some(("r1".into(), 7)));
+    while alive(&turn(store, "r2 1", &[], &[]).await) != ["r2 1"] {
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    let found = turn(store, "r2 1", &[], &[]).await;
+    assert_eq!((leases(&found), &found.shards[1].standby), (vec!["", "", ""], &None), "all of it lapses");
+}
+
+async fn a_turn_sees_who_shows_a_shard_and_who_is_drained<S: StateStore>(store: &mut S) {
+    assert_eq!(store.write(&Batch { since_ms: 1_000, ..batch(9, Vec::new()) }).await, Ok(None));
+    store.drain("r2", Some("1")).await.unwrap();
+    let found = turn(store, "r1 1", &[], &[]).await;
+    assert_eq!(found.shards[0].watermark, store.watermark(0).await.unwrap());
+    assert_eq!(
+        (found.shards[0].epoch, &*found.shards[0].since),
+        (batch(9, Vec::new()).epoch, "1970-01-01T00:00:01.000Z")
+    );
+    assert_eq!((&found.shards[1].watermark, found.shards[1].epoch), (&None, 0));
+    assert_eq!(found.drained, [("r2".into(), "1".into())].into());
+    store.drain("r2", None).await.unwrap();
+    store.drain("r2", None).await.unwrap();
+    assert!(turn(store, "r1 1", &[], &[]).await.drained.is_empty());
 }
 
 macro_rules! suite {
@@ -220,6 +287,8 @@ suite!(
     what_is_not_renewed_is_forgotten,
     a_page_of_rows_is_one_write,
     one_holds_a_lease,
+    a_router_lives_for_a_lease,
+    a_turn_sees_who_shows_a_shard_and_who_is_drained,
 );
 
 fn away(result: Result<Option<u64>, StoreError>) -> String {

@@ -12,6 +12,7 @@ use atp_proto::codec::Received;
 use atp_proto::content::{AgentStatus, Bill, Capabilities, Final};
 use atp_proto::{AgentName, Amount, CallId, ConnId, Frame, StreamId, TenantId, WireError};
 use bytes::Bytes;
+use serde::{Deserialize, Serialize};
 use std::sync::Arc;
 
 /// The number of an entry in its log, from 1. Epochs are positions.
@@ -73,7 +74,7 @@ pub enum LogRoom {
     Last,
 }
 
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Query {
     /// All streams of a tenant, open ones and those of the last 24 h.
     Streams {
@@ -100,7 +101,7 @@ pub enum Query {
     },
 }
 
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub enum Answer {
     Streams(Vec<StreamView>),
     /// `None`: no such stream of this tenant.
@@ -112,11 +113,13 @@ pub enum Answer {
     },
     Agents(Vec<AgentView>),
     Verify(Box<VerifyView>),
+    /// Never leaves its process.
+    #[serde(skip)]
     Projection(Box<Projection>),
 }
 
 /// A stream as it stands: its row, its bill, and where its Close stands in the log.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct StreamAnswer {
     pub view: StreamView,
     pub bill: Bill,
@@ -245,8 +248,9 @@ pub enum Metric {
     },
 }
 
-/// Shard to agent. (call, epoch) makes repeats harmless; a lower epoch than the highest seen of that shard is refused.
-#[derive(Clone, Debug)]
+/// Shard to agent. (call, epoch) makes repeats harmless; a lower epoch than the highest seen of that shard is refused. As JSON
+/// it is without its frame, which travels beside.
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub enum ToAgent {
     /// A new owner of the shard: slots of lower epochs fall. Answered by `Up` if the agent is connected.
     Owner { shard: u32, epoch: u64 },
@@ -256,10 +260,25 @@ pub enum ToAgent {
     Back { shard: u32, epoch: u64, call: CallId },
     /// Send `agent.dispatch` to this incarnation, to no other. Repeated until `Sent` or `Unsent`. With `go_on` it is a
     /// question and needs no slot.
-    Dispatch { shard: u32, epoch: u64, call: CallId, incarnation: Arc<str>, go_on: bool, frame: Frame },
+    Dispatch {
+        shard: u32,
+        epoch: u64,
+        call: CallId,
+        incarnation: Arc<str>,
+        go_on: bool,
+        #[serde(skip)]
+        frame: Frame,
+    },
     /// Send a frame of a call to this incarnation, the one that it was dispatched to, and to no other:
     /// `control.budget_update`, `agent.cancel`, `tool.result`, `control.ack`; before a dispatch `agent.estimate`.
-    Pass { shard: u32, epoch: u64, call: CallId, incarnation: Arc<str>, frame: Frame },
+    Pass {
+        shard: u32,
+        epoch: u64,
+        call: CallId,
+        incarnation: Arc<str>,
+        #[serde(skip)]
+        frame: Frame,
+    },
     /// The call is settled or void: its slot is free, and this is what it says of the agent.
     Ended { shard: u32, epoch: u64, call: CallId, outcome: Outcome },
     /// What the log says of the agent: its status, if that isn't READY, for a machine that hasn't heard it itself; and the
@@ -267,8 +286,44 @@ pub enum ToAgent {
     Standing { shard: u32, epoch: u64, incarnation: Arc<str>, status: Option<AgentStatus>, drained: bool },
 }
 
+impl ToAgent {
+    /// The shard that says it, and its epoch.
+    #[must_use]
+    pub fn of(&self) -> (u32, u64) {
+        match self {
+            Self::Owner { shard, epoch }
+            | Self::Want { shard, epoch, .. }
+            | Self::Back { shard, epoch, .. }
+            | Self::Dispatch { shard, epoch, .. }
+            | Self::Pass { shard, epoch, .. }
+            | Self::Ended { shard, epoch, .. }
+            | Self::Standing { shard, epoch, .. } => (*shard, *epoch),
+        }
+    }
+
+    /// The frame that it carries.
+    #[must_use]
+    pub fn frame(&self) -> Option<&Frame> {
+        match self {
+            Self::Dispatch { frame, .. } | Self::Pass { frame, .. } => Some(frame),
+            Self::Owner { .. } | Self::Want { .. } | Self::Back { .. } | Self::Ended { .. } | Self::Standing { .. } => {
+                None
+            }
+        }
+    }
+
+    /// The same with this frame, where it carries one.
+    #[must_use]
+    pub fn with_frame(mut self, carried: Frame) -> Self {
+        if let Self::Dispatch { frame, .. } | Self::Pass { frame, .. } = &mut self {
+            *frame = carried;
+        }
+        self
+    }
+}
+
 /// How a call ended, as far as its agent's window is concerned.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Outcome {
     /// It answered: how long after its dispatch, how far above its guarded estimate (0: not), and whether a frame of it
     /// carried a congestion mark.
@@ -282,7 +337,7 @@ pub enum Outcome {
 }
 
 /// How much an agent is given now, and why. Absolute: the latest counts.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Flow {
     /// Calls that may run at once: the effective window.
     pub window: u32,
@@ -295,8 +350,8 @@ pub struct Flow {
     pub healthy: bool,
 }
 
-/// Agent to shard.
-#[derive(Clone, Debug)]
+/// Agent to shard. A call's frame has no JSON: it travels as it was received.
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub enum FromAgent {
     /// Connected (or asked by a new owner): what it can, which calls it still has (`capabilities.calls`), what it said of
     /// itself here (`None`: nothing yet), and whether it is drained as far as its router knows.
@@ -339,6 +394,7 @@ pub enum FromAgent {
         epoch: u64,
     },
     /// A frame on a call's stream, from a connection of this incarnation.
+    #[serde(skip)]
     Frame {
         agent: AgentName,
         incarnation: Arc<str>,

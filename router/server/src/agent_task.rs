@@ -1,22 +1,24 @@
 //! The owner task of each `Agent`, by handle, living across reconnects, and the list of them.
-//! Never touches money; a call's frames go past it, straight to the shard.
+//! Never touches money; a call's frames go past it, straight to the shard. An agent of another router has no task here.
 
-use crate::call_routes::CallRoutes;
+use crate::call_routes::{CallRoutes, Via};
 use crate::inbox::ToShard;
 use crate::metric;
 use crate::outbox::Outbox;
+use crate::peer::{Peers, say};
 use crate::shards::Shards;
 use crate::time::Clocks;
 use atp_core::agent::Agent;
 use atp_core::message::{AgentEffect, AgentInput, Flow, FromAgent, Machine, ToAgent};
 use atp_core::settings::Settings;
-use atp_proto::content::{AgentStatus, Capabilities, Status};
+use atp_proto::content::{AgentRoute, AgentStatus, Capabilities, Status};
 use atp_proto::limits::UNSENT_FULL_MS;
 use atp_proto::{AgentName, Code, ConnId, Frame, WireError};
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
+use tokio::sync::mpsc::error::TrySendError;
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::Instant;
 use tokio_util::task::TaskTracker;
@@ -46,7 +48,9 @@ pub(crate) enum AgentMessage {
     Disconnected {
         conn: ConnId,
     },
-    Shard(Vec<ToAgent>),
+    Shard(Vec<ToAgent>, Via),
+    /// It is connected to another router, and that counts.
+    Elsewhere(WireError),
     Settings(Arc<Settings>),
 }
 
@@ -58,12 +62,28 @@ pub(crate) struct AgentHandle {
     last_heartbeat_ms: Arc<AtomicU64>,
     slots_used: Arc<AtomicU32>,
     routes: Arc<Mutex<CallRoutes>>,
+    here: Arc<Mutex<Option<Presence>>>,
+}
+
+/// The live connection of an agent.
+#[derive(Clone)]
+struct Presence {
+    conn: ConnId,
+    incarnation: String,
+    since: Instant,
 }
 
 impl AgentHandle {
     /// Which shard each of its calls belongs to.
     pub(crate) fn routes(&self) -> MutexGuard<'_, CallRoutes> {
         self.routes.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn route(&self, name: &AgentName, wall_ms: u64) -> Option<AgentRoute> {
+        let here = self.here.lock().unwrap_or_else(PoisonError::into_inner).clone()?;
+        let heard_ms = wall_ms.saturating_sub(self.last_heartbeat_ms.load(Ordering::Relaxed));
+        let connected_ms = u64::try_from(here.since.elapsed().as_millis()).unwrap_or(u64::MAX);
+        Some(AgentRoute { agent_prefix: name.clone(), incarnation: here.incarnation, connected_ms, heard_ms })
     }
 }
 
@@ -76,6 +96,7 @@ pub(crate) struct Agents {
     clocks: Clocks,
     tasks: TaskTracker,
     agents_max: usize,
+    peers: Peers,
 }
 
 impl Agents {
@@ -85,9 +106,10 @@ impl Agents {
         clocks: Clocks,
         tasks: TaskTracker,
         agents_max: usize,
+        peers: Peers,
     ) -> Self {
         let (list, settings) = (Arc::default(), Arc::new(Mutex::new(settings)));
-        Self { list, settings, shards, clocks, tasks, agents_max }
+        Self { list, settings, shards, clocks, tasks, agents_max, peers }
     }
 
     /// The agent's task, started if it doesn't run yet.
@@ -113,6 +135,7 @@ impl Agents {
             last_heartbeat_ms: Arc::default(),
             slots_used: Arc::default(),
             routes: Arc::default(),
+            here: Arc::default(),
         };
         let settings = self.settings.lock().unwrap_or_else(PoisonError::into_inner).clone();
         let machine = Agent::new(name.clone(), settings, self.clocks.now());
@@ -124,6 +147,8 @@ impl Agents {
             last_heartbeat_ms: handle.last_heartbeat_ms.clone(),
             slots_used: handle.slots_used.clone(),
             routes: handle.routes.clone(),
+            here: handle.here.clone(),
+            peers: self.peers.clone(),
             connections: BTreeMap::new(),
             flow: None,
             told: None,
@@ -134,13 +159,53 @@ impl Agents {
         Ok(handle)
     }
 
-    /// The agents that have a task.
+    pub(crate) fn peers(&self) -> &Peers {
+        &self.peers
+    }
+
+    /// The task of an agent that was here already.
+    pub(crate) fn known(&self, name: &AgentName) -> Option<AgentHandle> {
+        self.list.lock().unwrap_or_else(PoisonError::into_inner).get(name).cloned()
+    }
+
+    /// Tells an agent, at whichever router it is, as many of these messages as there is room for; true: all of them.
+    ///
+    /// # Errors
+    /// ELIMIT when there are too many handles.
+    pub(crate) fn tell(&self, name: &AgentName, messages: &mut Vec<ToAgent>) -> Result<bool, WireError> {
+        if let Some(link) = self.peers.link_of(name) {
+            let told = messages.iter().take_while(|message| link.send_one(say::to_agent(name, message))).count();
+            messages.drain(..told);
+            return Ok(messages.is_empty());
+        }
+        match self.of(name)?.queue.try_send(AgentMessage::Shard(std::mem::take(messages), Via::Here)) {
+            Err(TrySendError::Full(AgentMessage::Shard(back, _))) => *messages = back,
+            Ok(()) | Err(_) => {}
+        }
+        Ok(messages.is_empty())
+    }
+
+    /// The agents that have a task, or are at another router.
     pub(crate) fn names(&self) -> Vec<AgentName> {
-        self.list.lock().unwrap_or_else(PoisonError::into_inner).keys().cloned().collect()
+        let mut names = self.peers.far_agents();
+        names.extend(self.list.lock().unwrap_or_else(PoisonError::into_inner).keys().cloned());
+        names.sort_unstable();
+        names.dedup();
+        names
+    }
+
+    /// The agents that are connected here.
+    pub(crate) fn here(&self) -> Vec<AgentRoute> {
+        let list = self.list.lock().unwrap_or_else(PoisonError::into_inner);
+        list.iter().filter_map(|(name, handle)| handle.route(name, self.clocks.now().wall_ms)).collect()
     }
 
     /// Unix milliseconds of the agent's last sign of life.
     pub(crate) fn last_heartbeat_ms(&self, name: &AgentName) -> Option<u64> {
+        if let Some(heard) = self.peers.heard(name) {
+            let ago = u64::try_from(heard.elapsed().as_millis()).unwrap_or(u64::MAX);
+            return Some(self.clocks.now().wall_ms.saturating_sub(ago));
+        }
         let list = self.list.lock().unwrap_or_else(PoisonError::into_inner);
         list.get(name).map(|h| h.last_heartbeat_ms.load(Ordering::Relaxed)).filter(|ms| *ms > 0)
     }
@@ -183,6 +248,8 @@ struct AgentTask {
     last_heartbeat_ms: Arc<AtomicU64>,
     slots_used: Arc<AtomicU32>,
     routes: Arc<Mutex<CallRoutes>>,
+    here: Arc<Mutex<Option<Presence>>>,
+    peers: Peers,
     connections: BTreeMap<ConnId, Connection>,
     /// How much it is given, where the shards haven't all been told; what they were told last, and when.
     flow: Option<Flow>,
@@ -230,9 +297,15 @@ impl AgentTask {
                         self.connections.remove(&conn);
                         self.machine.handle(now, AgentInput::Disconnected { conn });
                     }
-                    AgentMessage::Shard(messages) => {
+                    AgentMessage::Elsewhere(error) => {
+                        for (conn, connection) in std::mem::take(&mut self.connections) {
+                            connection.outbox.close(Some(error.clone()));
+                            self.machine.handle(now, AgentInput::Disconnected { conn });
+                        }
+                    }
+                    AgentMessage::Shard(messages, via) => {
                         let mut routes = self.routes.lock().unwrap_or_else(PoisonError::into_inner);
-                        messages.iter().for_each(|message| routes.note(message));
+                        messages.iter().for_each(|message| routes.note(message, &via));
                         drop(routes);
                         for message in messages {
                             self.machine.handle(now, AgentInput::Shard(message));
@@ -242,6 +315,7 @@ impl AgentTask {
                 }
             }
             self.show();
+            self.note_presence();
             for (shard, told) in self.drain() {
                 let Some(inbox) = self.shards.at(shard) else { continue };
                 // A shard that has ended asks who is here when it begins anew.
@@ -263,6 +337,21 @@ impl AgentTask {
         }
     }
 
+    /// Other routers hear of an agent that came or went.
+    fn note_presence(&mut self) {
+        let mut here = self.here.lock().unwrap_or_else(PoisonError::into_inner);
+        let link = self.machine.link();
+        if here.as_ref().map(|h| (h.conn, &*h.incarnation)) == link {
+            return;
+        }
+        *here = link.map(|(conn, incarnation)| {
+            self.peers.is_here(self.machine.name());
+            Presence { conn, incarnation: incarnation.into(), since: Instant::now() }
+        });
+        drop(here);
+        self.peers.agents_changed();
+    }
+
     fn alive(&self, wall_ms: u64) {
         self.last_heartbeat_ms.store(wall_ms, Ordering::Relaxed);
     }
@@ -272,7 +361,8 @@ impl AgentTask {
     }
 
     fn tell_all(&self, told: &mut BTreeMap<u32, Vec<FromAgent>>, message: &FromAgent) {
-        for shard in 0..self.shards.placement().shards() {
+        self.peers.tell_all(message);
+        for (shard, _) in self.shards.all_here() {
             told.entry(shard).or_default().push(message.clone());
         }
     }
@@ -301,8 +391,15 @@ impl AgentTask {
                     if let FromAgent::Unsent { call, .. } = &message {
                         self.routes().ended(call);
                     }
-                    told.entry(shard).or_default().push(message);
+                    let via = self.routes().via(shard);
+                    match via {
+                        Via::Here => told.entry(shard).or_default().push(message),
+                        Via::Link(link) => say::or_close(&link, say::from_agent(Some(shard), &message)),
+                    }
                 }
+                // It left here, and is connected elsewhere.
+                AgentEffect::ToShard { shard: None, message: FromAgent::Down { .. } }
+                    if self.peers.is_far(self.machine.name()) => {}
                 AgentEffect::ToShard { shard: None, message } => {
                     if matches!(message, FromAgent::Up { .. }) {
                         self.told = None;

@@ -7,6 +7,7 @@ use crate::inbox::{Inbox, ToShard};
 use crate::log::Source;
 use crate::metric;
 use crate::outbox::{Outbox, weight};
+use crate::peer::relay::Far;
 use atp_core::clock::Now;
 use atp_core::message::{Input, Machine};
 use atp_core::shard::Shard;
@@ -14,10 +15,10 @@ use atp_proto::codec::{Received, encode_body};
 use atp_proto::content::{Accepted, Resume};
 use atp_proto::frame::kind;
 use atp_proto::{Code, ConnId, Flags, Frame, StreamId, TenantId, WireError};
-use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
+use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use tokio::sync::Semaphore;
+use tokio::sync::{Semaphore, mpsc};
 use tokio_util::task::TaskTracker;
 
 /// Unnumbered frames that may wait beside a full outbox, over all shards; a client that never reads gets no more of them.
@@ -38,22 +39,41 @@ pub(crate) struct Bounds {
     all_bytes: Arc<AtomicUsize>,
     /// One reader of the log at a time, whichever shard asked for it.
     pub(crate) reader: Semaphore,
+    /// Who follows its streams to other routers.
+    relay: Option<mpsc::Sender<Far>>,
 }
 
 impl Bounds {
     /// `all_bytes` counts what waits for all connections of the process.
-    pub(crate) fn new(streams_max: usize, all_bytes: Arc<AtomicUsize>) -> Self {
+    pub(crate) fn new(streams_max: usize, all_bytes: Arc<AtomicUsize>, relay: Option<mpsc::Sender<Far>>) -> Self {
         let (streams, bytes) = (AtomicUsize::new(0), AtomicUsize::new(0));
-        Self { streams_max, streams, bytes, all_bytes, reader: Semaphore::new(1) }
+        Self { streams_max, streams, bytes, all_bytes, reader: Semaphore::new(1), relay }
     }
 
-    /// Takes the place of one more stream; false: there is none.
-    fn open(&self) -> bool {
+    /// Takes the place of one more stream.
+    ///
+    /// # Errors
+    /// ELIMIT: there is none.
+    pub(crate) fn open(&self, stream: &str) -> Result<(), WireError> {
+        if self.take() {
+            return Ok(());
+        }
+        let what = "streams: this connection has as many as it may; end some, or open another connection";
+        let most = self.streams_max as u64;
+        Err(WireError::new(Code::Limit, what).scope(format!("stream:{stream}")).used(most, most))
+    }
+
+    fn take(&self) -> bool {
         let one_more = |n: usize| (n < self.streams_max).then_some(n + 1);
         self.streams.fetch_update(Ordering::Relaxed, Ordering::Relaxed, one_more).is_ok()
     }
 
-    fn close(&self, streams: usize) {
+    /// The place of a stream that had one elsewhere.
+    pub(crate) fn take_over(&self) {
+        self.streams.fetch_add(1, Ordering::Relaxed);
+    }
+
+    pub(crate) fn close(&self, streams: usize) {
         self.streams.fetch_sub(streams, Ordering::Relaxed);
     }
 
@@ -94,8 +114,8 @@ struct Client {
     bytes: usize,
     /// Of that, what the bounds count.
     counted: usize,
-    /// Streams that this connection opened or watches.
-    streams: BTreeSet<StreamId>,
+    /// Streams that this connection opened or watches, and the last msg_seq of each that it was sent.
+    streams: BTreeMap<StreamId, u64>,
     /// Streams whose later frames are read from the log when there is room.
     lagging: BTreeMap<StreamId, Lag>,
     /// Replays that wait for what is queued before them, or for the reader.
@@ -121,7 +141,11 @@ impl Clients {
         Self { list: HashMap::new(), touched: Vec::new(), unnumbered_max, inbox, source, tasks }
     }
 
+    /// The connection is known from now on; one that is known stays as it is.
     pub(crate) fn open(&mut self, conn: ConnId, tenant: TenantId, outbox: Outbox, bounds: Arc<Bounds>) {
+        if self.list.contains_key(&conn) {
+            return;
+        }
         let client = Client {
             tenant,
             outbox,
@@ -129,7 +153,7 @@ impl Clients {
             frames: VecDeque::new(),
             bytes: 0,
             counted: 0,
-            streams: BTreeSet::new(),
+            streams: BTreeMap::new(),
             lagging: BTreeMap::new(),
             replays: Vec::new(),
             reading: false,
@@ -142,11 +166,32 @@ impl Clients {
         self.list.remove(&conn);
     }
 
-    /// Closes the connections that have streams here: the shard has ended, and they may find it elsewhere.
-    pub(crate) fn close_all(&mut self, error: &WireError) {
+    /// The shard has ended: its streams go on elsewhere. Those of connections that nobody follows them for lose the connection,
+    /// and their clients find them.
+    pub(crate) fn end(&mut self, shard: u32, error: &WireError) {
         for client in self.list.values().filter(|c| !c.streams.is_empty()) {
-            client.outbox.close(Some(error.clone()));
+            let followed = client.bounds.relay.as_ref().is_some_and(|relay| {
+                // Where a reader of the log has got to isn't known here.
+                let still = !client.reading && client.replays.is_empty();
+                still && relay.try_send(Far::Moved { shard, streams: client.sent() }).is_ok()
+            });
+            if !followed {
+                client.outbox.close(Some(error.clone()));
+            }
         }
+    }
+
+    /// Streams that another router had until now go on here, behind what their client has.
+    pub(crate) fn resume(&mut self, conn: ConnId, streams: Vec<(StreamId, u64)>) {
+        let Some(client) = self.list.get_mut(&conn) else { return };
+        for (stream, after) in streams {
+            // Its place was taken where it came from: it is one more for a moment.
+            if client.streams.insert(stream.clone(), after).is_none() {
+                client.bounds.take_over();
+            }
+            client.lagging.insert(stream, Lag { after, asked: false });
+        }
+        self.touched.push(conn);
     }
 
     /// Gives what a client sent to the shard, unless it opens more streams than a connection may have.
@@ -154,28 +199,22 @@ impl Clients {
         let Some(client) = self.list.get_mut(&conn) else { return };
         let tenant = client.tenant.clone();
         for received in frames {
-            if received.frame.flags.has(Flags::SYN) && !client.streams.contains(&*received.frame.stream_id) {
-                if !client.bounds.open() {
-                    let error = WireError::new(
-                        Code::Limit,
-                        "streams: this connection has as many as it may; end some, or open another connection",
-                    )
-                    .scope(format!("stream:{}", &*received.frame.stream_id))
-                    .used(client.bounds.streams_max as u64, client.bounds.streams_max as u64);
+            if received.frame.flags.has(Flags::SYN) && !client.streams.contains_key(&*received.frame.stream_id) {
+                if let Err(error) = client.bounds.open(&received.frame.stream_id) {
                     let frame = Frame::json(&*received.frame.stream_id, 0, Flags::RST, kind::ERROR, &error);
                     self.touched.push(conn);
                     client.push(frame);
                     continue;
                 }
-                client.streams.insert(StreamId::new(&received.frame.stream_id));
+                let after = resumed_after(&received.frame).unwrap_or_default();
+                client.streams.insert(StreamId::new(&received.frame.stream_id), after);
             }
             if let Some(lag) = client.lagging.get_mut(&*received.frame.stream_id)
                 && !lag.asked
-                && &*received.frame.kind == kind::RESUME
-                && let Ok(resume) = received.frame.read::<Resume>()
+                && let Some(after) = resumed_after(&received.frame)
             {
                 // Its own wish is answered at once; the frames follow when the lag ends, from where it wishes.
-                lag.after = resume.after;
+                lag.after = after;
             }
             shard.handle(now, Input::Client { conn, tenant: tenant.clone(), received });
         }
@@ -203,6 +242,11 @@ impl Clients {
                     return;
                 }
             }
+        }
+        if frame.msg_seq > 0
+            && let Some(sent) = client.streams.get_mut(&*frame.stream_id)
+        {
+            *sent = frame.msg_seq;
         }
         if client.frames.is_empty() {
             self.touched.push(conn);
@@ -289,17 +333,30 @@ impl Client {
     fn attached(&mut self, frame: &Frame) {
         if let Ok(accepted) = frame.read::<Accepted>()
             && accepted.stream_id != *frame.stream_id
-            && self.streams.remove(&*frame.stream_id)
-            && !self.streams.insert(StreamId::new(&accepted.stream_id))
+            && self.streams.remove(&*frame.stream_id).is_some()
+            && self.streams.insert(StreamId::new(&accepted.stream_id), 0).is_some()
         {
             self.bounds.close(1);
         }
     }
 
     fn forget(&mut self, stream: &str) {
-        if self.streams.remove(stream) {
+        if self.streams.remove(stream).is_some() {
             self.bounds.close(1);
         }
+    }
+
+    /// Each stream, and the last msg_seq of it that the outbox has.
+    fn sent(&self) -> Vec<(StreamId, u64)> {
+        let waits = |stream: &StreamId| {
+            let first = self.frames.iter().find(|f| f.msg_seq > 0 && *f.stream_id == *stream.as_str());
+            first.map(|f| f.msg_seq - 1)
+        };
+        let lags = |stream: &StreamId| self.lagging.get(stream).map(|lag| lag.after);
+        let sent = |(stream, sent): (&StreamId, &u64)| {
+            (stream.clone(), lags(stream).or_else(|| waits(stream)).unwrap_or(*sent))
+        };
+        self.streams.iter().map(sent).collect()
     }
 
     fn push(&mut self, frame: Frame) {
@@ -344,6 +401,12 @@ impl Drop for Client {
         self.bounds.leave(self.counted);
         self.bounds.close(self.streams.len());
     }
+}
+
+/// What a `control.resume` asks for.
+pub(crate) fn resumed_after(frame: &Frame) -> Option<u64> {
+    let resume = (&*frame.kind == kind::RESUME).then(|| frame.read::<Resume>().ok())?;
+    resume.map(|resume| resume.after)
 }
 
 #[cfg(test)]

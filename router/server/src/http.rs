@@ -3,26 +3,24 @@
 use crate::agent_task::Agents;
 use crate::config::Config;
 use crate::identity;
-use crate::inbox::ToShard;
 use crate::listen::Peer;
 use crate::log::Source;
 use crate::log::offline;
 use crate::metric;
+use crate::ownership::{self, Handle};
+use crate::peer::ask::{self, Ask, Missing, What};
 use crate::router::Router as AtpRouter;
 use crate::shard_task::Health;
-use crate::shards::Shards;
+use crate::shards::{Here, Shards};
 use crate::store::StoreHealth;
 use crate::verify::{self, Live};
 use crate::views;
 use atp_core::clock::rfc3339;
-use atp_core::message::{Answer, Input, LogRoom, Query, StreamAnswer};
+use atp_core::message::{Answer, LogRoom, Query, StreamAnswer};
 use atp_core::view::{AgentView, StreamView};
-use atp_proto::codec::{Received, encode_body};
-use atp_proto::content::TaskCancel;
-use atp_proto::frame::kind;
 use atp_proto::id::is_id;
 use atp_proto::limits::MESSAGE_BYTES_MAX;
-use atp_proto::{AgentName, Amount, Code, ConnId, Flags, Frame, StreamId, TenantId, Tokens, UsdMicros, WireError};
+use atp_proto::{AgentName, Amount, Code, StreamId, TenantId, Tokens, UsdMicros, WireError};
 use axum::extract::{DefaultBodyLimit, Path, Query as Params, Request, State};
 use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
 use axum::middleware::{self, Next};
@@ -38,21 +36,22 @@ use tokio::sync::watch;
 
 /// Rows of one answer of `GET /v1/streams`.
 const PAGE: usize = 500;
-/// The connection that HTTP's own frames come from; native ones count from 1.
-const HTTP_CONN: ConnId = ConnId(0);
 
 /// What the handlers need.
 #[derive(Clone)]
 pub(crate) struct Site(Arc<Inner>);
 
-struct Inner {
-    shards: Shards,
+pub(crate) struct Inner {
+    pub(crate) shards: Shards,
     agents: Agents,
     store: watch::Receiver<StoreHealth>,
-    config: watch::Receiver<Arc<Config>>,
+    pub(crate) config: watch::Receiver<Arc<Config>>,
     prometheus: PrometheusHandle,
-    atp: SocketAddr,
-    http: SocketAddr,
+    pub(crate) atp: SocketAddr,
+    pub(crate) http: SocketAddr,
+    pub(crate) incarnation: String,
+    /// Where several routers share the log.
+    pub(crate) ownership: Option<Handle>,
 }
 
 impl Site {
@@ -65,23 +64,39 @@ impl Site {
             prometheus,
             atp: router.atp_addr(),
             http: router.http_addr(),
+            incarnation: router.incarnation(),
+            ownership: router.ownership(),
         }))
     }
 
-    /// Asks the shard of a stream.
-    async fn ask(&self, tenant: &TenantId, stream: &StreamId, query: Query) -> Result<Answer, Problem> {
-        let shard = self.0.shards.of_stream(tenant, stream);
-        self.0.shards.ask(shard, query).await.ok_or_else(mismatch)
+    pub(crate) fn facts(&self) -> &Inner {
+        &self.0
     }
 
-    /// Asks every shard.
-    async fn ask_all(&self, query: &Query) -> Result<views::Answers, Problem> {
-        self.0.shards.ask_all(query).await.ok_or_else(mismatch)
+    /// Asks the shard of a stream, wherever it is.
+    async fn ask(&self, tenant: &TenantId, stream: &StreamId, what: What) -> Result<Answer, Problem> {
+        self.ask_one(self.0.shards.of_stream(tenant, stream), what).await
+    }
+
+    async fn ask_one(&self, shard: u32, what: What) -> Result<Answer, Problem> {
+        let (mut answers, _) = self.ask_all(Some(shard), what).await?;
+        answers.pop().map(|(_, answer)| answer).ok_or_else(mismatch)
+    }
+
+    /// Asks one shard or all, wherever they are; and who didn't answer. Somebody did.
+    async fn ask_all(&self, shard: Option<u32>, what: What) -> Result<(views::Answers, Missing), Problem> {
+        let (answers, missing) = ask::everywhere(&self.0.shards, self.0.agents.peers(), &Ask { shard, what }).await;
+        if answers.is_empty() { Err(unanswered(&missing)) } else { Ok((answers, missing)) }
+    }
+
+    async fn query_all(&self, query: Query) -> Result<(views::Answers, Missing), Problem> {
+        self.ask_all(None, What::Query(query)).await
     }
 
     async fn stream(&self, tenant: &TenantId, id: &str) -> Result<(StreamId, Box<StreamAnswer>), Problem> {
         let stream = stream_id(id)?;
-        match self.ask(tenant, &stream, Query::Stream { tenant: tenant.clone(), stream: stream.clone() }).await? {
+        let query = Query::Stream { tenant: tenant.clone(), stream: stream.clone() };
+        match self.ask(tenant, &stream, What::Query(query)).await? {
             Answer::Stream(Some(answer)) => Ok((stream, answer)),
             _ => Err(not_found(id)),
         }
@@ -91,10 +106,12 @@ impl Site {
         self.0.shards.all_here().iter().map(|(_, here)| here.health.borrow().clone()).collect()
     }
 
-    /// The log of a stream, to read.
-    fn source(&self, tenant: &TenantId, stream: &StreamId) -> Result<Source, Problem> {
-        let here = self.0.shards.here(self.0.shards.of_stream(tenant, stream));
-        here.map(|here| here.source).ok_or_else(mismatch)
+    /// The log of a shard, to read, whoever owns it.
+    fn source(&self, shard: u32) -> Result<Source, Problem> {
+        match self.0.shards.here(shard) {
+            Some(here) => Ok(here.source),
+            None => self.0.config.borrow().source().map(|source| source.shard(shard)).map_err(|_| mismatch()),
+        }
     }
 }
 
@@ -112,6 +129,7 @@ pub(crate) fn routes(site: Site) -> Router {
         .route("/v1/agents/{name}/drain", post(drain_agent).delete(undrain_agent))
         .route("/v1/accounts/{name}/faster", post(go_faster))
         .route("/v1/verify", post(verify_now))
+        .merge(ownership::routes())
         .layer(middleware::from_fn_with_state(site.clone(), authorise))
         .route("/metrics", get(metrics))
         .route("/livez", get(|| async { "ok\n" }))
@@ -180,7 +198,7 @@ async fn streams(
         let message = format!("state: `{state}` is none of {}", STATES.join(", "));
         return Err(Problem::new(WireError::proto(message), None));
     }
-    let mut rows = list(&site, tenant).await?;
+    let (mut rows, missing) = list(&site, tenant).await?;
     rows.retain(|row| params.state.as_deref().is_none_or(|state| row.state.as_str() == state));
     rows.sort_by(|a, b| (&b.started_at, &b.stream_id).cmp(&(&a.started_at, &a.stream_id)));
     if let Some(cursor) = &params.cursor {
@@ -199,11 +217,30 @@ async fn streams(
     if let Some(cursor) = cursor {
         answer["cursor"] = cursor.into();
     }
-    Ok(Json(answer))
+    Ok(Json(with_missing(answer, &missing)))
 }
 
-async fn list(site: &Site, tenant: TenantId) -> Result<Vec<StreamView>, Problem> {
-    Ok(views::streams(site.ask_all(&Query::Streams { tenant }).await?))
+async fn list(site: &Site, tenant: TenantId) -> Result<(Vec<StreamView>, Missing), Problem> {
+    let (answers, missing) = site.query_all(Query::Streams { tenant }).await?;
+    Ok((views::streams(answers), missing))
+}
+
+/// An answer that isn't of all shards says whose are missing.
+fn with_missing(mut answer: Value, missing: &Missing) -> Value {
+    if !missing.is_empty() {
+        let row = |(router, shards): (&String, &Vec<u32>)| json!({ "router": router, "shards": shards });
+        answer["missing"] = missing.iter().map(row).collect();
+    }
+    answer
+}
+
+fn unanswered(missing: &Missing) -> Problem {
+    let of = |(router, shards): (&String, &Vec<u32>)| match router.as_str() {
+        "" => format!("nobody owns shards {shards:?} just now"),
+        router => format!("router {router} doesn't answer for shards {shards:?}"),
+    };
+    let what = missing.iter().map(of).collect::<Vec<_>>().join("; ");
+    Problem::new(WireError::new(Code::Draining, format!("{what}; ask again")).retry_after_ms(1_000), None)
 }
 
 async fn stream(
@@ -216,7 +253,7 @@ async fn stream(
     let result = match answer.result {
         Some(result) => Some(result),
         None if answer.view.state.is_closed() => {
-            let source = site.source(&tenant, &stream)?;
+            let source = site.source(site.0.shards.of_stream(&tenant, &stream))?;
             let read =
                 tokio::task::spawn_blocking(move || verify::read_final(&source, &tenant, &stream, answer.from)).await;
             read.map_err(|_| mismatch())?.map_err(|e| Problem::new(WireError::new(Code::Log, e), None))?
@@ -240,7 +277,8 @@ async fn bill(
     Path(id): Path<String>,
 ) -> Result<Response, Problem> {
     let stream = stream_id(&id)?;
-    match site.ask(&tenant, &stream, Query::Bill { tenant: tenant.clone(), stream: stream.clone() }).await? {
+    let query = Query::Bill { tenant: tenant.clone(), stream: stream.clone() };
+    match site.ask(&tenant, &stream, What::Query(query)).await? {
         Answer::Bill(Some(bill)) => Ok(Json(bill).into_response()),
         _ => Err(not_found(&id)),
     }
@@ -254,25 +292,17 @@ async fn cancel(
 ) -> Result<StatusCode, Problem> {
     let (stream, answer) = site.stream(&tenant, &id).await?;
     if !answer.view.state.is_closed() {
-        let frame = Frame::json(
-            stream.as_str(),
-            0,
-            Flags::NONE,
-            kind::TASK_CANCEL,
-            &TaskCancel { reason: Some("DELETE over HTTP".into()) },
-        );
-        let body = encode_body(&frame);
-        let inbox = site.0.shards.at(site.0.shards.of_stream(&tenant, &stream)).ok_or_else(mismatch)?;
-        let input = Input::Client { conn: HTTP_CONN, tenant, received: Received { frame, body } };
-        inbox.send(256, ToShard::Input(Box::new(input))).await.map_err(|_| mismatch())?;
+        let cancel = What::Cancel { tenant: tenant.clone(), stream: stream.clone() };
+        site.ask(&tenant, &stream, cancel).await?;
     }
     Ok(StatusCode::ACCEPTED)
 }
 
-async fn agent_rows(site: &Site) -> Result<Vec<AgentView>, Problem> {
-    let mut rows = views::agents(site.ask_all(&Query::Agents).await?, site.0.shards.placement());
+async fn agent_rows(site: &Site, what: What) -> Result<(Vec<AgentView>, Missing), Problem> {
+    let (answers, missing) = site.ask_all(None, what).await?;
+    let mut rows = views::agents(answers, site.0.shards.placement());
     rows.iter_mut().for_each(|row| heartbeat(site, row));
-    Ok(rows)
+    Ok((rows, missing))
 }
 
 fn heartbeat(site: &Site, row: &mut AgentView) {
@@ -292,24 +322,28 @@ async fn drain(site: &Site, name: &str, drained: bool) -> Result<Json<Value>, Pr
     if !is_id(name) {
         return Err(Problem::new(WireError::proto("agent name: 1 to 64 of A-Za-z0-9._-"), None));
     }
-    let name = AgentName::new(name);
-    let mut answers = Vec::new();
-    for (shard, here) in site.0.shards.all_here() {
-        let answer = here.inbox.drain_agent(name.clone(), drained).await.ok_or_else(mismatch)?;
-        answers.push((shard, answer));
+    let agent = AgentName::new(name);
+    let (rows, missing) = agent_rows(site, What::DrainAgent { agent, drained }).await?;
+    match rows.is_empty() {
+        true if missing.is_empty() => Err(not_found(name)),
+        // Said to some: those who haven't heard it hear it when it is said again.
+        _ if !missing.is_empty() => Err(unanswered(&missing)),
+        _ => Ok(Json(json!({ "agents": rows }))),
     }
-    let mut rows = views::agents(answers, site.0.shards.placement());
-    rows.iter_mut().for_each(|row| heartbeat(site, row));
-    if rows.is_empty() { Err(not_found(name.as_str())) } else { Ok(Json(json!({ "agents": rows }))) }
 }
 
 async fn agents(State(site): State<Site>) -> Result<Json<Value>, Problem> {
-    Ok(Json(json!({ "agents": agent_rows(&site).await? })))
+    let (rows, missing) = agent_rows(&site, What::Query(Query::Agents)).await?;
+    Ok(Json(with_missing(json!({ "agents": rows }), &missing)))
 }
 
 async fn agent(State(site): State<Site>, Path(name): Path<String>) -> Result<Json<Value>, Problem> {
-    let row = agent_rows(&site).await?.into_iter().find(|row| row.name.as_str() == name);
-    row.map(|row| Json(json!({ "agents": [row] }))).ok_or_else(|| not_found(&name))
+    let (rows, missing) = agent_rows(&site, What::Query(Query::Agents)).await?;
+    match rows.into_iter().find(|row| row.name.as_str() == name) {
+        Some(row) => Ok(Json(with_missing(json!({ "agents": [row] }), &missing))),
+        None if missing.is_empty() => Err(not_found(&name)),
+        None => Err(unanswered(&missing)),
+    }
 }
 
 /// Leave for a paced account to go faster: how much, for how long, and who answers for it.
@@ -340,9 +374,9 @@ async fn go_faster(
     if more.is_zero() || word.for_ms == 0 {
         return bad("tokens, usd_micros, for_ms: how much more, and for how long");
     }
-    let home = site.0.shards.at(site.0.shards.placement().home_of(&name)).ok_or_else(mismatch)?;
-    let told = home.faster(TenantId::new(&name), more, word.for_ms, word.by).await;
-    let Some(Answer::Accounts { position, accounts }) = told else { return Err(mismatch()) };
+    let home = site.0.shards.placement().home_of(&name);
+    let faster = What::Faster { account: TenantId::new(&name), more, for_ms: word.for_ms, by: word.by };
+    let Answer::Accounts { position, accounts } = site.ask_one(home, faster).await? else { return Err(mismatch()) };
     if accounts.is_empty() {
         return bad("account: has no pace to go faster than; accounts.*.pacing sets one");
     }
@@ -350,8 +384,9 @@ async fn go_faster(
 }
 
 async fn account_rows(site: &Site) -> Result<Value, Problem> {
-    let (position, accounts) = views::accounts(site.ask_all(&Query::Accounts).await?, site.0.shards.placement());
-    Ok(json!({ "position": position, "accounts": accounts }))
+    let (answers, missing) = site.query_all(Query::Accounts).await?;
+    let (position, accounts) = views::accounts(answers, site.0.shards.placement());
+    Ok(with_missing(json!({ "position": position, "accounts": accounts }), &missing))
 }
 
 async fn accounts(State(site): State<Site>) -> Result<Json<Value>, Problem> {
@@ -366,11 +401,11 @@ async fn account(State(site): State<Site>, Path(id): Path<String>) -> Result<Jso
 }
 
 async fn fleet(State(site): State<Site>, Extension(tenant): Extension<TenantId>) -> Result<Json<Value>, Problem> {
-    let live = live(&site).await?;
+    let (live, missing) = live(&site).await?;
     let hashes: Vec<String> = live.iter().map(|live| live.view.state_hash.clone()).collect();
     let config = site.0.config.borrow().clone();
     let accounts = account_rows(&site).await?["accounts"].take();
-    Ok(Json(json!({
+    let fleet = json!({
         "router": {
             "id": &*config.settings.router_id,
             "version": env!("CARGO_PKG_VERSION"),
@@ -379,24 +414,30 @@ async fn fleet(State(site): State<Site>, Extension(tenant): Extension<TenantId>)
             "position": live.iter().map(|live| live.view.position).sum::<u64>(),
             "state_hash": offline::hash_of_all(&hashes),
         },
-        "streams": list(&site, tenant).await?,
-        "agents": agent_rows(&site).await?,
+        "streams": list(&site, tenant).await?.0,
+        "agents": agent_rows(&site, What::Query(Query::Agents)).await?.0,
         "accounts": accounts,
-    })))
+    });
+    Ok(Json(with_missing(fleet, &missing)))
 }
 
 /// Each shard as it stands, and its log.
-async fn live(site: &Site) -> Result<Vec<Live>, Problem> {
-    let answers = site.ask_all(&Query::Verify).await?.into_iter().map(|(shard, answer)| match answer {
-        Answer::Verify(view) => Some(Live { shard, source: site.0.shards.here(shard)?.source, view }),
-        _ => None,
-    });
-    answers.collect::<Option<_>>().ok_or_else(mismatch)
+async fn live(site: &Site) -> Result<(Vec<Live>, Missing), Problem> {
+    let (answers, missing) = site.query_all(Query::Verify).await?;
+    let mut live = Vec::new();
+    for (shard, answer) in answers {
+        let Answer::Verify(view) = answer else { return Err(mismatch()) };
+        live.push(Live { shard, source: site.source(shard)?, view });
+    }
+    Ok((live, missing))
 }
 
-/// Folds each shard's log up to the position of its live state, and compares.
+/// Folds each shard's log up to the position of its live state, and compares; whoever owns it.
 async fn verify_now(State(site): State<Site>) -> Result<Json<verify::Report>, Problem> {
-    let live = live(&site).await?;
+    let (live, missing) = live(&site).await?;
+    if !missing.is_empty() {
+        return Err(unanswered(&missing));
+    }
     let report = tokio::task::spawn_blocking(move || verify::against_live(&live)).await;
     report.map_err(|_| mismatch())?.map(Json).map_err(|e| Problem::new(WireError::new(Code::Log, e), None))
 }
@@ -406,13 +447,13 @@ async fn metrics(State(site): State<Site>) -> impl IntoResponse {
     let room = all.iter().map(|h| h.room).max().unwrap_or_default();
     let serving = all.iter().filter(|h| h.serving && h.failed.is_none()).count();
     metric::health(serving, site.0.shards.placement().shards(), room);
-    page(&site.0.prometheus)
+    site.0.prometheus.run_upkeep();
+    ([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], site.0.prometheus.render())
 }
 
-/// Of a router that serves, and of one that stands by.
-pub(crate) fn page(prometheus: &PrometheusHandle) -> impl IntoResponse + use<> {
-    prometheus.run_upkeep();
-    ([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], prometheus.render())
+fn serves(here: &Here) -> bool {
+    let health = here.health.borrow();
+    health.serving && health.failed.is_none()
 }
 
 async fn readyz(State(site): State<Site>) -> impl IntoResponse {
@@ -421,7 +462,11 @@ async fn readyz(State(site): State<Site>) -> impl IntoResponse {
     let serving = all.iter().filter(|h| h.serving).count();
     let room = all.iter().map(|h| h.room).max().unwrap_or_default();
     let failed = all.iter().find_map(|h| h.failed.as_ref());
-    let ready = serving == all.len() && serving > 0 && failed.is_none() && room == LogRoom::Enough;
+    let fleet = ownership::fleet(&site);
+    let owned: Vec<u32> = site.0.shards.all_here().into_iter().filter(|(_, h)| serves(h)).map(|(n, _)| n).collect();
+    // One that others share the log with may own nothing, and serves by them.
+    let enough = serving > 0 || site.0.ownership.is_some();
+    let ready = fleet.complete && serving == all.len() && enough && failed.is_none() && room == LogRoom::Enough;
     let log = match (failed, room) {
         (Some(why), _) => format!("failed: {why}"),
         (None, LogRoom::Enough) => "ok".into(),
@@ -430,9 +475,10 @@ async fn readyz(State(site): State<Site>) -> impl IntoResponse {
     let status = if ready { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
     let body = json!({
         "ready": ready,
+        "router": { "id": &*site.0.config.borrow().settings.router_id, "incarnation": site.0.incarnation },
         "log": log,
         "store": site.0.store.borrow().to_string(),
-        "shards": { "count": count, "serving": serving },
+        "shards": { "count": count, "serving": serving, "owned": owned, "nowhere": fleet.nowhere() },
         "durability": all.first().map(|h| h.guarantee.as_str()),
         "durable": all.iter().map(|h| h.durable).sum::<u64>(),
         "wall_clock_minus_logged_ms": all.iter().max_by_key(|h| h.clock_at).map(|h| h.clock_ms),
@@ -448,7 +494,7 @@ fn stream_id(id: &str) -> Result<StreamId, Problem> {
     }
 }
 
-fn not_found(what: &str) -> Problem {
+pub(crate) fn not_found(what: &str) -> Problem {
     let what: String = what.chars().take(64).collect();
     Problem::new(
         WireError::new(Code::Proto, format!("nothing here is called `{what}`, or it isn't yours")),

@@ -27,6 +27,14 @@ pub(crate) enum ToShard {
         conn: ConnId,
         frames: Vec<Received>,
     },
+    /// These streams of a client go on here, each behind the msg_seq that it has: its router followed them elsewhere.
+    Resume {
+        conn: ConnId,
+        tenant: TenantId,
+        outbox: Outbox,
+        bounds: Arc<Bounds>,
+        streams: Vec<(StreamId, u64)>,
+    },
     /// The client's connection is gone.
     Gone {
         conn: ConnId,
@@ -52,6 +60,8 @@ pub(crate) enum ToShard {
         from: u32,
         message: Escrow,
     },
+    /// These agents are connected to another router: they hear who owns the shard.
+    Introduce(Vec<AgentName>),
     /// A full outbox has room again.
     Room {
         conn: ConnId,
@@ -113,6 +123,16 @@ pub(crate) fn weight(received: &Received) -> usize {
 }
 
 impl Inbox {
+    /// The owner task has ended.
+    pub(crate) fn is_closed(&self) -> bool {
+        self.queue.is_closed()
+    }
+
+    /// The way into the same run of the same task.
+    pub(crate) fn is(&self, other: &Self) -> bool {
+        self.queue.same_channel(&other.queue)
+    }
+
     /// Waits for room, then queues the message. A message larger than the whole inbox takes all of it.
     pub(crate) async fn send(&self, weight: usize, message: ToShard) -> Result<(), ShardGone> {
         let weight = u32::try_from(weight).unwrap_or(u32::MAX).clamp(1, self.bytes_max);

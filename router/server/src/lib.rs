@@ -1,5 +1,8 @@
 //! The router's shell: sockets, tasks, the log and the HTTP surface around the core. Decides nothing about streams or money.
 
+#[cfg(test)]
+extern crate self as atp_router;
+
 mod agent_task;
 mod call_routes;
 mod catch_up;
@@ -16,11 +19,12 @@ pub mod log;
 mod metric;
 mod opening;
 mod outbox;
+mod ownership;
+mod peer;
 mod router;
 mod running;
 mod shard_task;
 mod shards;
-mod standby;
 pub mod store;
 mod time;
 pub mod tool;
@@ -29,5 +33,7 @@ mod views;
 
 pub use config::Config;
 pub use identity::{Anonymous, DEFAULT_TENANT};
+pub use ownership::{RouterRow, ShardRow};
+pub use peer::PeerKey;
 pub use router::{Router, StartError};
 pub use views::accounts_of;

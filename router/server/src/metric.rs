@@ -112,6 +112,16 @@ pub(crate) fn dropped(reason: &'static str) {
 /// One of an agent's statuses is 1, the others are 0; and the calls that wait for a slot of it. Handles are bounded by
 /// `limits.agents`.
 #[allow(clippy::cast_precision_loss)] // a gauge is a float by its nature
+/// Another router that couldn't prove the key.
+pub(crate) fn peer_refused() {
+    counter!("atp_peer_refused_total").increment(1);
+}
+
+/// Routers that this one is linked to.
+pub(crate) fn peers(linked: usize) {
+    gauge!("atp_peers_linked").set(linked as f64);
+}
+
 pub(crate) fn agent(agent: &AgentName, status: &'static str, waiting: usize) {
     const ALL: [&str; 5] = ["READY", "BUSY", "PAUSE", "DRAINING", GONE];
     for one in ALL {

@@ -2,7 +2,6 @@
 //! each shard's task appends its Epoch.
 
 use crate::config::{Config, LogPlace, Problem};
-use crate::log::offline::Follower;
 use crate::log::{self, Guarantee, LocalLog, Log, LogError, Source};
 use crate::router::StartError;
 use crate::time::Clocks;
@@ -15,8 +14,6 @@ use bytes::Bytes;
 use std::sync::Arc;
 #[cfg(feature = "kafka")]
 use std::sync::atomic::{AtomicU32, Ordering};
-#[cfg(feature = "kafka")]
-use std::sync::{Mutex, PoisonError};
 
 /// Partitions that are taken and read at the same time.
 #[cfg(feature = "kafka")]
@@ -50,22 +47,20 @@ pub(crate) fn settings_of(settings: &Settings, shard: u32, placement: &Placement
     Arc::new(Settings { shard, placement: placement.clone(), ..settings.clone() })
 }
 
-/// Opens the log. `followers` have followed shards of it until now.
+/// Opens the log.
 ///
 /// # Errors
 /// It can't be opened, read or folded; the configuration asks for another number of shards.
-#[cfg_attr(not(feature = "kafka"), expect(unused_variables))]
 pub(crate) fn open(
     config: &Config,
     disk: Arc<dyn log::Disk>,
     incarnation: &str,
     clocks: Clocks,
-    followers: Vec<Follower>,
 ) -> Result<Opened, StartError> {
     match &config.log {
         LogPlace::Local => open_local(config, disk, incarnation, clocks),
         #[cfg(feature = "kafka")]
-        LogPlace::Kafka(place) => open_kafka(config, place, incarnation, clocks, followers),
+        LogPlace::Kafka(place) => open_kafka(config, place, incarnation, clocks),
         #[cfg(not(feature = "kafka"))]
         LogPlace::Kafka(_) => Err(StartError::Config(config.problems())),
     }
@@ -137,32 +132,50 @@ fn check_count(config: &Config, placement: &Placement) -> Result<(), StartError>
     }
 }
 
+/// A log in Kafka whose shards are owned one by one.
+#[cfg(feature = "kafka")]
+#[derive(Clone)]
+pub(crate) struct SharedLog {
+    pub(crate) kafka: log::KafkaShards,
+    /// The log's id in hex.
+    pub(crate) id: String,
+    pub(crate) guarantee: Guarantee,
+    pub(crate) placement: Placement,
+}
+
+/// Opens the log and owns none of its shards yet.
+///
+/// # Errors
+/// It can't be opened; the configuration asks for another number of shards.
+#[cfg(feature = "kafka")]
+pub(crate) fn open_shared(
+    config: &Config,
+    place: &crate::config::KafkaPlace,
+    clocks: Clocks,
+) -> Result<SharedLog, StartError> {
+    let options = config.kafka_options(place);
+    let kafka = log::KafkaShards::open(&options, clocks.now().wall_ms).map_err(StartError::Kafka)?;
+    let made = kafka.made();
+    let guarantee = if made.replicated { Guarantee::Replicated } else { Guarantee::Single };
+    let (id, placement) = (hex(&made.log_id), Placement::new(made.shards, made.hash_seed));
+    Ok(SharedLog { kafka, id, guarantee, placement })
+}
+
 #[cfg(feature = "kafka")]
 fn open_kafka(
     config: &Config,
     place: &crate::config::KafkaPlace,
     incarnation: &str,
     clocks: Clocks,
-    followers: Vec<Follower>,
 ) -> Result<Opened, StartError> {
-    let options = config.kafka_options(place);
-    let address = options.address.to_string();
+    let shared = open_shared(config, place, clocks)?;
+    let SharedLog { kafka: log, id: log_id, guarantee, placement } = shared;
+    let (address, count) = (place.address.to_string(), placement.shards());
     let failed = |error| match error {
         LogError::Entry { position, what, .. } => StartError::Fold { log: address.clone(), position, what },
         error => StartError::Kafka(error),
     };
-    let log = log::KafkaShards::open(&options, clocks.now().wall_ms).map_err(failed)?;
-    let made = log.made();
-    let (log_id, count) = (hex(&made.log_id), made.shards);
-    let guarantee = if made.replicated { Guarantee::Replicated } else { Guarantee::Single };
-    let followers = Mutex::new(followers);
-    let take = |shard: u32| {
-        let mut waiting = followers.lock().unwrap_or_else(PoisonError::into_inner);
-        let at = waiting.iter().position(|follower| follower.source().number() == shard);
-        let follower = at.map(|at| waiting.swap_remove(at));
-        drop(waiting);
-        log.take(shard, &config.settings.router_id, incarnation, clocks.now().wall_ms, follower)
-    };
+    let take = |shard: u32| log.take(shard, &config.settings.router_id, incarnation, clocks.now().wall_ms, None);
     let next = AtomicU32::new(0);
     let worker = || {
         let mut taken = Vec::new();
@@ -181,8 +194,6 @@ fn open_kafka(
     })
     .map_err(failed)?;
     taken.sort_by_key(|(shard, _)| *shard);
-    let seed = taken[0].1.state.genesis().hash_seed;
-    let placement = Placement::new(count, seed);
     let mut report = Vec::new();
     let shards = taken.into_iter().map(|(number, one)| {
         let log::Opened { log, source, state, report: found, .. } = one;

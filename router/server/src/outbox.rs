@@ -2,7 +2,7 @@
 //! It never blocks the one who sends: a full outbox refuses, and says when there is room again.
 
 use crate::metric::FrameCounts;
-use atp_proto::codec;
+use atp_proto::codec::{self, Received};
 use atp_proto::limits::{FRAGMENT_BYTES, UNSENT_BYTES_MAX, UNSENT_FULL_MS};
 use atp_proto::reassembly::fragment;
 use atp_proto::{Code, Flags, Frame, WireError};
@@ -25,6 +25,8 @@ const WRITE_BYTES: usize = 256 * 1024;
 enum Out {
     One(Frame),
     Many(Vec<Frame>),
+    /// Their bodies go on as they were received.
+    Forward(Vec<Received>),
     Close(Option<Box<WireError>>),
 }
 
@@ -85,7 +87,7 @@ impl Outbox {
             self.gauge.mark_full();
             return 0;
         };
-        let (taken, bytes) = self.gauge.take_room(frames);
+        let (taken, bytes) = self.gauge.take_room(frames, weight);
         match taken {
             0 => {}
             1 => permit.send(Out::One(frames.pop_front().expect("one was taken"))),
@@ -95,6 +97,26 @@ impl Outbox {
             self.gauge.mark_full();
         }
         bytes
+    }
+
+    /// As `send`, for frames of somebody else: their bodies stay as they are.
+    pub(crate) fn forward(&self, frames: &mut VecDeque<Received>) {
+        if self.is_closed() {
+            return frames.clear();
+        }
+        let Ok(permit) = self.queue.try_reserve() else {
+            if !self.queue.is_closed() {
+                return self.gauge.mark_full();
+            }
+            return frames.clear();
+        };
+        let (taken, _) = self.gauge.take_room(frames, |received| weight(&received.frame));
+        if taken > 0 {
+            permit.send(Out::Forward(frames.drain(..taken).collect()));
+        }
+        if !frames.is_empty() {
+            self.gauge.mark_full();
+        }
     }
 
     /// Queues one frame; false: there is no room.
@@ -138,7 +160,7 @@ impl Outbox {
 
 impl Gauge {
     /// Takes the room that the first of these frames need: how many, and their weight. It is the writer's to give back.
-    fn take_room(&self, frames: &VecDeque<Frame>) -> (usize, usize) {
+    fn take_room<T>(&self, frames: &VecDeque<T>, weight: impl Fn(&T) -> usize) -> (usize, usize) {
         let mut unsent = self.unsent.load(Ordering::Acquire);
         loop {
             let mut room = UNSENT_BYTES_MAX.saturating_sub(unsent);
@@ -253,6 +275,19 @@ impl Writer {
                 let (one, many) = match out {
                     Out::One(frame) => (Some(frame), Vec::new()),
                     Out::Many(frames) => (None, frames),
+                    Out::Forward(frames) => {
+                        for Received { frame, body } in frames {
+                            weighed += weight(&frame);
+                            counts.count(&frame.kind);
+                            codec::encode_received(frame.hop.as_deref(), &body, &mut bytes);
+                            if bytes.len() >= WRITE_BYTES
+                                && let Err(ended) = self.flush(io, &mut bytes, &mut weighed).await
+                            {
+                                return ended;
+                            }
+                        }
+                        continue;
+                    }
                     Out::Close(error) => {
                         close = true;
                         (error.map(|e| connection_error(*e)), Vec::new())

@@ -1,19 +1,21 @@
 //! Puts a router together: log, state, shard tasks, agents, listeners; drains and stops it. Installs no signal handler.
 
 use crate::agent_task::Agents;
-use crate::config::{Config, Problem};
+use crate::config::{Config, LogPlace, Problem};
 use crate::connection::Shared;
 use crate::descriptors::Connections;
 use crate::inbox::ToShard;
 use crate::listen::{self, Doors};
-use crate::log::{self, LogError};
-use crate::opening::{self, Opened, settings_of};
+use crate::log::{self, Guarantee, LogError};
+use crate::opening::{self, Opened, SharedLog, settings_of};
+use crate::ownership::{self, Handle, Ownership};
+use crate::peer::{self, Peers};
 use crate::running::Running;
-use crate::shards::Shards;
-use crate::standby;
-use crate::store::{self, StoreHealth};
+use crate::shards::{Shards, Site, Sites};
+use crate::store::{self, StoreConfig, StoreHealth};
 use crate::time::Clocks;
 use crate::{http, metric};
+use atp_core::placement::Placement;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
@@ -65,11 +67,13 @@ pub struct Router {
     ended: tokio::sync::Mutex<Option<oneshot::Receiver<Result<(), String>>>>,
     outcome: watch::Sender<Option<Result<(), String>>>,
     report: Vec<String>,
-    has_lease: bool,
+    /// Where several routers share the log.
+    ownership: Option<Handle>,
 }
 
 impl Router {
-    /// Waits for the lease where several routers share the log, then opens the log, rebuilds the state, takes ownership (a new epoch, durable) and listens. Returns when it serves.
+    /// Opens the log, rebuilds the state, takes ownership (a new epoch, durable) and listens. Returns when it serves; where
+    /// several routers share the log it serves from then on what it comes to own.
     ///
     /// # Errors
     /// The configuration, an address that is in use, a log that can't be opened or read.
@@ -81,7 +85,7 @@ impl Router {
     ///
     /// # Errors
     /// As `start`.
-    pub async fn start_on(mut config: Config, disk: Arc<dyn log::Disk>) -> Result<Self, StartError> {
+    pub async fn start_on(config: Config, disk: Arc<dyn log::Disk>) -> Result<Self, StartError> {
         let problems = config.problems();
         if !problems.is_empty() {
             return Err(StartError::Config(problems));
@@ -89,71 +93,88 @@ impl Router {
         let prometheus = metric::install();
         let (native, http) = (config.limits.connections, config.limits.http_connections);
         let connections = Connections::within_limits(Connections { native, http });
-        let incarnation = uuid::Uuid::new_v4().simple().to_string()[..12].to_owned();
-        let (lease, followers) = standby::wait(&mut config, &incarnation).await?.unzip();
         // The addresses first: two routers started by mistake should not both touch the log.
         let atp = bind("atp", config.listen.atp).await?;
         let http = bind("http", config.listen.http).await?;
         let (atp_addr, http_addr) = (address(&atp, config.listen.atp), address(&http, config.listen.http));
-        let has_lease = lease.is_some();
-        let give_back = CancellationToken::new();
-        let given_up = give_back.clone().drop_guard();
-        let keeping = lease.map(|lease| tokio::spawn(lease.keep(give_back)));
+        let me = site(&config, atp_addr, http_addr);
 
         let clocks = Clocks::start();
-        let (all, name) = (config.clone(), incarnation.clone());
-        let followers = followers.unwrap_or_default();
-        let opened = tokio::task::spawn_blocking(move || opening::open(&all, disk, &name, clocks, followers)).await;
-        let Opened { log_id, placement, guarantee, shards: opened, report } =
-            opened.map_err(|e| StartError::Stopped(e.to_string()))??;
+        let (all, name) = (config.clone(), me.incarnation.clone());
+        let opened = tokio::task::spawn_blocking(move || Log::open(&all, disk, &name, clocks)).await;
+        let log = opened.map_err(|e| StartError::Stopped(e.to_string()))??;
+        let report = log.report().to_vec();
         for fact in &report {
             tracing::info!("log: {fact}");
         }
-        let ends: Vec<(u32, u64)> = opened.iter().map(|one| (one.number, one.position)).collect();
-        let store = store::Opened::open(&config.store, &log_id, &ends).await.map_err(StartError::Store)?;
+        let store = store::Opened::open(&config.store, log.id(), &log.ends()).await.map_err(StartError::Store)?;
 
         let tasks = TaskTracker::new();
-        let shards = Shards::new(placement);
+        let shards = Shards::new(log.placement().clone());
         let settings = Arc::new(config.settings.clone());
-        let agents = Agents::new(settings, shards.clone(), clocks, tasks.clone(), config.limits.agents);
+        let peers = Peers::new(&settings.router_id, config.peer_key.clone());
+        let agents = Agents::new(settings, shards.clone(), clocks, tasks.clone(), config.limits.agents, peers.clone());
         let (stop_shards, stop_listening) = (CancellationToken::new(), CancellationToken::new());
+        let sites = watch::Sender::new(Sites::default());
         let shared = Arc::new(Shared {
             shards: shards.clone(),
             agents: agents.clone(),
+            sites: sites.subscribe(),
+            peers,
             anonymous: config.anonymous,
-            incarnation,
+            incarnation: me.incarnation.clone(),
             heartbeat: Duration::from_millis(config.limits.heartbeat_ms),
             streams_max: config.limits.streams_per_connection,
             waiting_bytes: Arc::default(),
             stopping: CancellationToken::new(),
             tasks: tasks.clone(),
         });
-        let mut running = Running::new(&config, &shared, guarantee, clocks, stop_shards.clone());
-        opened.into_iter().for_each(|one| running.start(one));
-        let (told, ended) = oneshot::channel();
-        let stopping = shared.stopping.clone();
-        tokio::spawn(async move {
-            let outcome = running.end(stopping).await;
-            drop(given_up);
-            if let Some(keeping) = keeping {
-                let _ = keeping.await;
-            }
-            let _ = told.send(outcome);
-        });
-
+        let mut running = Running::new(&config, &shared, log.guarantee(), clocks, stop_shards.clone());
         let identity = store::Identity {
             router: config.settings.router_id.clone(),
-            incarnation: shared.incarnation.clone(),
-            atp: config.advertise.clone().unwrap_or_else(|| atp_addr.to_string()),
-            http: http_addr.to_string(),
+            incarnation: me.incarnation.clone(),
+            atp: me.atp.clone(),
+            http: me.http.clone(),
         };
-        let store = store.project((shards, agents), identity, clocks, stop_shards.clone(), &tasks);
+        let store = store.project((shards.clone(), agents), identity, clocks, stop_shards.clone(), &tasks);
+        let redis = match &config.store {
+            StoreConfig::Redis(redis) => Some(redis.clone()),
+            StoreConfig::Memory => None,
+        };
+        let settings = watch::Sender::new(Arc::new(config));
+        let (told, ended) = oneshot::channel();
+        let stopping = shared.stopping.clone();
+        let ownership = match log {
+            Log::Own(opened) => {
+                opened.shards.into_iter().for_each(|one| running.start(one));
+                tokio::spawn(async move {
+                    let _ = told.send(running.end(stopping).await);
+                });
+                None
+            }
+            Log::Shared(log) => {
+                let redis = redis.expect("a log is shared by what the store says");
+                let store = store::RedisStore::new(&redis).map_err(|e| StartError::Store(e.to_string()))?;
+                let (config, stop) = (settings.subscribe(), stop_shards.clone());
+                let begin = ownership::Begin { log, store, running, shards, sites, me, config, clocks, stop };
+                let (mut ownership, handle) = Ownership::new(begin);
+                if let Err(why) = ownership.begin().await {
+                    stop_shards.cancel();
+                    return Err(StartError::Store(why));
+                }
+                tokio::spawn(async move {
+                    let outcome = ownership.run().await;
+                    stopping.cancel();
+                    let _ = told.send(outcome);
+                });
+                Some(handle)
+            }
+        };
         let doors = Doors {
             shared: shared.clone(),
             next_conn: Arc::new(AtomicU64::new(1)),
             connections_max: connections.native,
         };
-        let settings = watch::Sender::new(Arc::new(config));
         let router = Self {
             atp: atp_addr,
             http: http_addr,
@@ -166,9 +187,14 @@ impl Router {
             ended: tokio::sync::Mutex::new(Some(ended)),
             outcome: watch::Sender::new(None),
             report,
-            has_lease,
+            ownership,
         };
-        router.serving().await?;
+        if router.ownership.is_none() {
+            router.serving().await?;
+        }
+        if router.shared.peers.has_key() {
+            tasks.spawn(peer::link::keep(router.shared.clone()));
+        }
         tasks.spawn(listen::native(atp, router.doors.clone(), router.stop_listening.clone()));
         let site = http::Site::new(&router, prometheus);
         tasks.spawn(listen::http(http, http::routes(site), router.stop_listening.clone(), connections.http));
@@ -223,10 +249,17 @@ impl Router {
         }
     }
 
-    /// True where another router may take over: then `stop` is enough, running streams go on there.
+    /// True where other routers go on with what runs here: then `drain` is `hand_over`.
     #[must_use]
     pub fn hands_over(&self) -> bool {
-        self.has_lease
+        self.ownership.is_some()
+    }
+
+    /// Hands its shards to the other routers and returns when it owns none, or nobody is there to take them.
+    pub async fn hand_over(&self) {
+        if let Some(ownership) = &self.ownership {
+            ownership.hand_over().await;
+        }
     }
 
     /// Refuses new work with EDRAINING and returns when the running streams have ended.
@@ -291,11 +324,21 @@ impl Router {
         outcome
     }
 
+    #[cfg(test)]
+    pub(crate) fn shared(&self) -> &Arc<Shared> {
+        &self.shared
+    }
     pub(crate) fn shards(&self) -> Shards {
         self.shared.shards.clone()
     }
     pub(crate) fn agents(&self) -> Agents {
         self.shared.agents.clone()
+    }
+    pub(crate) fn incarnation(&self) -> String {
+        self.shared.incarnation.clone()
+    }
+    pub(crate) fn ownership(&self) -> Option<Handle> {
+        self.ownership.clone()
     }
     pub(crate) fn store(&self) -> watch::Receiver<StoreHealth> {
         self.store.clone()
@@ -313,10 +356,76 @@ impl Drop for Router {
     }
 }
 
-pub(crate) async fn bind(name: &'static str, address: SocketAddr) -> Result<TcpListener, StartError> {
+/// A log that is open: this router's own, all of it, or shared with others.
+enum Log {
+    Own(Opened),
+    #[cfg(feature = "kafka")]
+    Shared(SharedLog),
+}
+
+impl Log {
+    /// Blocks.
+    fn open(config: &Config, disk: Arc<dyn log::Disk>, incarnation: &str, clocks: Clocks) -> Result<Self, StartError> {
+        #[cfg(feature = "kafka")]
+        if let (LogPlace::Kafka(place), StoreConfig::Redis(_)) = (&config.log, &config.store) {
+            return opening::open_shared(config, place, clocks).map(Self::Shared);
+        }
+        opening::open(config, disk, incarnation, clocks).map(Self::Own)
+    }
+
+    fn id(&self) -> &str {
+        match self {
+            Self::Own(log) => &log.log_id,
+            Self::Shared(log) => &log.id,
+        }
+    }
+
+    fn placement(&self) -> &Placement {
+        match self {
+            Self::Own(log) => &log.placement,
+            Self::Shared(log) => &log.placement,
+        }
+    }
+
+    fn guarantee(&self) -> Guarantee {
+        match self {
+            Self::Own(log) => log.guarantee,
+            Self::Shared(log) => log.guarantee,
+        }
+    }
+
+    /// The end of each shard that is owned already.
+    fn ends(&self) -> Vec<(u32, u64)> {
+        match self {
+            Self::Own(log) => log.shards.iter().map(|one| (one.number, one.position)).collect(),
+            Self::Shared(_) => Vec::new(),
+        }
+    }
+
+    fn report(&self) -> &[String] {
+        match self {
+            Self::Own(log) => &log.report,
+            Self::Shared(_) => &[],
+        }
+    }
+}
+
+/// This router as others find it.
+fn site(config: &Config, atp: SocketAddr, http: SocketAddr) -> Site {
+    // HTTP is dialled at the same host.
+    let host = config.advertise.as_ref().and_then(|place| Some(place.rsplit_once(':')?.0.to_owned()));
+    Site {
+        router: config.settings.router_id.to_string(),
+        incarnation: uuid::Uuid::new_v4().simple().to_string()[..12].to_owned(),
+        atp: config.advertise.clone().unwrap_or_else(|| atp.to_string()),
+        http: host.map_or_else(|| http.to_string(), |host| format!("{host}:{}", http.port())),
+    }
+}
+
+async fn bind(name: &'static str, address: SocketAddr) -> Result<TcpListener, StartError> {
     TcpListener::bind(address).await.map_err(|source| StartError::Listen { name, address, source })
 }
 
-pub(crate) fn address(listener: &TcpListener, asked: SocketAddr) -> SocketAddr {
+fn address(listener: &TcpListener, asked: SocketAddr) -> SocketAddr {
     listener.local_addr().unwrap_or(asked)
 }

@@ -8,9 +8,10 @@ use crate::lessons::Lessons;
 use crate::log::Guarantee;
 use crate::opening::OpenedShard;
 use crate::shard_task::{Begin, Health, ShardTask};
-use crate::shards::{Here, Shards};
+use crate::shards::{Here, Place, Shards};
 use crate::time::Clocks;
 use crate::tool::Tools;
+use std::collections::BTreeMap;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
@@ -30,7 +31,9 @@ pub(crate) struct Running {
     lessons: Lessons,
     tasks: TaskTracker,
     stop: CancellationToken,
-    running: JoinSet<Result<(), String>>,
+    running: JoinSet<(u32, Result<(), String>)>,
+    /// By shard: what ends it alone.
+    stops: BTreeMap<u32, CancellationToken>,
 }
 
 impl Running {
@@ -47,7 +50,19 @@ impl Running {
         let tools = Tools::new(config.tools.clone(), tasks.clone());
         let agents = shared.agents.clone();
         let lessons = Lessons::start(shards.clone(), &tasks, stop.clone());
-        Self { shards, agents, clocks, guarantee, inbox_bytes, tools, lessons, tasks, stop, running: JoinSet::new() }
+        Self {
+            shards,
+            agents,
+            clocks,
+            guarantee,
+            inbox_bytes,
+            tools,
+            lessons,
+            tasks,
+            stop,
+            running: JoinSet::new(),
+            stops: BTreeMap::new(),
+        }
     }
 
     /// Starts one shard, which is found from now on. It ends with its log, or when it is stopped with all others.
@@ -55,10 +70,13 @@ impl Running {
         let OpenedShard { number, log, source, shard, position, serving } = opened;
         let (inbox, taking) = inbox(self.inbox_bytes);
         let durable = if serving { shard.state().position() } else { position };
-        let health = Health { guarantee: self.guarantee, serving, durable, ..Health::default() };
+        let (epoch, since_ms) = (shard.epoch(), self.clocks.now().wall_ms);
+        let health = Health { guarantee: self.guarantee, serving, durable, epoch, since_ms, ..Health::default() };
         let (sender, health) = watch::channel(health);
-        self.shards.open(number, Here { inbox: inbox.clone(), source: source.clone(), health });
         self.lessons.begins(number, shard.state().statistics());
+        self.shards.set(number, Place::Here(Here { inbox: inbox.clone(), source: source.clone(), health }));
+        let stop = self.stop.child_token();
+        self.stops.insert(number, stop.clone());
         let task = ShardTask::new(Begin {
             number,
             shard,
@@ -70,18 +88,33 @@ impl Running {
             clocks: self.clocks,
             source,
             health: sender,
-            stop: self.stop.clone(),
+            stop: stop.clone(),
             tasks: self.tasks.clone(),
             tools: self.tools.clone(),
             lessons: self.lessons.clone(),
         });
         let shards = self.shards.clone();
         self.running.spawn(async move {
-            task.run().await?;
+            let ended = task.run().await;
             // Of one that failed its health still says why.
-            shards.close(number);
-            Ok(())
+            if ended.is_ok() {
+                shards.set(number, Place::Unknown);
+            }
+            (number, ended)
         });
+    }
+
+    /// Ends one shard: what is decided is written first.
+    pub(crate) fn stop(&mut self, shard: u32) {
+        self.stops.remove(&shard).inspect(CancellationToken::cancel);
+    }
+
+    /// The next one that has ended, and why if it failed; `None`: none runs.
+    pub(crate) async fn ended(&mut self) -> Option<(u32, Result<(), String>)> {
+        // A panic of one may have left what they share in any state.
+        let (shard, ended) = self.running.join_next().await?.expect("a shard's task doesn't panic");
+        self.stops.remove(&shard);
+        Some((shard, ended))
     }
 
     /// Waits until all have ended. One that fails takes the others with it: nothing may be served by a router that can't write.
@@ -91,8 +124,7 @@ impl Running {
     /// Why the first of them failed.
     pub(crate) async fn end(mut self, over: CancellationToken) -> Result<(), String> {
         let mut outcome = Ok(());
-        while let Some(ended) = self.running.join_next().await {
-            let ended = ended.unwrap_or_else(|e| Err(format!("a shard's task broke: {e}")));
+        while let Some((_, ended)) = self.ended().await {
             over.cancel();
             self.stop.cancel();
             outcome = outcome.and(ended);

@@ -1,7 +1,7 @@
 //! The owner task of a shard: takes a batch of inputs, reads the clocks once, lets the core decide, carries out the effects.
 //! Decides nothing itself but what the process's bounds demand. One task, no locks.
 
-use crate::agent_task::{AgentMessage, Agents, sleep_until};
+use crate::agent_task::{Agents, sleep_until};
 use crate::catch_up::Replay;
 use crate::clients::Clients;
 use crate::connection::not_here;
@@ -9,7 +9,8 @@ use crate::inbox::{Inbox, Taking, ToShard};
 use crate::lessons::Lessons;
 use crate::log::{Event, Events, Guarantee, Log, LogError, QueuedEntry, Source};
 use crate::metric::{self, Facts, Part};
-use crate::shards::Shards;
+use crate::peer::say;
+use crate::shards::{Place, Shards};
 use crate::time::Clocks;
 use crate::tool::Tools;
 use atp_core::clock::Now;
@@ -20,7 +21,6 @@ use atp_proto::AgentName;
 use metrics::{Histogram, gauge, histogram};
 use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
-use tokio::sync::mpsc::error::TrySendError;
 use tokio::sync::{oneshot, watch};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
@@ -39,6 +39,9 @@ pub(crate) struct Health {
     pub(crate) guarantee: Guarantee,
     pub(crate) room: LogRoom,
     pub(crate) durable: u64,
+    /// The own epoch, and when this owner began, Unix milliseconds.
+    pub(crate) epoch: u64,
+    pub(crate) since_ms: u64,
     /// Why the router has stopped.
     pub(crate) failed: Option<String>,
     /// Wall clock minus logged time, and when that was looked at.
@@ -152,9 +155,9 @@ impl ShardTask {
     /// Why the log can't be written any more. Nothing may be served after that.
     pub(crate) async fn run(mut self) -> Result<(), String> {
         let ended = self.serve().await;
+        self.clients.end(self.number, &not_here());
         match ended {
             Ok(()) => {
-                self.clients.close_all(&not_here());
                 self.health.send_modify(|h| h.serving = false);
                 close(self.log).await
             }
@@ -232,9 +235,11 @@ impl ShardTask {
                 let clock_ms = i64::try_from(now.wall_ms)
                     .unwrap_or(i64::MAX)
                     .saturating_sub_unsigned(self.shard.state().logged_ms());
+                let epoch = self.shard.epoch();
                 let first = self.health.send_if_modified(|h| {
                     let first = !h.serving;
                     (h.serving, h.durable, h.clock_ms, h.clock_at) = (true, position, clock_ms, Some(at));
+                    h.epoch = epoch;
                     first
                 });
                 if first {
@@ -270,8 +275,12 @@ impl ShardTask {
 
     /// Agents that came before this owner say that they are here.
     fn ask_who_is_here(&mut self) {
+        self.introduce(self.agents.names());
+    }
+
+    fn introduce(&mut self, agents: Vec<AgentName>) {
         let (shard, epoch) = (self.number, self.shard.epoch());
-        for agent in self.agents.names() {
+        for agent in agents {
             self.to_agents.entry(agent).or_default().push(ToAgent::Owner { shard, epoch });
         }
     }
@@ -285,6 +294,10 @@ impl ShardTask {
         match message {
             ToShard::Opened { conn, tenant, outbox, bounds } => self.clients.open(conn, tenant, outbox, bounds),
             ToShard::Frames { conn, frames } => self.clients.frames(&mut self.shard, now, conn, frames),
+            ToShard::Resume { conn, tenant, outbox, bounds, streams } => {
+                self.clients.open(conn, tenant, outbox, bounds);
+                self.clients.resume(conn, streams);
+            }
             ToShard::Gone { conn } => {
                 self.clients.gone(conn);
                 self.shard.handle(now, Input::ConnGone { conn });
@@ -309,6 +322,7 @@ impl ShardTask {
             }
             ToShard::Input(input) => self.shard.handle(now, *input),
             ToShard::Escrow { from, message } => self.shard.handle(now, Input::Escrow { from, message }),
+            ToShard::Introduce(agents) => self.introduce(agents),
             ToShard::Room { conn } => {
                 for input in self.clients.room(conn) {
                     self.shard.handle(now, input);
@@ -382,30 +396,23 @@ impl ShardTask {
 
     /// Never waits: two shards that wait for each other would for ever. What is lost is said again.
     fn to_shard(&self, shard: u32, message: Escrow) {
-        let message = ToShard::Escrow { from: self.number, message };
-        let taken = self.shards.at(shard).is_some_and(|inbox| inbox.offer(256, message));
+        let from = self.number;
+        let taken = match self.shards.place(shard) {
+            Place::Here(here) => here.inbox.offer(256, ToShard::Escrow { from, message }),
+            Place::At(site) => self.agents.peers().say(&site.router, say::escrow(from, shard, message)),
+            Place::Unknown => false,
+        };
         if !taken {
             metric::dropped("escrow");
         }
     }
 
     fn tell_agents(&mut self) {
-        self.to_agents.retain(|name, messages| {
-            let handle = match self.agents.of(name) {
-                Ok(handle) => handle,
-                Err(error) => {
-                    tracing::warn!(agent = %name, %error, "no room for the agent's task; it is told nothing");
-                    return false;
-                }
-            };
-            match handle.queue.try_send(AgentMessage::Shard(std::mem::take(messages))) {
-                Ok(()) | Err(TrySendError::Closed(_)) => false,
-                Err(TrySendError::Full(back)) => {
-                    if let AgentMessage::Shard(back) = back {
-                        *messages = back;
-                    }
-                    true
-                }
+        self.to_agents.retain(|name, messages| match self.agents.tell(name, messages) {
+            Ok(told) => !told,
+            Err(error) => {
+                tracing::warn!(agent = %name, %error, "no room for the agent's task; it is told nothing");
+                false
             }
         });
     }

@@ -1,14 +1,12 @@
-//! The shards as this process sees them: the way to each one whose owner task runs here. They come and go one by one while the
-//! process runs; what belongs to which is `Placement`'s to say.
+//! The shards as this process sees them: the way to each one whose owner task runs here, and the router that owns another. They
+//! move one by one while the process runs; what belongs to which is `Placement`'s to say.
 
 use crate::inbox::{Inbox, ToShard};
 use crate::log::Source;
 use crate::shard_task::Health;
-use atp_core::message::{Answer, Query};
 use atp_core::placement::Placement;
 use atp_proto::codec::Received;
 use atp_proto::{AgentName, StreamId, TenantId};
-use futures_util::future::join_all;
 use std::sync::{Arc, PoisonError, RwLock};
 use tokio::sync::watch;
 
@@ -21,43 +19,94 @@ pub(crate) struct Here {
     pub(crate) health: watch::Receiver<Health>,
 }
 
+/// Another router, as it is reached. As text, its words one after the other, it is a lease's holder.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Site {
+    pub(crate) router: String,
+    /// One run of its process.
+    pub(crate) incarnation: String,
+    /// HOST:PORT each.
+    pub(crate) atp: String,
+    pub(crate) http: String,
+}
+
+impl Site {
+    pub(crate) fn text(&self) -> String {
+        [&*self.router, &*self.incarnation, &*self.atp, &*self.http].join(" ")
+    }
+
+    pub(crate) fn read(text: &str) -> Option<Self> {
+        let mut parts = text.split(' ').map(str::to_owned);
+        let site = Self { router: parts.next()?, incarnation: parts.next()?, atp: parts.next()?, http: parts.next()? };
+        parts.next().is_none().then_some(site)
+    }
+}
+
+/// The other routers that are alive.
+pub(crate) type Sites = Arc<Vec<Arc<Site>>>;
+
+/// Where a shard is.
+#[derive(Clone, Default)]
+pub(crate) enum Place {
+    Here(Here),
+    /// That router says that it owns it.
+    At(Arc<Site>),
+    /// Nobody is known to own it.
+    #[default]
+    Unknown,
+}
+
 /// All shards of a log. Clones share the list.
 #[derive(Clone)]
 pub(crate) struct Shards(Arc<Inner>);
 
 struct Inner {
     placement: Placement,
-    places: Vec<RwLock<Option<Here>>>,
+    places: Vec<RwLock<Place>>,
+    /// Rises when a shard moves.
+    moves: watch::Sender<u64>,
 }
 
 impl Shards {
     /// None of them runs here yet.
     pub(crate) fn new(placement: Placement) -> Self {
-        let places = (0..placement.shards()).map(|_| RwLock::new(None)).collect();
-        Self(Arc::new(Inner { placement, places }))
+        let places = (0..placement.shards()).map(|_| RwLock::default()).collect();
+        Self(Arc::new(Inner { placement, places, moves: watch::Sender::new(0) }))
     }
 
     pub(crate) fn placement(&self) -> &Placement {
         &self.0.placement
     }
 
-    /// From now on the shard is found here.
-    pub(crate) fn open(&self, shard: u32, here: Here) {
-        self.set(shard, Some(here));
-    }
-
-    pub(crate) fn close(&self, shard: u32) {
-        self.set(shard, None);
-    }
-
-    fn set(&self, shard: u32, here: Option<Here>) {
+    /// From now on the shard is there.
+    pub(crate) fn set(&self, shard: u32, to: Place) {
         let place = self.0.places.get(shard as usize).expect("a shard of this log");
-        *place.write().unwrap_or_else(PoisonError::into_inner) = here;
+        let before = std::mem::replace(&mut *place.write().unwrap_or_else(PoisonError::into_inner), to.clone());
+        match (before, to) {
+            (Place::Unknown, Place::Unknown) => return,
+            (Place::At(before), Place::At(to)) if before == to => return,
+            _ => {}
+        }
+        self.0.moves.send_modify(|n| *n += 1);
+    }
+
+    /// Changes when a shard moves.
+    pub(crate) fn moves(&self) -> watch::Receiver<u64> {
+        self.0.moves.subscribe()
+    }
+
+    /// Of a shard that the log doesn't have: `Unknown`.
+    pub(crate) fn place(&self, shard: u32) -> Place {
+        let place = self.0.places.get(shard as usize);
+        place.map(|place| place.read().unwrap_or_else(PoisonError::into_inner).clone()).unwrap_or_default()
     }
 
     /// `None`: it doesn't run here.
     pub(crate) fn here(&self, shard: u32) -> Option<Here> {
-        self.0.places.get(shard as usize)?.read().unwrap_or_else(PoisonError::into_inner).clone()
+        match self.place(shard) {
+            Place::Here(here) => Some(here),
+            Place::At(_) | Place::Unknown => None,
+        }
     }
 
     /// The way into a shard; `None`: it doesn't run here.
@@ -76,20 +125,6 @@ impl Shards {
 
     pub(crate) fn home_of_agent(&self, agent: &AgentName) -> u32 {
         self.0.placement.home_of_agent(agent)
-    }
-
-    /// Asks one shard; `None`: it doesn't run here, or has ended.
-    pub(crate) async fn ask(&self, shard: u32, query: Query) -> Option<Answer> {
-        self.at(shard)?.ask(query).await
-    }
-
-    /// Asks every shard that runs here, by number; `None`: one of them has ended.
-    pub(crate) async fn ask_all(&self, query: &Query) -> Option<Vec<(u32, Answer)>> {
-        let asked = self.all_here().into_iter().map(async |(shard, here)| {
-            let answer = here.inbox.ask(query.clone()).await;
-            Some((shard, answer?))
-        });
-        join_all(asked).await.into_iter().collect()
     }
 
     /// Tells every shard that runs here the same; one that has ended needs to hear nothing.
@@ -142,6 +177,20 @@ mod tests {
         let groups = split(frames, |r| r.frame.stream_id.parse().ok());
         let seqs = |frames: Vec<Received>| frames.iter().map(|r| r.frame.msg_seq.to_string()).collect();
         groups.into_iter().map(|(shard, frames)| (shard, seqs(frames))).collect()
+    }
+
+    #[test]
+    fn a_site_reads_back_and_a_shard_is_where_it_was_put() {
+        let site = Site { router: "r1".into(), incarnation: "i".into(), atp: "h:1".into(), http: "h:2".into() };
+        assert_eq!(Site::read(&site.text()), Some(site.clone()));
+        assert_eq!(Site::read("r1 i h:1"), None);
+        assert_eq!(Site::read("r1 i h:1 h:2 more"), None);
+        let shards = Shards::new(Placement::default());
+        assert!(matches!(shards.place(0), Place::Unknown));
+        shards.set(0, Place::At(Arc::new(site.clone())));
+        assert!(matches!(shards.place(0), Place::At(at) if *at == site));
+        assert!(shards.here(0).is_none() && shards.all_here().is_empty());
+        assert!(matches!(shards.place(9), Place::Unknown));
     }
 
     #[test]

@@ -16,7 +16,7 @@ pub const OPEN_MS: u64 = 30_000;
 /// Successes of probes that close it.
 pub const SUCCESSES: u32 = 2;
 
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub enum BreakerState {
     #[default]
     Closed,

@@ -143,6 +143,12 @@ impl Agent {
         self.link.as_ref().is_some_and(|l| l.up)
     }
 
+    /// Its live connection and incarnation.
+    #[must_use]
+    pub fn link(&self) -> Option<(ConnId, &str)> {
+        self.link.as_ref().filter(|l| l.up).map(|l| (l.conn, &*l.capabilities.incarnation))
+    }
+
     /// READY, BUSY, PAUSE or DRAINING, by its own word or the operator's; `None` while it isn't connected.
     #[must_use]
     pub fn stands(&self) -> Option<Status> {

@@ -14,7 +14,7 @@ pub const PASSED_MAX: u32 = 24;
 pub const GOLD_RESERVED: u32 = 4;
 
 /// What a call that waits for a slot says of itself.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct Wish {
     pub qos: Qos,
     pub tenant: Arc<str>,

@@ -25,7 +25,7 @@ impl Slow {
         let (inbox, taking) = inbox(1 << 20);
         let mut clients = Clients::new(1, inbox, Source::local(""), TaskTracker::new());
         let (outbox, writer) = outbox(CancellationToken::new());
-        let bounds = Arc::new(Bounds::new(16, Arc::default()));
+        let bounds = Arc::new(Bounds::new(16, Arc::default(), None));
         clients.open(CONN, TenantId::new("default"), outbox, bounds);
         Self { clients, taking, writer: Some(writer) }
     }
@@ -124,11 +124,11 @@ async fn no_frame_overtakes_a_stream_that_lags() {
 #[tokio::test]
 async fn streams_that_attach_to_one_take_one_place_together() {
     let mut slow = Slow::new();
-    let places = |slow: &Slow| slow.clients.list[&CONN].streams.iter().map(ToString::to_string).collect::<Vec<_>>();
+    let places = |slow: &Slow| slow.clients.list[&CONN].streams.keys().map(ToString::to_string).collect::<Vec<_>>();
     for try_no in 2..=4 {
         let id = format!("k-1.{try_no}");
         let client = slow.clients.list.get_mut(&CONN).expect("open");
-        assert!(client.bounds.open() && client.streams.insert(StreamId::new(&id)));
+        assert!(client.bounds.open(&id).is_ok() && client.streams.insert(StreamId::new(&id), 0).is_none());
         let attached = Accepted {
             stream_id: "k-1.1".into(),
             state: TaskState::Running,

@@ -2,6 +2,7 @@
 
 mod accounts;
 mod kafka;
+mod peers;
 mod policy;
 mod read;
 mod reference;
@@ -17,6 +18,7 @@ pub use reference::{policy_schema, reference, schema};
 use crate::identity::Anonymous;
 pub use crate::log::Durability;
 use crate::log::{KafkaAddress, Source};
+use crate::peer::PeerKey;
 use crate::store::StoreConfig;
 use crate::tool::ToolConfig;
 #[cfg(feature = "kafka")]
@@ -38,6 +40,8 @@ pub struct Config {
     pub durability: Durability,
     pub log: LogPlace,
     pub store: StoreConfig,
+    /// What routers of one log prove to each other; `None`: no other router is taken.
+    pub peer_key: Option<PeerKey>,
     pub anonymous: Anonymous,
     /// What the core reads.
     pub settings: Settings,
@@ -139,6 +143,7 @@ impl Default for Config {
             durability: Durability::Fsync,
             log: LogPlace::Local,
             store: StoreConfig::Memory,
+            peer_key: None,
             anonymous: Anonymous::Loopback,
             settings: Settings::default(),
             agents: Vec::new(),
@@ -234,6 +239,11 @@ impl Config {
                 let fix = "write where the other routers' clients and agents reach this one: HOST:PORT";
                 problems.push(Problem::nowhere("router.advertise", message, fix));
             }
+            if shares && self.peer_key.is_none() {
+                let message = "is missing: routers that share a log in Kafka and a Redis prove it to each other";
+                let fix = "set peers: {key: \"${ATP_PEER_KEY}\"}, the same on all of them (openssl rand -hex 32)";
+                problems.push(Problem::nowhere("peers.key", message, fix));
+            }
         }
         problems
     }
@@ -247,6 +257,7 @@ impl Config {
             ("shards.count", self.shards != new.shards),
             ("log", self.durability != new.durability || self.log != new.log),
             ("store", self.store != new.store),
+            ("peers", self.peer_key != new.peer_key),
             ("auth.anonymous", self.anonymous != new.anonymous),
             ("agents", self.agents != new.agents),
             ("tools", self.tools != new.tools),

@@ -319,6 +319,7 @@ impl Walk<'_> {
         }
         self.kafka(&mut config);
         self.store(&mut config);
+        self.peers(&mut config);
         let windows = [
             ("windows.stream", &mut config.settings.stream_window),
             ("windows.agent", &mut config.settings.agent_window),

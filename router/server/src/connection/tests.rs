@@ -1,12 +1,14 @@
 //! Deadlines and bounds of one connection, on a paused clock.
 
+use super::admissible::check_capabilities;
 use super::*;
 use crate::inbox::{Taking, inbox};
 use crate::log::Source;
 use crate::shard_task::Health;
-use crate::shards::Here;
+use crate::shards::{Here, Place, Sites};
 use crate::time::Clocks;
 use atp_core::placement::Placement;
+use atp_proto::content::Capabilities;
 use tokio::io::{AsyncWriteExt, DuplexStream};
 use tokio::task::JoinHandle;
 
@@ -15,11 +17,14 @@ fn connect() -> (DuplexStream, JoinHandle<Ended>, Taking) {
     let tasks = TaskTracker::new();
     let shards = Shards::new(Placement::default());
     let health = tokio::sync::watch::channel(Health::default()).1;
-    shards.open(0, Here { inbox, source: Source::local(""), health });
-    let agents = Agents::new(Arc::default(), shards.clone(), Clocks::start(), tasks.clone(), 2);
+    shards.set(0, Place::Here(Here { inbox, source: Source::local(""), health }));
+    let peers = Peers::new("r1", None);
+    let agents = Agents::new(Arc::default(), shards.clone(), Clocks::start(), tasks.clone(), 2, peers.clone());
     let shared = Arc::new(Shared {
         shards,
         agents,
+        peers,
+        sites: tokio::sync::watch::channel(Sites::default()).1,
         anonymous: Anonymous::Loopback,
         incarnation: "test".into(),
         heartbeat: Duration::from_secs(5),

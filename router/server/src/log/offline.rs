@@ -99,6 +99,8 @@ pub struct Follower {
     source: Source,
     state: State,
     report: Report,
+    /// Where the log ended before it was read last, if that costs less than to read.
+    end: Option<u64>,
 }
 
 impl Follower {
@@ -107,8 +109,9 @@ impl Follower {
     /// # Errors
     /// As [`recover_state`].
     pub fn read(source: Source) -> Result<Self, LogError> {
+        let end = source.end()?;
         let (state, report) = recover_state(&source)?;
-        Ok(Self { source, state, report })
+        Ok(Self { source, state, report, end })
     }
 
     /// Reads what has come since. After an error it is worth nothing.
@@ -116,6 +119,11 @@ impl Follower {
     /// # Errors
     /// As [`recover_state`].
     pub fn catch_up(&mut self) -> Result<(), LogError> {
+        let end = self.source.end()?;
+        if end.is_some() && end == self.end {
+            return Ok(());
+        }
+        self.end = end;
         go_on(&mut self.state, &self.source, &mut self.report)
     }
 

@@ -125,6 +125,18 @@ impl Source {
         }
     }
 
+    /// A mark that changes with the log's end, where it can be had without reading.
+    ///
+    /// # Errors
+    /// As `entries`.
+    pub(super) fn end(&self) -> Result<Option<u64>, LogError> {
+        match self {
+            Self::Local { .. } => Ok(None),
+            #[cfg(feature = "kafka")]
+            Self::Kafka(kafka) => kafka.end().map(Some),
+        }
+    }
+
     /// The position of the first piece of the newest checkpoint that can be found without reading the log.
     ///
     /// # Errors

@@ -5,9 +5,12 @@ use atp_core::projection::StreamRow;
 /// ```text
 /// {PREFIX}:routers                  sorted set   router id -> last seen (Unix ms)
 /// {PREFIX}:router:ID                hash         a router's entry; expires 15 s after its last sign of life
+/// {PREFIX}:alive:ID                 string       the router's word that it lives, how it is reached; expires with a lease
+/// {PREFIX}:drained                  hash         router id -> the run of it that is to own nothing
 /// {PREFIX}:shards                   sorted set   shard -> last seen
 /// {PREFIX:SHARD}:shard              hash         log, watermark, owner of a shard; never expires
-/// {PREFIX:SHARD}:lease              string       who tries to own the shard; expires with the lease
+/// {PREFIX:SHARD}:lease              string       who tries to own the shard, empty if it was given back; expires
+/// {PREFIX:SHARD}:standby            hash         who follows the shard's log, and up to where; expires
 /// {PREFIX:SHARD}:streams            sorted set   TENANT:STREAM -> last written
 /// {PREFIX:SHARD}:stream:TENANT:ID   hash         a stream; expires 5 min after it was last written, 1 min after its end
 /// {PREFIX:SHARD}:agents             sorted set   agent handle -> last written
@@ -28,6 +31,12 @@ impl Keys {
     pub(super) fn router(&self, id: &str) -> String {
         format!("{{{}}}:router:{id}", self.prefix)
     }
+    pub(super) fn alive(&self, id: &str) -> String {
+        format!("{{{}}}:alive:{id}", self.prefix)
+    }
+    pub(super) fn drained(&self) -> String {
+        format!("{{{}}}:drained", self.prefix)
+    }
     pub(super) fn shards(&self) -> String {
         format!("{{{}}}:shards", self.prefix)
     }
@@ -36,6 +45,9 @@ impl Keys {
     }
     pub(super) fn lease(&self, shard: u32) -> String {
         format!("{{{}:{shard}}}:lease", self.prefix)
+    }
+    pub(super) fn standby(&self, shard: u32) -> String {
+        format!("{{{}:{shard}}}:standby", self.prefix)
     }
     pub(super) fn streams(&self, shard: u32) -> String {
         format!("{{{}:{shard}}}:streams", self.prefix)

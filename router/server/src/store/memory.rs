@@ -1,8 +1,12 @@
 //! The store of a single router: the same rows, kept in this process and gone with it.
 
 use super::keys::member;
+use super::lease::GIVEN_BACK;
 use super::row::{self, Row};
-use super::{Batch, Beat, Fields, READ_MAX, Snapshot, StateStore, StoreError, Watermark, admit};
+use super::{
+    Batch, Beat, Fields, Found, Lease, READ_MAX, Seen, Snapshot, StateStore, StoreError, Turn, Watermark, admit,
+};
+use atp_core::clock::rfc3339;
 use atp_core::projection::StreamRow;
 use atp_core::view::AgentView;
 use std::collections::BTreeMap;
@@ -27,7 +31,11 @@ struct Shard {
 pub struct MemoryStore {
     shards: BTreeMap<u32, Shard>,
     routers: BTreeMap<String, (Instant, Beat)>,
-    leases: BTreeMap<u32, (Instant, String)>,
+    /// Of a shard its holder, or nobody if it was given back.
+    leases: BTreeMap<u32, (Instant, Option<String>)>,
+    alive: BTreeMap<String, (Instant, String)>,
+    drained: BTreeMap<String, String>,
+    standbys: BTreeMap<u32, (Instant, (String, u64))>,
 }
 
 impl MemoryStore {
@@ -41,6 +49,10 @@ fn fields(row: Row) -> Fields {
     row.into_iter().map(|(name, value)| (name.to_owned(), value)).collect()
 }
 
+fn watermark(batch: &Batch) -> Watermark {
+    Watermark { log: batch.log.clone(), position: batch.position, router: batch.router.to_string() }
+}
+
 fn alive<T>(rows: &Rows<T>, now: Instant, as_row: impl Fn(&Batch, &T) -> Row) -> Vec<Fields> {
     let alive = rows.values().filter(|(ends, ..)| *ends > now).take(READ_MAX);
     alive.map(|(_, batch, one)| fields(as_row(batch, one))).collect()
@@ -49,11 +61,7 @@ fn alive<T>(rows: &Rows<T>, now: Instant, as_row: impl Fn(&Batch, &T) -> Row) ->
 impl StateStore for MemoryStore {
     async fn write(&mut self, batch: &Batch) -> Result<Option<u64>, StoreError> {
         let shard = self.shards.entry(batch.shard).or_default();
-        let before = shard.batch.as_ref().map(|b| Watermark {
-            log: b.log.clone(),
-            position: b.position,
-            router: b.router.to_string(),
-        });
+        let before = shard.batch.as_ref().map(|b| watermark(b));
         let before = admit(batch, before.as_ref())?;
         let now = Instant::now();
         let ends = now + batch.ttl;
@@ -86,22 +94,73 @@ impl StateStore for MemoryStore {
 
     async fn watermark(&mut self, shard: u32) -> Result<Option<Watermark>, StoreError> {
         let batch = self.shards.get(&shard).and_then(|s| s.batch.as_ref());
-        Ok(batch.map(|b| Watermark { log: b.log.clone(), position: b.position, router: b.router.to_string() }))
+        Ok(batch.map(|b| watermark(b)))
     }
 
-    async fn lease(&mut self, shard: u32, holder: &str, ttl: Duration) -> Result<Option<String>, StoreError> {
+    async fn turn(&mut self, turn: &Turn<'_>) -> Result<Found, StoreError> {
         let now = Instant::now();
-        if let Some((_, other)) = self.leases.get(&shard).filter(|(ends, of)| *ends > now && of != holder) {
-            return Ok(Some(other.clone()));
+        let ends = now + turn.ttl;
+        self.leases.retain(|_, (ends, _)| *ends > now);
+        self.alive.retain(|_, (ends, _)| *ends > now);
+        self.standbys.retain(|_, (ends, _)| *ends > now);
+        let mine = |holder: &str| holder == turn.holder;
+        if self.alive.get(turn.router).is_none_or(|(_, of)| mine(of)) {
+            self.alive.insert(turn.router.into(), (ends, turn.holder.into()));
+            for shard in turn.wanted {
+                if self.leases.get(shard).is_none_or(|(_, of)| of.as_deref().is_none_or(mine)) {
+                    self.leases.insert(*shard, (ends, Some(turn.holder.into())));
+                }
+            }
+            for (shard, position) in turn.followed {
+                self.standbys.insert(*shard, (ends, (turn.router.into(), *position)));
+            }
         }
-        self.leases.insert(shard, (now + ttl, holder.to_owned()));
-        Ok(None)
+        let seen = |shard| {
+            let batch = self.shards.get(&shard).and_then(|s| s.batch.as_ref());
+            Seen {
+                lease: match self.leases.get(&shard) {
+                    Some((_, Some(holder))) => Lease::Of(holder.clone()),
+                    Some((_, None)) => Lease::Free,
+                    None => Lease::Lapsed,
+                },
+                watermark: batch.map(|b| watermark(b)),
+                epoch: batch.map_or(0, |b| b.epoch),
+                since: batch.map(|b| rfc3339(b.since_ms)).unwrap_or_default(),
+                standby: self.standbys.get(&shard).map(|(_, standby)| standby.clone()),
+            }
+        };
+        Ok(Found {
+            alive: self.alive.iter().map(|(router, (_, holder))| (router.clone(), holder.clone())).collect(),
+            drained: self.drained.clone(),
+            shards: (0..turn.shards).map(seen).collect(),
+        })
     }
 
-    async fn release(&mut self, shard: u32, holder: &str) -> Result<(), StoreError> {
-        if self.leases.get(&shard).is_some_and(|(_, of)| of == holder) {
-            self.leases.remove(&shard);
+    async fn release(
+        &mut self,
+        shards: &[u32],
+        holder: &str,
+        heir: Option<(&str, Duration)>,
+    ) -> Result<(), StoreError> {
+        let (heir, ttl) = heir.map_or((None, GIVEN_BACK), |(heir, ttl)| (Some(heir.to_owned()), ttl));
+        for shard in shards {
+            if let Some(lease) = self.leases.get_mut(shard).filter(|(_, of)| of.as_deref() == Some(holder)) {
+                *lease = (Instant::now() + ttl, heir.clone());
+            }
         }
+        Ok(())
+    }
+
+    async fn leave(&mut self, router: &str, holder: &str) -> Result<(), StoreError> {
+        self.alive.retain(|name, (_, of)| name != router || of != holder);
+        Ok(())
+    }
+
+    async fn drain(&mut self, router: &str, run: Option<&str>) -> Result<(), StoreError> {
+        match run {
+            Some(run) => self.drained.insert(router.into(), run.into()),
+            None => self.drained.remove(router),
+        };
         Ok(())
     }
 

@@ -2,6 +2,7 @@
 //! lost, flushed or late at any moment: nothing waits for it and nothing is decided from it.
 
 mod keys;
+mod lease;
 mod memory;
 mod open;
 mod projector;
@@ -9,11 +10,13 @@ mod redis;
 mod row;
 mod same_log;
 
+pub use lease::{Found, Lease, Seen, Turn};
 pub use memory::MemoryStore;
 pub use redis::{RedisConfig, RedisStore};
 
 pub(crate) use open::Opened;
 pub(crate) use projector::{Identity, Projector, StoreHealth};
+pub(crate) use same_log::differs;
 
 use atp_core::projection::StreamRow;
 use atp_core::view::AgentView;
@@ -39,6 +42,8 @@ pub struct Batch {
     pub shard: u32,
     pub position: u64,
     pub epoch: u64,
+    /// Wall clock, Unix milliseconds: when its owner began.
+    pub since_ms: u64,
     /// Where the owner's newest checkpoint begins; 0: it has written none.
     pub checkpoint: u64,
     /// The owner's `router.id`.
@@ -120,16 +125,20 @@ pub trait StateStore: Send + 'static {
     fn beat(&mut self, beat: &Beat) -> impl Future<Output = Result<(), StoreError>> + Send;
     /// How far a shard has been shown.
     fn watermark(&mut self, shard: u32) -> impl Future<Output = Result<Option<Watermark>, StoreError>> + Send;
-    /// Takes a shard's lease for `ttl`, or keeps it; gives the holder if that is another one. A lease spares contention and
-    /// proves nothing: the log alone decides who owns a shard.
-    fn lease(
+    /// Says that a router lives, takes or keeps its leases where nobody else has them, and reads all that there is to know of
+    /// routers and shards. Where another run of the same router still lives nothing is taken, and `alive` has that one.
+    fn turn(&mut self, turn: &Turn<'_>) -> impl Future<Output = Result<Found, StoreError>> + Send;
+    /// Gives leases back that are still this holder's: to an heir for `ttl`, or to whoever comes.
+    fn release(
         &mut self,
-        shard: u32,
+        shards: &[u32],
         holder: &str,
-        ttl: Duration,
-    ) -> impl Future<Output = Result<Option<String>, StoreError>> + Send;
-    /// Gives the lease back, if it is still this holder's.
-    fn release(&mut self, shard: u32, holder: &str) -> impl Future<Output = Result<(), StoreError>> + Send;
+        heir: Option<(&str, Duration)>,
+    ) -> impl Future<Output = Result<(), StoreError>> + Send;
+    /// The router, which is this holder, lives no longer.
+    fn leave(&mut self, router: &str, holder: &str) -> impl Future<Output = Result<(), StoreError>> + Send;
+    /// Says that a run of a router is to own nothing; `None`: it may again.
+    fn drain(&mut self, router: &str, run: Option<&str>) -> impl Future<Output = Result<(), StoreError>> + Send;
     /// Reads everything of the shards that routers in the directory have named.
     fn read(&mut self) -> impl Future<Output = Result<Snapshot, StoreError>> + Send;
 }

@@ -87,11 +87,13 @@ struct Shown {
     wrote: Option<u64>,
     /// What was durable when it was asked last.
     asked: u64,
+    /// When this owner of it began, Unix milliseconds.
+    since_ms: u64,
 }
 
 impl Default for Shown {
     fn default() -> Self {
-        Self { all: true, wrote: None, asked: 0 }
+        Self { all: true, wrote: None, asked: 0, since_ms: 0 }
     }
 }
 
@@ -170,6 +172,7 @@ impl<S: StateStore> Projector<S> {
                 continue;
             }
             shown.asked = durable;
+            shown.since_ms = here.health.borrow().since_ms;
             match self.show_shard(shard, &here.inbox, beat, all || (beat && homes.contains(&shard))).await {
                 Err(error @ StoreError::Away(_)) => return Err(error),
                 Err(error) => {
@@ -234,6 +237,7 @@ impl<S: StateStore> Projector<S> {
             shard: projection.shard,
             position: projection.position,
             epoch: projection.epoch,
+            since_ms: self.shown.get(&shard).map_or(0, |shown| shown.since_ms),
             checkpoint: projection.checkpoint,
             router: self.identity.router.clone(),
             at_ms: self.clocks.now().wall_ms,

@@ -2,8 +2,11 @@
 //! whole or not at all and a late or repeated one changes nothing that is newer.
 
 use super::keys::{Keys, member};
+use super::lease::GIVEN_BACK;
 use super::row::{self, Row};
-use super::{Batch, Beat, Fields, READ_MAX, Snapshot, StateStore, StoreError, Watermark, admit};
+use super::{
+    Batch, Beat, Fields, Found, Lease, READ_MAX, Seen, Snapshot, StateStore, StoreError, Turn, Watermark, admit,
+};
 use ::redis::aio::MultiplexedConnection;
 use ::redis::{AsyncConnectionConfig, Client, ErrorKind, IntoConnectionInfo, RedisError, Script, ServerErrorKind};
 use std::collections::{BTreeMap, BTreeSet};
@@ -38,16 +41,18 @@ redis.call('ZREMRANGEBYSCORE', KEYS[2], '-inf', gone)
 redis.call('ZREMRANGEBYSCORE', KEYS[3], '-inf', gone)
 return was
 ";
-/// KEYS: the lease. ARGV: holder, time to live (ms). Gives another holder, or nothing when it is taken or kept.
+/// KEYS: a lease, or a router's word that it lives. ARGV: holder, time to live (ms). Takes or keeps it unless it is another's;
+/// gives the holder.
 const LEASE: &str = r"
 local holder = redis.call('GET', KEYS[1])
-if holder and holder ~= ARGV[1] then return holder end
+if holder and holder ~= '' and holder ~= ARGV[1] then return holder end
 redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
-return false
+return ARGV[1]
 ";
-/// KEYS: the lease. ARGV: holder.
+/// KEYS: the same. ARGV: holder, heir, time to live (ms). No time: it is nobody's.
 const RELEASE: &str = r"
-if redis.call('GET', KEYS[1]) == ARGV[1] then redis.call('DEL', KEYS[1]) end
+if redis.call('GET', KEYS[1]) ~= ARGV[1] then return false end
+if ARGV[3] == '0' then redis.call('DEL', KEYS[1]) else redis.call('SET', KEYS[1], ARGV[2], 'PX', ARGV[3]) end
 return false
 ";
 const STREAMS: u32 = 1;
@@ -110,6 +115,10 @@ fn away(error: &RedisError) -> StoreError {
     StoreError::Away(shown(error))
 }
 
+fn unread(error: &::redis::ParsingError) -> StoreError {
+    StoreError::Away(format!("an answer that can't be read: {error}"))
+}
+
 fn watermark(log: Option<String>, position: Option<String>, router: Option<String>) -> Option<Watermark> {
     let log = log.filter(|l| !l.is_empty())?;
     let position = position.and_then(|p| p.parse().ok()).unwrap_or(0);
@@ -151,6 +160,19 @@ impl RedisStore {
         }
         let rows: Vec<BTreeMap<String, String>> = pipe.query_async(connection).await.map_err(|e| away(&e))?;
         Ok(rows.into_iter().filter(|row| !row.is_empty()).collect())
+    }
+
+    async fn let_go(&mut self, keys: Vec<String>, holder: &str, to: &str, ttl: Duration) -> Result<(), StoreError> {
+        let mut connection = self.connect().await?;
+        let mut pipe = ::redis::pipe();
+        pipe.load_script(&self.release).ignore();
+        for key in keys {
+            let mut call = self.release.key(key);
+            pipe.invoke_script(call.arg(holder).arg(to).arg(millis(ttl))).ignore();
+        }
+        let () = pipe.query_async(&mut connection).await.map_err(|e| away(&e))?;
+        self.connection = Some(connection);
+        Ok(())
     }
 
     async fn members(connection: &mut MultiplexedConnection, list: String) -> Result<Vec<String>, StoreError> {
@@ -222,19 +244,90 @@ impl StateStore for RedisStore {
         Ok(watermark(log, position, router))
     }
 
-    async fn lease(&mut self, shard: u32, holder: &str, ttl: Duration) -> Result<Option<String>, StoreError> {
+    async fn turn(&mut self, turn: &Turn<'_>) -> Result<Found, StoreError> {
         let mut connection = self.connect().await?;
-        let mut call = self.lease.key(self.keys.lease(shard));
-        call.arg(holder).arg(millis(ttl));
-        let other = call.invoke_async(&mut connection).await.map_err(|e| away(&e))?;
+        let (keys, ttl) = (&self.keys, millis(turn.ttl));
+        // Who lives must be known before anything is taken: another run of this router may.
+        let mut alive = self.lease.key(keys.alive(turn.router));
+        alive.arg(turn.holder).arg(ttl);
+        let mut pipe = ::redis::pipe();
+        pipe.load_script(&self.lease).ignore().invoke_script(&alive);
+        pipe.cmd("ZADD").arg(keys.routers()).arg(turn.at_ms).arg(turn.router).ignore();
+        pipe.cmd("ZRANGE").arg(keys.routers()).arg(0).arg(-1).hgetall(keys.drained());
+        let (holder, names, drained): (String, Vec<String>, BTreeMap<String, String>) =
+            pipe.query_async(&mut connection).await.map_err(|e| away(&e))?;
+        let is_mine = holder == turn.holder;
+
+        let mut pipe = ::redis::pipe();
+        pipe.cmd("MGET").arg(names.iter().map(|name| keys.alive(name)).collect::<Vec<_>>());
+        for shard in 0..turn.shards {
+            if is_mine && turn.wanted.contains(&shard) {
+                let mut lease = self.lease.key(keys.lease(shard));
+                pipe.invoke_script(lease.arg(turn.holder).arg(ttl));
+            } else {
+                pipe.get(keys.lease(shard));
+            }
+            pipe.cmd("HMGET").arg(keys.shard(shard)).arg(&["log", "position", "owner", "epoch", "since"]);
+            if let Some(position) = turn.followed.get(&shard).filter(|_| is_mine) {
+                let key = keys.standby(shard);
+                pipe.cmd("HSET").arg(&key).arg("router").arg(turn.router).arg("position").arg(*position).ignore();
+                pipe.cmd("PEXPIRE").arg(&key).arg(ttl).ignore();
+            }
+            pipe.cmd("HMGET").arg(keys.standby(shard)).arg(&["router", "position"]);
+        }
+        let mut answers: Vec<Vec<Option<String>>> = Vec::new();
+        let values: Vec<::redis::Value> = pipe.query_async(&mut connection).await.map_err(|e| away(&e))?;
+        for value in values {
+            // A single value is a list of one.
+            answers.push(match value {
+                list @ ::redis::Value::Array(_) => ::redis::from_redis_value(list).map_err(|e| unread(&e))?,
+                one => vec![::redis::from_redis_value(one).map_err(|e| unread(&e))?],
+            });
+        }
         self.connection = Some(connection);
-        Ok(other)
+        let mut answers = answers.into_iter();
+        let alive = names.into_iter().zip(answers.next().unwrap_or_default());
+        let alive = alive.filter_map(|(name, holder)| Some((name, holder?))).collect();
+        let shards = (0..turn.shards).map(|_| {
+            let mut next = || answers.next().unwrap_or_default().into_iter();
+            let (lease, mut row, mut standby) = (next().next().flatten(), next(), next());
+            let mut field = || row.next().flatten();
+            Seen {
+                lease: match lease {
+                    None => Lease::Lapsed,
+                    Some(holder) if holder.is_empty() => Lease::Free,
+                    Some(holder) => Lease::Of(holder),
+                },
+                watermark: watermark(field(), field(), field()),
+                epoch: field().and_then(|epoch| epoch.parse().ok()).unwrap_or(0),
+                since: field().unwrap_or_default(),
+                standby: standby.next().flatten().zip(standby.next().flatten().and_then(|p| p.parse().ok())),
+            }
+        });
+        Ok(Found { alive, drained, shards: shards.collect() })
     }
 
-    async fn release(&mut self, shard: u32, holder: &str) -> Result<(), StoreError> {
+    async fn release(
+        &mut self,
+        shards: &[u32],
+        holder: &str,
+        heir: Option<(&str, Duration)>,
+    ) -> Result<(), StoreError> {
+        let (heir, ttl) = heir.unwrap_or(("", GIVEN_BACK));
+        let keys: Vec<String> = shards.iter().map(|shard| self.keys.lease(*shard)).collect();
+        self.let_go(keys, holder, heir, ttl).await
+    }
+
+    async fn leave(&mut self, router: &str, holder: &str) -> Result<(), StoreError> {
+        let key = self.keys.alive(router);
+        self.let_go(vec![key], holder, "", Duration::ZERO).await
+    }
+
+    async fn drain(&mut self, router: &str, run: Option<&str>) -> Result<(), StoreError> {
         let mut connection = self.connect().await?;
-        let mut call = self.release.key(self.keys.lease(shard));
-        let _: Option<String> = call.arg(holder).invoke_async(&mut connection).await.map_err(|e| away(&e))?;
+        let mut command = ::redis::cmd(if run.is_some() { "HSET" } else { "HDEL" });
+        command.arg(self.keys.drained()).arg(router).arg(run);
+        let _: u32 = command.query_async(&mut connection).await.map_err(|e| away(&e))?;
         self.connection = Some(connection);
         Ok(())
     }

@@ -25,6 +25,7 @@ pub(super) fn shard(batch: &Batch) -> Row {
         ("epoch", batch.epoch.to_string()),
         ("checkpoint", text((batch.checkpoint > 0).then_some(batch.checkpoint))),
         ("owner", batch.router.to_string()),
+        ("since", rfc3339(batch.since_ms)),
         ("heartbeat_at", rfc3339(batch.at_ms)),
     ]
 }

@@ -26,7 +26,8 @@ pub(crate) async fn check<S: StateStore>(store: &mut S, log: &str, ends: &[(u32,
     Ok(())
 }
 
-fn differs(known: Option<Watermark>, log: &str, end: u64) -> Option<String> {
+/// What is wrong with a shard's log that ends at `end`, if what was known of it says so.
+pub(crate) fn differs(known: Option<Watermark>, log: &str, end: u64) -> Option<String> {
     let Watermark { log: other, position, router } = known?;
     if other != log {
         return Some(format!(

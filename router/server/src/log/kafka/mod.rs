@@ -75,6 +75,7 @@ pub struct KafkaOptions {
 pub struct Made {
     pub log_id: LogId,
     pub shards: u32,
+    pub hash_seed: u64,
     pub topic_made: bool,
     /// False: the log was there already.
     pub log_made: bool,
@@ -157,6 +158,13 @@ impl KafkaShards {
         &self.0.made
     }
 
+    /// Whether a shard has had an owner when the log was opened.
+    #[must_use]
+    pub fn was_owned(&self, shard: u32) -> bool {
+        // Behind its Genesis.
+        self.0.memory().reached(shard).end > 1
+    }
+
     /// The log, to read; what is learned of where positions stand is shared with those who own shards.
     #[must_use]
     pub fn source(&self) -> Source {
@@ -203,7 +211,8 @@ impl KafkaShards {
         let epoch = taken.map_err(|why| LogError::Kafka { doing: "take", address: address.to_string(), why })?;
 
         let mut report = Vec::new();
-        if made.log_made {
+        // The first message behind its Genesis.
+        if made.log_made && epoch == 1 && shard == 0 {
             report.push(format!("log {} begun in {address}", hex(&log_id)));
         }
         if let (Some(mark), None) = (reached.checkpoint, &follower)

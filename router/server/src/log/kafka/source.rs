@@ -95,6 +95,11 @@ impl KafkaSource {
         Ok(high)
     }
 
+    /// The offset behind its last message.
+    pub(crate) fn end(&self) -> Result<u64, LogError> {
+        self.ends(&*self.messages()?)
+    }
+
     /// True: nothing was ever written to it.
     pub(super) fn is_empty(&self) -> Result<bool, LogError> {
         Ok(self.ends(&*self.messages()?)? == 0)

@@ -84,7 +84,8 @@ pub(super) fn prepare(
         memory.set_reached(shard, reached);
     }
     let replicated = topic.is_replicated();
-    Ok(Made { log_id, shards: genesis.shards, topic_made, log_made, replicated })
+    let Genesis { shards, hash_seed, .. } = genesis;
+    Ok(Made { log_id, shards, hash_seed, topic_made, log_made, replicated })
 }
 
 /// The end of a shard's partition, if it is this log's and has all that is remembered of it.

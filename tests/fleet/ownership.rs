@@ -1,0 +1,82 @@
+//! Who owns which shard: commands and pages say the same as the log does, whatever happens to routers.
+
+use crate::fleet::{Fleet, pauses};
+use atp_tests::blackbox::{atp, wait_for};
+use serde_json::Value;
+use std::time::Duration;
+
+/// Whether a router owns as many.
+fn has(fleet: &Fleet, router: usize, shards: usize) -> bool {
+    fleet.owned(router).len() == shards
+}
+
+fn shown(pauses: &[Duration]) -> String {
+    let at = |percent: usize| pauses[(pauses.len() - 1) * percent / 100].as_millis();
+    format!("p50 {} ms, max {} ms", at(50), at(100))
+}
+
+#[test]
+fn a_router_that_joins_gets_its_part_and_one_that_is_drained_gives_it_up() {
+    let mut fleet = Fleet::start(1, 64, 1);
+    assert_eq!(fleet.shared_by(&[0])[&0], 64, "one alone has all");
+    fleet.launch(1);
+    let part = fleet.part_of(1, &[0, 1]).len();
+    let joined = pauses(&fleet, &[0, 1], || has(&fleet, 1, part));
+    let shared = fleet.each_has_its_part(&[0, 1]);
+    println!("joined: {shared:?}; without an owner: {}", shown(&joined));
+
+    let url = fleet.routers[0].url();
+    wait_for("a standby for every shard that has read all", || {
+        let shards = atp::run_json(&["--url", &url, "shards"]);
+        let rows = shards["shards"].as_array()?.clone();
+        let whole = |row: &Value| {
+            let standby = if row["owner"] == "r1" { "r2" } else { "r1" };
+            let owned = row["epoch"].as_u64() > Some(0) && row["since"].is_string();
+            owned && row["standby"] == standby && row["lag"] == 0
+        };
+        rows.iter().all(whole).then_some(())
+    });
+
+    // Told to the one, done by the other.
+    let row = atp::run_json(&["--url", &url, "drain", "router", "r2"]);
+    assert_eq!((&row["id"], &row["drained"]), (&"r2".into(), &true.into()), "{row}");
+    let drained = pauses(&fleet, &[0, 1], || has(&fleet, 0, 64));
+    println!("drained; without an owner: {}", shown(&drained));
+    assert!(fleet.routers[1].is_ready(), "it serves by the other's shards");
+    let row = atp::run_json(&["--url", &fleet.routers[1].url(), "drain", "router", "r2", "--undo"]);
+    assert_eq!(row["drained"], false, "{row}");
+    assert_eq!(fleet.each_has_its_part(&[0, 1]), shared, "the same part as before");
+    let unknown = fleet.routers[0].http("POST", "/v1/routers/r9/drain");
+    assert_eq!(unknown.0, 404, "{unknown:?}");
+
+    // The last one gives what it has to nobody, and the next takes it at once.
+    fleet.routers[1].stop();
+    assert_eq!(fleet.shared_by(&[0])[&0], 64);
+    fleet.routers[0].stop();
+    fleet.launch(2);
+    assert_eq!(fleet.shared_by(&[2])[&2], 64);
+    let log = fleet.routers[2].log();
+    let verified = atp::run_json(&["verify", "--log", &log]);
+    assert_eq!(verified["ok"], true, "{verified:#}");
+}
+
+#[test]
+fn redis_away_stops_no_shard_and_moves_none() {
+    let mut fleet = Fleet::start(1, 8, 2);
+    let before = fleet.each_has_its_part(&[0, 1]);
+    fleet.redis.kill();
+    let store = |n: usize| fleet.routers[n].http("GET", "/readyz").1["store"].clone();
+    wait_for("both to notice", || {
+        let away = |n| store(n).as_str().is_some_and(|said: &str| said.contains("away"));
+        (away(0) && away(1)).then_some(())
+    });
+    assert_eq!(fleet.shared_by(&[0, 1]), before);
+    assert!(fleet.routers[0].is_ready() && fleet.routers[1].is_ready());
+    let told = fleet.routers[0].http("POST", "/v1/routers/r2/drain");
+    assert_eq!((told.0, &told.1["code"]), (503, &Value::from("EDRAINING")), "{told:?}");
+    fleet.redis.restart();
+    wait_for("the store to be back", || (store(0) == "ok" && store(1) == "ok").then_some(()));
+    assert_eq!(fleet.shared_by(&[0, 1]), before, "nobody took what had an owner");
+    fleet.routers[0].kill();
+    assert_eq!(fleet.shared_by(&[1])[&1], 8, "leases work as before");
+}
