@@ -178,9 +178,9 @@ impl Agents {
             messages.drain(..told);
             return Ok(messages.is_empty());
         }
-        match self.of(name)?.queue.try_send(AgentMessage::Shard(std::mem::take(messages), Via::Here)) {
-            Err(TrySendError::Full(AgentMessage::Shard(back, _))) => *messages = back,
-            Ok(()) | Err(_) => {}
+        let said = AgentMessage::Shard(std::mem::take(messages), Via::Here);
+        if let Err(TrySendError::Full(AgentMessage::Shard(back, _))) = self.of(name)?.queue.try_send(said) {
+            *messages = back;
         }
         Ok(messages.is_empty())
     }

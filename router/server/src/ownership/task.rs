@@ -454,7 +454,7 @@ impl Ownership {
             let _permit = at_once.acquire_owned().await;
             let taken = tokio::task::spawn_blocking(move || taker.take(shard, slot.as_deref())).await;
             let broke = |e: tokio::task::JoinError| LogError::SteppedDown { shard, why: e.to_string() };
-            (shard, taken.map_err(broke).flatten())
+            (shard, taken.map_err(broke).and_then(|taken| taken))
         });
     }
 
