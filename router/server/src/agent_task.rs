@@ -178,8 +178,8 @@ impl Agents {
             messages.drain(..told);
             return Ok(messages.is_empty());
         }
-        let said = AgentMessage::Shard(std::mem::take(messages), Via::Here);
-        if let Err(TrySendError::Full(AgentMessage::Shard(back, _))) = self.of(name)?.queue.try_send(said) {
+        let sent = self.of(name)?.queue.try_send(AgentMessage::Shard(std::mem::take(messages), Via::Here));
+        if let Err(TrySendError::Full(AgentMessage::Shard(back, _))) = sent {
             *messages = back;
         }
         Ok(messages.is_empty())
@@ -360,6 +360,7 @@ impl AgentTask {
         self.routes.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Every shard, wherever it is.
     fn tell_all(&self, told: &mut BTreeMap<u32, Vec<FromAgent>>, message: &FromAgent) {
         self.peers.tell_all(message);
         for (shard, _) in self.shards.all_here() {
@@ -391,8 +392,7 @@ impl AgentTask {
                     if let FromAgent::Unsent { call, .. } = &message {
                         self.routes().ended(call);
                     }
-                    let via = self.routes().via(shard);
-                    match via {
+                    match self.routes().via(shard) {
                         Via::Here => told.entry(shard).or_default().push(message),
                         Via::Link(link) => say::or_close(&link, say::from_agent(Some(shard), &message)),
                     }

@@ -50,19 +50,8 @@ impl Running {
         let tools = Tools::new(config.tools.clone(), tasks.clone());
         let agents = shared.agents.clone();
         let lessons = Lessons::start(shards.clone(), &tasks, stop.clone());
-        Self {
-            shards,
-            agents,
-            clocks,
-            guarantee,
-            inbox_bytes,
-            tools,
-            lessons,
-            tasks,
-            stop,
-            running: JoinSet::new(),
-            stops: BTreeMap::new(),
-        }
+        let (running, stops) = (JoinSet::new(), BTreeMap::new());
+        Self { shards, agents, clocks, guarantee, inbox_bytes, tools, lessons, tasks, stop, running, stops }
     }
 
     /// Starts one shard, which is found from now on. It ends with its log, or when it is stopped with all others.
@@ -73,10 +62,10 @@ impl Running {
         let (epoch, since_ms) = (shard.epoch(), self.clocks.now().wall_ms);
         let health = Health { guarantee: self.guarantee, serving, durable, epoch, since_ms, ..Health::default() };
         let (sender, health) = watch::channel(health);
-        self.lessons.begins(number, shard.state().statistics());
         self.shards.set(number, Place::Here(Here { inbox: inbox.clone(), source: source.clone(), health }));
         let stop = self.stop.child_token();
         self.stops.insert(number, stop.clone());
+        self.lessons.begins(number, shard.state().statistics());
         let task = ShardTask::new(Begin {
             number,
             shard,

@@ -238,8 +238,8 @@ impl ShardTask {
                 let epoch = self.shard.epoch();
                 let first = self.health.send_if_modified(|h| {
                     let first = !h.serving;
-                    (h.serving, h.durable, h.clock_ms, h.clock_at) = (true, position, clock_ms, Some(at));
-                    h.epoch = epoch;
+                    (h.serving, h.durable, h.epoch) = (true, position, epoch);
+                    (h.clock_ms, h.clock_at) = (clock_ms, Some(at));
                     first
                 });
                 if first {

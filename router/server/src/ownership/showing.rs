@@ -44,7 +44,6 @@ impl Ownership {
             rows.push(row);
         }
         gauge!("atp_shards_owned").set(f64::from(owned));
-        gauge!("atp_shards_unowned").set(rows.iter().filter(|row| row.owner.is_none()).count() as f64);
         gauge!("atp_standby_lag_entries").set(lag_max as f64);
         let routers = self.alive.values().map(|Alive { site, drained, .. }| RouterRow {
             id: site.router.clone(),
