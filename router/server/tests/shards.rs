@@ -96,7 +96,9 @@ async fn one_connection_has_streams_in_every_shard_and_views_show_them_together(
     assert_eq!(accounts[0]["held"]["usd_micros"], 0);
     assert_eq!(accounts[0]["remaining"]["usd_micros"], 100_000_000 - 15 * ids.len() as u64);
     let (_, ready) = http(&router, "GET /readyz").await;
-    assert_eq!(ready["shards"], json!({ "count": SHARDS, "serving": SHARDS }), "{ready}");
+    let owned: Vec<u32> = (0..SHARDS).collect();
+    let all = json!({ "count": SHARDS, "serving": SHARDS, "owned": owned, "nowhere": [] });
+    assert_eq!(ready["shards"], all, "{ready}");
     let one = http(&router, &format!("GET /v1/streams/{}", ids[3])).await.1;
     router.stop().await.expect("seals");
 

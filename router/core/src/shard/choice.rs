@@ -135,7 +135,9 @@ impl Shard {
     }
 
     pub(super) fn tier(&self, agent: &AgentName) -> Qos {
-        self.statistics().agent(agent.as_str()).map_or(Qos::Gold, |l| l.standing().tier())
+        // Its home knows before all others.
+        let known = if self.is_home_of_agent(agent) { self.state.statistics() } else { self.statistics() };
+        known.agent(agent.as_str()).map_or(Qos::Gold, |l| l.standing().tier())
     }
 
     /// Each known agent with its estimate, or why it isn't asked.

@@ -234,6 +234,9 @@ impl Shard {
         let level = window.level();
         let (open, most) = (self.books.get(tenant).map_or(0, |b| b.open.len()), self.calls_max(tenant));
         if let Some(most) = most.filter(|most| open >= *most as usize) {
+            // Here and at other shards.
+            let most = self.account_settings(tenant).max_parallel.unwrap_or(most);
+            let open = open.max(most as usize);
             let error =
                 WireError::new(Code::Window, format!("the account has {open} calls in flight, as many as it may"));
             let error = error.used(open as u64, most.into()).retry_after_ms(1_000);

@@ -269,8 +269,7 @@ impl Shard {
         let today = day_of(self.clock.logged_ms());
         let Some(standing) = self.statistics().agent(agent.as_str()).map(Learned::standing) else { return };
         let Some(tier) = standing.due(today) else { return };
-        let known = self.state.statistics().agent(agent.as_str()).map(|l| l.standing().tier());
-        if known == Some(tier) {
+        if self.tier(agent) == tier {
             // It stands in the log, and isn't known to all yet.
             return;
         }
@@ -282,8 +281,10 @@ impl Shard {
     }
 
     pub(super) fn tier_metric(&mut self, agent: &AgentName) {
-        let tier = self.tier(agent);
-        self.metric(Metric::AgentTier { agent: agent.clone(), tier });
+        if self.is_home_of_agent(agent) {
+            let tier = self.tier(agent);
+            self.metric(Metric::AgentTier { agent: agent.clone(), tier });
+        }
     }
 
     pub(super) fn account_metric(&mut self, account: &str) {
