@@ -212,6 +212,7 @@ fn a_failover_loses_what_was_written() {
     survives(&mut redis, &url, |router, redis| {
         // A replica that hadn't heard the last writes takes over: the watermark goes back, rows are missing.
         let keys = shard_keys();
+        wait_for("each shard in Redis", || watermarks(redis));
         let positions: Vec<Value> = keys.iter().map(|key| redis.hash(key)["position"].clone()).collect();
         progress(router);
         for (shard, (key, old)) in keys.iter().zip(positions).enumerate() {

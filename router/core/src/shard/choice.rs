@@ -81,7 +81,7 @@ impl Shard {
     ) -> Option<Estimate> {
         let seat = self.seats.get(agent).filter(|s| s.up)?;
         let model = seat.capabilities.models.first().map_or("", |m| m.id.as_str());
-        let row = self.statistics().row(agent.as_str(), model, request.task.task_type);
+        let row = self.learned_row(agent.as_str(), model, request.task.task_type);
         let ask = Ask {
             prompt_tokens: request.prompt_tokens,
             qos: request.qos,
@@ -166,7 +166,7 @@ impl Shard {
 
     fn measured(&self, agent: &AgentName, model: &str, task_type: &str) -> Measured {
         let today = day_of(self.clock.logged_ms());
-        let Some(row) = self.statistics().row(agent.as_str(), model, task_type) else {
+        let Some(row) = self.learned_row(agent.as_str(), model, task_type) else {
             return Measured::default();
         };
         let (errors, (accepted, decided)) = (row.errors(today), row.results(today));
@@ -180,10 +180,17 @@ impl Shard {
         }
     }
 
+    /// What is known of a row: by all shards, or by this one where that is ahead of them.
+    fn learned_row(&self, agent: &str, model: &str, task_type: &str) -> Option<&Row> {
+        let own = self.state.statistics().row(agent, model, task_type);
+        let of_all = self.statistics().row(agent, model, task_type);
+        own.into_iter().chain(of_all).max_by_key(|row| row.count)
+    }
+
     /// The p95 overage factor of estimates like this one: what its call may still need beside its hold.
     pub(super) fn overage_ppm(&self, offer: &Offer, task_type: &str) -> u64 {
         let today = day_of(self.clock.logged_ms());
-        let row = self.statistics().row(offer.agent.as_str(), &offer.estimate.model, task_type);
+        let row = self.learned_row(offer.agent.as_str(), &offer.estimate.model, task_type);
         row.map_or(1_000_000, |r| r.overage_ppm(offer.estimate.source as u32, today))
     }
 
@@ -192,7 +199,7 @@ impl Shard {
     pub(super) fn lasts_ms(&self, no: u64, offer: &Offer) -> u64 {
         let (Some(stream), Some(live)) = (self.state.stream(no), self.live.get(&no)) else { return 0 };
         let task_type = &stream.accept.task_type;
-        let row = self.statistics().row(offer.agent.as_str(), &offer.estimate.model, task_type);
+        let row = self.learned_row(offer.agent.as_str(), &offer.estimate.model, task_type);
         let takes = row.and_then(Row::figures).map_or(0, |f| f.latency_ms.saturating_mul(2));
         let left = live.deadline_at.saturating_sub(self.now_ms);
         left.saturating_sub(takes.min(stream.accept.deadline_ms / 2))
