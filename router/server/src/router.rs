@@ -7,8 +7,12 @@ use crate::descriptors::Connections;
 use crate::inbox::ToShard;
 use crate::listen::{self, Doors};
 use crate::log::{self, Guarantee, LogError};
-use crate::opening::{self, Opened, SharedLog, settings_of};
-use crate::ownership::{self, Handle, Ownership};
+#[cfg(feature = "kafka")]
+use crate::opening::SharedLog;
+use crate::opening::{self, Opened, settings_of};
+use crate::ownership::Handle;
+#[cfg(feature = "kafka")]
+use crate::ownership::{self, Ownership};
 use crate::peer::{self, Peers};
 use crate::running::Running;
 use crate::shards::{Shards, Site, Sites};
@@ -137,6 +141,7 @@ impl Router {
             http: me.http.clone(),
         };
         let store = store.project((shards.clone(), agents), identity, clocks, stop_shards.clone(), &tasks);
+        #[cfg(feature = "kafka")]
         let redis = match &config.store {
             StoreConfig::Redis(redis) => Some(redis.clone()),
             StoreConfig::Memory => None,
@@ -152,6 +157,7 @@ impl Router {
                 });
                 None
             }
+            #[cfg(feature = "kafka")]
             Log::Shared(log) => {
                 let redis = redis.expect("a log is shared by what the store says");
                 let store = store::RedisStore::new(&redis).map_err(|e| StartError::Store(e.to_string()))?;
@@ -380,6 +386,7 @@ impl Log {
     fn id(&self) -> &str {
         match self {
             Self::Own(log) => &log.log_id,
+            #[cfg(feature = "kafka")]
             Self::Shared(log) => &log.id,
         }
     }
@@ -387,6 +394,7 @@ impl Log {
     fn placement(&self) -> &Placement {
         match self {
             Self::Own(log) => &log.placement,
+            #[cfg(feature = "kafka")]
             Self::Shared(log) => &log.placement,
         }
     }
@@ -394,6 +402,7 @@ impl Log {
     fn guarantee(&self) -> Guarantee {
         match self {
             Self::Own(log) => log.guarantee,
+            #[cfg(feature = "kafka")]
             Self::Shared(log) => log.guarantee,
         }
     }
@@ -402,6 +411,7 @@ impl Log {
     fn ends(&self) -> Vec<(u32, u64)> {
         match self {
             Self::Own(log) => log.shards.iter().map(|one| (one.number, one.position)).collect(),
+            #[cfg(feature = "kafka")]
             Self::Shared(_) => Vec::new(),
         }
     }
@@ -409,6 +419,7 @@ impl Log {
     fn report(&self) -> &[String] {
         match self {
             Self::Own(log) => &log.report,
+            #[cfg(feature = "kafka")]
             Self::Shared(_) => &[],
         }
     }

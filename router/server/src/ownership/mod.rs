@@ -1,15 +1,22 @@
 //! Which router owns which shard, where several share one log in Kafka and one store in Redis: each takes the shards that rank it
 //! first among those that live, follows those that rank it second, and hands over what belongs to one that joins.
 
+#[cfg(feature = "kafka")]
 mod asking;
+#[cfg(feature = "kafka")]
 mod following;
+#[cfg(feature = "kafka")]
 mod plan;
 mod routes;
+#[cfg(feature = "kafka")]
 mod showing;
+#[cfg(feature = "kafka")]
 mod taking;
+#[cfg(feature = "kafka")]
 mod task;
 
 pub(crate) use routes::{fleet, routes};
+#[cfg(feature = "kafka")]
 pub(crate) use task::{Begin, Ownership};
 
 use serde::{Deserialize, Serialize};
