@@ -113,7 +113,10 @@ impl Shard {
                 Some(_) | None => {}
             }
         }
-        let found = if home { self.recall(account, None) } else { self.wish(account, window, need) };
+        let found = !home || self.recall(account, None);
+        if !home {
+            self.wish(account, window, need);
+        }
         if found {
             self.escrows.asked.insert(at, Asked { at: now, need, answered_at: None });
             self.timer(now + PATIENCE_MS, Timer::Sought(account.into()));
@@ -169,6 +172,10 @@ impl Shard {
     pub(super) fn sought(&mut self, account: &str) {
         let now = self.now_ms;
         let unanswered = |asked: &Asked| asked.answered_at.is_none() && now >= asked.at + PATIENCE_MS;
+        // What an answer said is over too.
+        self.escrows
+            .asked
+            .retain(|(a, _), asked| a != account || asked.answered_at.is_none_or(|at| now < at + FRESH_MS));
         let mut late = false;
         for (_, asked) in self.escrows.asked.iter_mut().filter(|((a, _), asked)| a == account && unanswered(asked)) {
             (asked.answered_at, late) = (Some(now), true);

@@ -84,7 +84,7 @@ impl Shard {
     }
 
     /// Tells the home what is needed: for running calls of a window, or for all new ones that wait.
-    pub(super) fn wish(&mut self, account: &str, window: &str, need: Amount) -> bool {
+    pub(super) fn wish(&mut self, account: &str, window: &str, need: Amount) {
         let home = self.settings.placement.home_of(account);
         let mut wish = Wish {
             account: account.into(),
@@ -111,7 +111,6 @@ impl Shard {
             wish.least = Amount::new(need.tokens.0.min(1), need.usd_micros.0.min(1)).into();
         }
         self.say(home, Say::Wish(wish));
-        true
     }
 
     /// A share comes: the next number is taken, a known one is answered by what the log has of it.
@@ -181,11 +180,6 @@ impl Shard {
         if self.escrows.recalled.get(account).is_some_and(|until| self.now_ms < *until) {
             return self.return_idle(account, true);
         }
-        self.return_closed(account);
-    }
-
-    /// Shares of windows in which nothing new begins.
-    pub(super) fn return_closed(&mut self, account: &str) {
         self.return_idle(account, false);
     }
 

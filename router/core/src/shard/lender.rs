@@ -52,7 +52,8 @@ impl Shard {
     /// What wishes of holders have a claim on before a task of this tier and age.
     pub(super) fn wishes_before(&self, account: &str, qos: u32, since: u64) -> Amount {
         let wishes = self.escrows.wishes.get(account).into_iter().flat_map(|w| w.values());
-        let before = wishes.filter(|w| !w.wish.window.is_empty() || (w.wish.qos, w.since) < (qos, since));
+        let alive = wishes.filter(|w| self.now_ms < w.at + WISH_MS);
+        let before = alive.filter(|w| !w.wish.window.is_empty() || (w.wish.qos, w.since) < (qos, since));
         before.fold(Amount::ZERO, |sum, w| sum.add(w.wish.least.into()).unwrap_or(sum))
     }
 
