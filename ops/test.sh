@@ -2,7 +2,7 @@
 # All tests of the project, with all their set-up. Prints each part's time; a part over its budget fails.
 #
 #   ops/test.sh          within 20 minutes from a warm cache
-#   ops/test.sh --all    also what is long: every mutant, 100,000 schedules, every point of the crash sweep, the Helm chart
+#   ops/test.sh --all    also what is long: every mutant, 100,000 schedules, every point of the crash sweep, Kafka over TLS, the chart
 #   ops/test.sh PART...  only these parts: fmt build clippy local-llm kafka redis test doc-test docs simulation sweep kafka-tls
 #                        helm mutants
 #
