@@ -24,6 +24,8 @@ mod header;
 mod marks;
 mod memory;
 mod owning;
+pub(super) mod prune;
+mod pruned;
 mod reading;
 #[cfg(test)]
 mod rules_test;
