@@ -266,6 +266,9 @@ pub fn share_the_log(rng: &mut Rng, plan: &mut Plan) {
     }
     plan.faults.broker_ppm = rng.pick(&[0, 5_000, 20_000, 60_000]);
     plan.mishaps = rng.range(1, 4) as u32;
+    // Messages of several owners between each other take batches that are long on their way.
+    plan.faults.commit_split_percent = rng.pick(&[30, 80]);
+    plan.faults.commit_max_ms = rng.pick(&[3, 30, 100, 400]);
     let most = rng.range(0, 3);
     plan.take_over_at.extend(times(rng, plan.heal_at, most));
 }

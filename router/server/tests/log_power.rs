@@ -133,6 +133,9 @@ impl Disk for Volatile {
     fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
         let mut cache = self.0.lock().unwrap();
         cache.step()?;
+        if let Ok(file) = File::open(to) {
+            cache.nameless.insert(file.metadata()?.ino(), file);
+        }
         RealDisk.rename(from, to)?;
         cache.undone.push(Name::Moved(from.into(), to.into()));
         Ok(())

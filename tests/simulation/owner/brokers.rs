@@ -81,6 +81,13 @@ impl Place {
             }
         }
         s.at(arrives, arrive(no, together));
+        // Somebody may come between the messages of a batch.
+        let left = self.log.partition.as_deref_mut().map(|p| &mut p.mishaps_left);
+        if let Some(left) = left.filter(|left| len > 1 && **left > 0 && !s.healed && s.rng.percent(5)) {
+            *left -= 1;
+            let at = s.rng.range(s.now_ms, arrives);
+            s.at(at, Event::TakeOver { shard: no });
+        }
     }
 
     /// Messages reach the brokers.
