@@ -11,6 +11,8 @@ mod error;
 mod kafka;
 mod local;
 pub mod offline;
+pub mod prune;
+mod pruned;
 mod queue;
 mod reader;
 mod recovery;
@@ -29,6 +31,7 @@ pub use error::LogError;
 #[cfg(feature = "kafka")]
 pub use kafka::{KafkaEntries, KafkaLog, KafkaOptions, KafkaShards, KafkaSource, Made, Opened, init};
 pub use local::{Durability, LocalLog, Options};
+pub use pruned::Beginning;
 pub use queue::Entry as QueuedEntry;
 pub use reader::{AllEntries as LocalAllEntries, Entries as LocalEntries, Reader};
 pub use recovery::Recovered;

@@ -6,7 +6,7 @@ use super::disk::Disk;
 use super::reader::{Due, Link};
 use super::segment::{self, Segment, Tail};
 use super::spare::Spare;
-use super::{LogError, LogId, Reader, checkpoint};
+use super::{LogError, LogId, Reader, checkpoint, pruned};
 use std::collections::{BTreeMap, VecDeque};
 use std::fs::{File, OpenOptions};
 use std::path::{Path, PathBuf};
@@ -65,8 +65,8 @@ struct Last {
     due: Due,
 }
 
-fn look(dir: &Path) -> Result<Found, LogError> {
-    let (numbers, unfinished) = segment::list(dir)?;
+fn look(dir: &Path, begins: pruned::Found) -> Result<Found, LogError> {
+    let pruned::Found { segments: numbers, unfinished, .. } = begins;
     let (mut zero, mut torn) = (Vec::new(), Vec::new());
     let next_number = numbers.last().map_or(1, |last| last + 1);
     for (index, number) in numbers.iter().enumerate().rev() {
@@ -147,8 +147,13 @@ fn check_link(dir: &Path, earlier: &[u64], last: &Segment) -> Result<(), LogErro
 
 /// Finds the end, cuts, and writes the last block anew; durable when it returns. `new_id` and `shards` are for a log that is made.
 pub(super) fn recover(dir: &Path, disk: &dyn Disk, new_id: LogId, shards: u32) -> Result<End, LogError> {
-    let found = look(dir)?;
+    let begins = pruned::find(dir)?;
     let mut report = Vec::new();
+    match begins.finish(dir, disk)? {
+        0 => {}
+        n => report.push(format!("{n} segments removed that `atp log prune` had given up")),
+    }
+    let found = look(dir, begins)?;
     for path in &found.unfinished {
         disk.remove(path).map_err(LogError::io("remove", path))?;
     }

@@ -22,6 +22,8 @@
 mod client;
 mod marks;
 mod memory;
+pub(super) mod prune;
+mod pruned;
 mod sender;
 mod source;
 mod start;

@@ -165,10 +165,14 @@ impl Writer {
     fn look(&mut self) -> Result<(), LogError> {
         let end = match self.sender.ends(LOOK_PATIENCE) {
             Ok((0, end)) => end,
-            Ok((low, _)) => {
-                let what = format!("it begins at offset {low} now: acknowledged records were deleted");
-                return Err(self.source.address().refused(what));
-            }
+            Ok((low, end)) => match self.source.note(low) {
+                Ok(_) => end,
+                Err(gone @ LogError::NotThisLog { .. }) => return Err(gone),
+                Err(error) => {
+                    tracing::debug!("{error}");
+                    return Ok(());
+                }
+            },
             Err(gone @ LogError::NotThisLog { .. }) => return Err(gone),
             // The brokers may be away for a while; the next entry finds out whether they come back in time.
             Err(error) => {
