@@ -1,14 +1,15 @@
 //! The task that owns "which shards are here": a turn at the store each third of a lease, shards taken, run, given and lost.
 
-use super::asking::Asking;
+use super::asking::{Asking, lives};
 use super::following::Following;
 use super::plan::{self, Facts, Last, Step};
 use super::taking::{Taken, Taker};
 use super::{Fleet, Handle, NotDrained, Order};
-use crate::config::Config;
+use crate::config::{Config, Problem};
 use crate::inbox::ToShard;
 use crate::log::LogError;
 use crate::opening::{SharedLog, settings_of};
+use crate::router::StartError;
 use crate::running::Running;
 use crate::shards::{Place, Shards, Site, Sites};
 use crate::store::{Found, Lease, RedisStore, Seen, StateStore, Turn, differs};
@@ -159,9 +160,15 @@ impl Ownership {
     /// The first turn.
     ///
     /// # Errors
-    /// The store remembers another log.
-    pub(crate) async fn begin(&mut self) -> Result<(), String> {
-        self.turn().await
+    /// Another router that answers has this one's id, or the store remembers another log. A former run of this router locks
+    /// nobody out: it doesn't answer any more.
+    pub(crate) async fn begin(&mut self) -> Result<(), StartError> {
+        self.turn().await.map_err(StartError::Store)?;
+        let namesake = self.alive.get(&self.me.router).map(|alive| alive.site.clone());
+        match namesake.filter(|site| *site != self.me) {
+            Some(other) if lives(&other).await => Err(StartError::Config(vec![same_id(&other)])),
+            _ => Ok(()),
+        }
     }
 
     /// Runs until it is stopped; then gives back what it holds.
@@ -287,6 +294,7 @@ impl Ownership {
             let Some(site) = Site::read(text) else { continue };
             let before = self.alive.remove(router).filter(|before| *before.site == site);
             let drained = found.drained.get(router) == Some(&site.incarnation);
+            let is_new = before.is_none();
             let (site, since) = before.map_or_else(|| (Arc::new(site), now), |before| (before.site, before.since));
             if *site == *self.me {
                 match (drained, self.drained) {
@@ -294,8 +302,8 @@ impl Ownership {
                     (false, Some(_)) if self.leaving.is_empty() => self.drained = None,
                     _ => {}
                 }
-            } else if *router == self.me.router && !self.alive.contains_key(router) {
-                tracing::debug!(at = site.http, "another run of this router lives, or has just ended");
+            } else if *router == self.me.router && is_new {
+                tracing::warn!("{}; unless it has just ended, this router owns nothing while it lives", same_id(&site));
             }
             alive.insert(router.clone(), Alive { site, since, drained });
         }
@@ -566,6 +574,11 @@ impl Ownership {
             }
         }
     }
+}
+
+fn same_id(other: &Site) -> Problem {
+    let message = format!("`{}` is the id of another run, at {}", other.router, other.http);
+    Problem::nowhere("router.id", message, "give each router of a fleet an id of its own, or stop the other one")
 }
 
 /// 0 to 0.5, another one each time.
