@@ -19,6 +19,10 @@ sim *ARGS:
 faults *ARGS:
     ops/faults.sh {{ARGS}}
 
+# Three routers at 30 streams a second lose a router, a lease, Redis and a broker; the pauses that clients saw are printed
+fleet:
+    ATP_TEST_ALL=1 cargo test --release -p atp-tests --test fleet three_routers -- --nocapture
+
 # Every planted fault must be caught
 mutants *ARGS:
     tests/simulation/mutants/run.sh {{ARGS}}

@@ -1,4 +1,4 @@
-//! `atp agent KIND`: one adapter against one router, until a signal. The adapter does the work; this starts and ends it.
+//! `atp agent KIND`: one adapter, until a signal, at whichever router takes it. The adapter does the work; this starts and ends it.
 
 use crate::cli::{self, AgentKind, Global};
 use crate::connect;
@@ -10,8 +10,8 @@ use atp_sdk::{AgentHandle, AgentOptions, Error, serve};
 use serde_json::json;
 use std::time::Duration;
 
-/// A router that isn't there after this long at the start: exit 3. Later losses are mended without end.
-const FIRST: Duration = Duration::from_secs(10);
+/// How often an agent that no router has taken yet says so.
+const SAY_AGAIN: Duration = Duration::from_secs(5);
 
 pub(crate) async fn run(global: &Global, screen: Screen, args: &cli::Agent) -> Outcome {
     // A faulty flag shows before a router is asked.
@@ -45,14 +45,19 @@ pub(crate) async fn run(global: &Global, screen: Screen, args: &cli::Agent) -> O
     Err(agent.last_error().map_or_else(|| Failure::new(Exit::Task, "the agent has ended"), |e| connect::failure(&e)))
 }
 
+/// Waits for a router that takes the agent, however long none is there or all only wait for their turn, and says meanwhile why not.
+///
+/// # Errors
+/// The agent has ended: its credential is refused, or its handle is another one's.
 async fn first_connection(agent: &AgentHandle) -> Result<(), Failure> {
-    match tokio::time::timeout(FIRST, agent.connected()).await {
-        Ok(Ok(())) => Ok(()),
-        Ok(Err(Error::Closed)) | Err(_) => {
-            let error = agent.last_error().unwrap_or_else(|| Error::Unreachable("no answer".into()));
-            Err(connect::failure(&error))
+    loop {
+        match tokio::time::timeout(SAY_AGAIN, agent.connected()).await {
+            Ok(connected) => return connected.map_err(|e| connect::failure(&e)),
+            Err(_) => {
+                let why = agent.last_error().unwrap_or_else(|| Error::Unreachable("no answer".into()));
+                tracing::warn!(%why, "no router takes this agent yet; trying on");
+            }
         }
-        Ok(Err(error)) => Err(connect::failure(&error)),
     }
 }
 

@@ -79,6 +79,17 @@ fn an_agent_that_stands_still_goes_on_with_its_calls() {
 }
 
 #[test]
+fn an_agent_that_finds_no_router_tries_on_until_one_is_there() {
+    let mut router = Router::prepare(CONFIG);
+    let mut agent = Scripted::start(router.dir(), "early", router.atp(), SCRIPT);
+    let said = |agent: &Scripted| agent.stderr().matches("no router takes this agent yet").count();
+    wait_for("the agent to say it more than once", || (said(&agent) > 2).then_some(()));
+    router.restart();
+    router.has_agent("early");
+    agent.kill();
+}
+
+#[test]
 fn a_wire_that_goes_silent_is_noticed_by_both_ends() {
     through(Router::start(CONFIG), 40, |router, relay, _| {
         relay.be_silent(true);

@@ -7,7 +7,7 @@ use atp_proto::content::{
 };
 use atp_proto::frame::kind;
 use atp_proto::{AgentName, CallId, Code, Cost, Flags, Frame, Tokens, UsdMicros};
-use atp_tests::blackbox::peer::{Peer, submit, task};
+use atp_tests::blackbox::peer::{MODEL, Peer, submit, task};
 
 /// The worst case of a call of these agents: what they were told that they may spend, and their reach.
 fn hold_and_reach(call: &BillCall) -> u64 {
@@ -61,7 +61,7 @@ fn atp_3_2_a_dispatch_says_what_may_be_spent() {
     let dispatch: Dispatch = frame.read().unwrap();
     assert_eq!(&*frame.stream_id, dispatch.call_id.to_string());
     assert_eq!((dispatch.task.as_str(), dispatch.go_on), ("review", false));
-    assert_eq!(dispatch.model.as_deref(), Some("conformance-model"));
+    assert_eq!(dispatch.model.as_deref(), Some(MODEL));
     // 100 out as declared, and the prompt or the 100 in that are declared, whichever is more, at 4 and 1 USD per million.
     let (tokens, usd) = (dispatch.grant.tokens.0, dispatch.grant.usd_micros.0);
     assert!(tokens >= 200 && usd == 400 + (tokens - 100), "{tokens} {usd}");

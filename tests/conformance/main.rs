@@ -14,12 +14,10 @@ mod streams;
 mod tools;
 mod windows;
 
-use atp_proto::content::{
-    AgentFinal, AgentPartial, Bill, Capabilities, EstimateDeclaration, EstimateFigures, ModelInfo,
-};
+use atp_proto::content::{AgentFinal, AgentPartial, Bill};
 use atp_proto::frame::kind;
-use atp_proto::{AgentName, Amount, CallId, Cost, Flags, Frame, Tokens, UsdMicros};
-use atp_tests::blackbox::peer::{Peer, submit, task};
+use atp_proto::{CallId, Cost, Flags, Frame, Tokens, UsdMicros};
+use atp_tests::blackbox::peer::{Peer, capabilities, submit, task};
 use atp_tests::blackbox::process::Router;
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
@@ -37,26 +35,6 @@ fn shared() -> Arc<Router> {
         *shared = Arc::downgrade(&router);
         router
     })
-}
-
-/// What a test's agent says of itself: one model at 1 and 4 USD per million tokens, 100 tokens in and 100 out a call.
-fn capabilities(name: &str) -> Capabilities {
-    let figures = EstimateFigures { in_tokens: Tokens(100), out_tokens: Tokens(100), ..EstimateFigures::default() };
-    Capabilities {
-        agent: AgentName::new(name),
-        adapter: "test".into(),
-        incarnation: "first".into(),
-        max_parallel: 4,
-        models: vec![ModelInfo {
-            id: "conformance-model".into(),
-            in_usd_micros_per_mtok: Some(1_000_000),
-            out_usd_micros_per_mtok: Some(4_000_000),
-            context_tokens: None,
-        }],
-        estimate: Some(EstimateDeclaration { figures, ..EstimateDeclaration::default() }),
-        reach: Amount::new(10, 40),
-        ..Capabilities::default()
-    }
 }
 
 /// An agent that is ready for dispatches.

@@ -20,7 +20,7 @@ pub(crate) struct Fleet {
     pub(crate) wires: Vec<Relay>,
     pub(crate) redis: Redis,
     pub(crate) brokers: Brokers,
-    shards: u32,
+    pub(crate) shards: u32,
 }
 
 impl Fleet {

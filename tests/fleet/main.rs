@@ -1,53 +1,122 @@
 //! Several routers that share one log in Kafka, with Redis for the leases: each owns a part of the shards, and the others take
 //! over what one loses. Real processes, real servers; every task ends in one answer, and the bill is true.
 
+mod course;
 mod fleet;
 mod ownership;
 
-use atp_proto::content::{CallState, Source, Submit, TaskState};
-use atp_tests::blackbox::history::{billed, true_bill};
-use atp_tests::blackbox::load::{self, Told};
+use atp_proto::content::Submit;
+use atp_tests::blackbox::crowd::{Crowd, Seen};
+use atp_tests::blackbox::history::records;
 use atp_tests::blackbox::process::{Router, Scripted};
 use atp_tests::blackbox::relay::Relay;
+use atp_tests::blackbox::verdict::bills_as_charged;
 use atp_tests::blackbox::{atp, wait_for};
-use fleet::{Fleet, ROUTERS};
+use course::Course;
+use fleet::{Fleet, LEASE, ROUTERS};
 use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
-const CLIENTS: u64 = 12;
-
+const ALL: [usize; ROUTERS] = [0, 1, 2];
+/// Between two words of an agent.
+const SCRIPT_WAIT: Duration = Duration::from_millis(30);
 const SCRIPT: &str = "models: [{id: steady, in_usd_per_mtok: 1.00, out_usd_per_mtok: 4.00}]
 max_parallel: 8
 estimate: {mode: declared, in_tokens: 100, out_tokens: 100}
 calls:
-  - chunks: [{after: {mean: 30ms, sd: 10ms}, repeat: 8, text: \"word \", out_tokens: 5}]
+  - chunks: [{after: 30ms, repeat: 8, text: \"word \", out_tokens: 5}]
     final: {text: \"end\", in_tokens: 80}
 ";
+/// The agent that knows only the router which is killed first.
+const LOYAL: &str = "loyal";
 
-/// Puts a load through a fleet while `faults` happen to it, and checks what came of it.
-fn through(mut fleet: Fleet, faults: impl FnOnce(&mut Fleet)) {
-    let addresses = fleet.addresses();
-    let dir = tempfile::tempdir().expect("a directory");
-    let agents: Vec<Scripted> = (0..ROUTERS)
-        .map(|n| {
-            // Not all of them know the same router first.
-            let mut routers = addresses.clone();
-            routers.rotate_left(n);
-            Scripted::start_at(dir.path(), &format!("steady-{n}"), &routers, SCRIPT)
-        })
-        .collect();
-    (0..ROUTERS).for_each(|n| fleet.routers[n].has_agent(&format!("steady-{n}")));
-    let task = |n: u64| Submit { task: format!("task {n}"), ..Submit::default() };
-    let told = load::during(&addresses, CLIENTS, task, || faults(&mut fleet));
+/// The same run in two sizes.
+struct Size {
+    per_second: u32,
+    at_least: Duration,
+    /// In each another router is killed, stopped, stood still.
+    rounds: usize,
+    /// For how long at least each fault and each return is left alone.
+    calm: Duration,
+}
 
-    let mut took: Vec<Duration> = told.iter().map(|told| told.took).collect();
-    took.sort();
-    let at = |percent: usize| took[(took.len() - 1) * percent / 100].as_millis();
-    println!("{} tasks; from submit to bill p50 {} ms, p99 {} ms, max {} ms", took.len(), at(50), at(99), at(100));
+impl Size {
+    fn of_this_run() -> Self {
+        let seconds = Duration::from_secs;
+        match std::env::var_os("ATP_TEST_ALL") {
+            Some(_) => Self { per_second: 30, at_least: seconds(60), rounds: ROUTERS, calm: seconds(4) },
+            None => Self { per_second: 10, at_least: seconds(0), rounds: 1, calm: seconds(1) },
+        }
+    }
+
+    /// Lets some tasks go by, with whatever owners there are.
+    fn work(&self, fleet: &Fleet) {
+        let frames = |fleet: &Fleet| fleet.wires.iter().map(Relay::frames).sum::<u64>();
+        let (before, begun) = (frames(fleet), Instant::now());
+        let done = || frames(fleet) > before + 300 && begun.elapsed() >= self.calm;
+        wait_for("work to go on", || done().then_some(()));
+    }
+}
+
+/// One router after the other is lost in each way.
+fn routers_go(fleet: &mut Fleet, course: &mut Course, size: &Size) {
+    for (signal, end) in [("SIGKILL", Router::kill as fn(&mut Router)), ("SIGTERM", Router::stop)] {
+        let mut without: Vec<u128> = Vec::new();
+        for gone in (0..size.rounds).map(|round| round % ROUTERS) {
+            let rest: Vec<usize> = ALL.into_iter().filter(|n| *n != gone).collect();
+            let begun = Instant::now();
+            course.now(format!("r{}: {signal}", gone + 1));
+            end(&mut fleet.routers[gone]);
+            fleet.shared_by(&rest);
+            without.push(begun.elapsed().as_millis());
+            size.work(fleet);
+            course.now(format!("r{}: starts again after {signal}", gone + 1));
+            fleet.launch(gone);
+            fleet.each_has_its_part(&ALL);
+            size.work(fleet);
+        }
+        without.sort_unstable();
+        println!("{signal}: its shards are served elsewhere after {without:?} ms");
+    }
+    // SIGSTOP past the lease: others own its shards; it finds out shard by shard, and lives.
+    for still in (1..=size.rounds).map(|round| round % ROUTERS) {
+        let rest: Vec<usize> = ALL.into_iter().filter(|n| *n != still).collect();
+        course.now(format!("r{}: stands still past its lease", still + 1));
+        fleet.routers[still].signal("STOP");
+        fleet.shared_by(&rest);
+        size.work(fleet);
+        course.now(format!("r{}: goes on", still + 1));
+        fleet.routers[still].signal("CONT");
+        fleet.each_has_its_part(&ALL);
+        assert!(fleet.routers[still].stderr().contains("owned here no longer"), "{}", fleet.routers[still].stderr());
+        size.work(fleet);
+    }
+}
+
+/// Servers go that all routers share.
+fn servers_go(fleet: &mut Fleet, course: &mut Course, size: &Size) {
+    let before = fleet.shared_by(&ALL);
+    course.now("Redis is flushed");
+    let _ = fleet.redis.ask(&["FLUSHALL"]);
+    size.work(fleet);
+    assert_eq!(fleet.shared_by(&ALL), before, "the owners go on");
+    course.now("one of three brokers: SIGKILL");
+    fleet.brokers.kill(2);
+    size.work(fleet);
+    course.now("the broker starts again");
+    fleet.brokers.revive(2);
+    size.work(fleet);
+    fleet.shared_by(&ALL);
+}
+
+/// What the log, its owners, the agents' meters and the clients say about the same tasks.
+fn agree(fleet: &Fleet, seen: &[Seen], meters: &[&Path]) {
+    let report = fleet.routers[0].settled();
+    assert_eq!(report["shards"], fleet.shards, "{report:#}");
     let log = fleet.routers[0].log();
-    let verified = wait_for("every call to be settled", || {
-        Some(atp::run_json(&["verify", "--log", &log])).filter(|report| report["open_reservations"] == 0)
-    });
+    let verified = atp::run_json(&["verify", "--log", &log]);
     assert_eq!(verified["ok"], true, "{verified:#}");
     let mut dispatches: BTreeMap<String, u32> = BTreeMap::new();
     for (call, times) in fleet.wires.iter().flat_map(Relay::dispatches) {
@@ -55,74 +124,71 @@ fn through(mut fleet: Fleet, faults: impl FnOnce(&mut Fleet)) {
     }
     let again: Vec<_> = dispatches.iter().filter(|(_, times)| **times > 1).collect();
     assert!(again.is_empty(), "calls that were dispatched again: {again:?}");
-    for told in &told {
-        let answer = told.answer();
-        assert_eq!((answer.state, &answer.error), (TaskState::Done, &None), "{}", told.stream);
-    }
-    let bills: Vec<_> = told.iter().map(Told::bill).collect();
-    let (truth, calls) = (true_bill(agents.iter().map(Scripted::meter)), billed(&bills));
-    for (id, truth) in &truth {
-        assert!(truth.lines <= 9, "{id} was called twice: {truth:?}");
-        let call = calls.get(id).unwrap_or_else(|| panic!("{id} was charged and stands in no bill"));
-        assert_eq!(call.state, CallState::Settled, "{id}");
-        let exact = call.source == Some(Source::Reported);
-        let billed = call.actual.usd_micros.0;
-        assert!(if exact { billed == truth.usd_micros } else { billed >= truth.usd_micros }, "{call:?} {truth:?}");
-    }
-}
 
-/// Time for some tasks, with whatever owners there are.
-fn work(fleet: &Fleet) {
-    let frames = |fleet: &Fleet| fleet.wires.iter().map(Relay::frames).sum::<u64>();
-    let before = frames(fleet);
-    wait_for("work to go on", || (frames(fleet) > before + 300).then_some(()));
+    // Each task once: in the log as for its client.
+    let (mut accepts, mut closes) = (BTreeMap::<String, u32>::new(), BTreeMap::<String, u32>::new());
+    for record in records(&log) {
+        let stream = || record["stream_id"].as_str().expect("of a stream").to_owned();
+        match record["kind"].as_str() {
+            Some("accept") => *accepts.entry(stream()).or_default() += 1,
+            Some("close") => *closes.entry(stream()).or_default() += 1,
+            _ => {}
+        }
+    }
+    let once: BTreeMap<String, u32> = seen.iter().map(|seen| (seen.stream.clone(), 1)).collect();
+    assert_eq!(once.len(), seen.len(), "each client has a stream of its own");
+    assert_eq!((&accepts, &closes), (&once, &once), "accepted and closed once, each of them");
+
+    let charged = bills_as_charged(seen.iter().map(|seen| &seen.bill), meters);
+    let account = fleet.routers[1].http("GET", "/v1/accounts/default").1;
+    assert_eq!(account["accounts"][0]["settled"]["usd_micros"], charged, "{account:#}");
+    println!(
+        "{} tasks, each with one answer; {} calls dispatched once each; verify is clean; true bill = ledger = {charged} \
+         micro-USD",
+        seen.len(),
+        dispatches.len()
+    );
 }
 
 #[test]
 fn three_routers_share_the_work_and_any_of_them_may_go() {
-    const ALL: [usize; ROUTERS] = [0, 1, 2];
-    let fleet = Fleet::start(3, 64, ROUTERS);
+    let size = Size::of_this_run();
+    let mut fleet = Fleet::start(3, 64, ROUTERS);
     println!("shards of each router: {:?}", fleet.each_has_its_part(&ALL));
-    through(fleet, |fleet| {
-        let rounds = if std::env::var_os("ATP_TEST_ALL").is_some() { 10 } else { 1 };
-        for (signal, end) in [("SIGKILL", Router::kill as fn(&mut Router)), ("SIGTERM", Router::stop)] {
-            let mut pauses: Vec<u128> = Vec::new();
-            for round in 0..rounds {
-                work(fleet);
-                let gone = round % ROUTERS;
-                let rest: Vec<usize> = ALL.into_iter().filter(|n| *n != gone).collect();
-                let begun = Instant::now();
-                end(&mut fleet.routers[gone]);
-                fleet.shared_by(&rest);
-                pauses.push(begun.elapsed().as_millis());
-                fleet.launch(gone);
-                fleet.each_has_its_part(&ALL);
-            }
-            pauses.sort_unstable();
-            println!("{signal}: its shards are served elsewhere after {pauses:?} ms");
-        }
-        work(fleet);
+    let native = fleet.addresses();
+    let http: Vec<SocketAddr> = fleet.routers.iter().map(Router::http_addr).collect();
+    let dir = tempfile::tempdir().expect("a directory");
+    let mut agents: Vec<Scripted> = (0..ROUTERS)
+        .map(|n| {
+            // Not all of them know the same router first.
+            let mut routers = native.clone();
+            routers.rotate_left(n);
+            Scripted::start_at(dir.path(), &format!("steady-{n}"), &routers, SCRIPT)
+        })
+        .collect();
+    agents.push(Scripted::start(dir.path(), LOYAL, native[0], SCRIPT));
+    for router in &fleet.routers {
+        (0..ROUTERS).for_each(|n| router.has_agent(&format!("steady-{n}")));
+        router.has_agent(LOYAL);
+    }
 
-        // SIGSTOP past the lease: others own its shards; it finds out shard by shard, and lives.
-        fleet.routers[1].signal("STOP");
-        fleet.shared_by(&[0, 2]);
-        work(fleet);
-        fleet.routers[1].signal("CONT");
-        fleet.each_has_its_part(&ALL);
-        assert!(fleet.routers[1].stderr().contains("owned here no longer"), "{}", fleet.routers[1].stderr());
-        work(fleet);
-
-        // Redis is flushed: whoever owns a shard goes on.
-        let before = fleet.shared_by(&ALL);
-        let _ = fleet.redis.ask(&["FLUSHALL"]);
-        work(fleet);
-        assert_eq!(fleet.shared_by(&ALL), before, "the owners go on");
-
-        // One of three brokers is killed.
-        fleet.brokers.kill(2);
-        work(fleet);
-        fleet.brokers.revive(2);
-        work(fleet);
-        fleet.shared_by(&ALL);
+    let crowd = Crowd { native: &native, http: &http, per_second: size.per_second, at_least: size.at_least };
+    let task = |n: u64| Submit { task: format!("task {n}"), ..Submit::default() };
+    let mut course = Course::default();
+    let begun = Instant::now();
+    let seen = crowd.during(task, || {
+        size.work(&fleet);
+        routers_go(&mut fleet, &mut course, &size);
+        servers_go(&mut fleet, &mut course, &size);
     });
+    println!(
+        "{} streams a second for {} s, by a {} build; a lease lives {} ms",
+        size.per_second,
+        begun.elapsed().as_secs(),
+        if cfg!(debug_assertions) { "debug" } else { "release" },
+        LEASE.as_millis()
+    );
+    course.print_pauses(&seen, SCRIPT_WAIT, LOYAL);
+    let meters: Vec<&Path> = agents.iter().map(Scripted::meter).collect();
+    agree(&fleet, &seen, &meters);
 }

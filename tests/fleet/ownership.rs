@@ -80,3 +80,22 @@ fn redis_away_stops_no_shard_and_moves_none() {
     fleet.routers[0].kill();
     assert_eq!(fleet.shared_by(&[1])[&1], 8, "leases work as before");
 }
+
+#[test]
+fn a_second_router_of_the_same_id_is_refused_and_a_new_run_of_a_killed_one_is_not() {
+    let mut fleet = Fleet::start(1, 8, 1);
+    assert_eq!(fleet.shared_by(&[0])[&0], 8);
+    let file = fleet.routers[1].dir().join("atp.yaml");
+    let text = std::fs::read_to_string(&file).expect("its configuration");
+    std::fs::write(&file, text.replace("id: r2", "id: r1")).expect("its configuration");
+    fleet.routers[1].launch();
+    assert_eq!(fleet.routers[1].ended(), Some(2), "as for any other fault of its configuration");
+    let said = fleet.routers[1].stderr();
+    assert!(said.contains("router.id: `r1` is the id of another run") && said.contains("an id of its own"), "{said}");
+    assert_eq!(fleet.shared_by(&[0])[&0], 8, "the first one is undisturbed");
+
+    // Its word still lives, but it doesn't answer: whoever comes in its place starts at once, here from another address.
+    fleet.routers[0].kill();
+    fleet.launch(1);
+    wait_for("the new run to own all", || has(&fleet, 1, 8).then_some(()));
+}

@@ -1,12 +1,10 @@
 //! The provider's side: an agent that takes each call it is sent, works on it for a while and bills it. It keeps the order in
 //! which dispatches came, how many calls ran at once, and its own sum. It never decides anything for the router.
 
-use atp_proto::content::{
-    AgentCancel, AgentFinal, Capabilities, Dispatch, EstimateDeclaration, EstimateFigures, ModelInfo,
-};
+use atp_proto::content::{AgentCancel, AgentFinal, Capabilities, Dispatch};
 use atp_proto::frame::kind;
-use atp_proto::{AgentName, Amount, CallId, Cost, Flags, Frame, Tokens, UsdMicros};
-use atp_tests::blackbox::peer::Peer;
+use atp_proto::{Amount, CallId, Cost, Flags, Frame, Tokens, UsdMicros};
+use atp_tests::blackbox::peer::{Peer, capabilities};
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::ErrorKind;
 use std::net::SocketAddr;
@@ -21,26 +19,6 @@ pub(crate) struct Seen {
 
 /// 10 tokens in and 15 out, at 1 and 4 USD per million.
 pub(crate) const BILL: Cost = Cost { in_tokens: Tokens(10), out_tokens: Tokens(15), usd_micros: UsdMicros(70) };
-
-/// Says what it takes to be offered work: one model, a declared estimate.
-pub(crate) fn capabilities(name: &str, slots: u32) -> Capabilities {
-    let figures = EstimateFigures { in_tokens: Tokens(100), out_tokens: Tokens(100), ..EstimateFigures::default() };
-    Capabilities {
-        agent: AgentName::new(name),
-        adapter: "test".into(),
-        incarnation: "only".into(),
-        max_parallel: slots,
-        models: vec![ModelInfo {
-            id: "flow-model".into(),
-            in_usd_micros_per_mtok: Some(1_000_000),
-            out_usd_micros_per_mtok: Some(4_000_000),
-            context_tokens: None,
-        }],
-        estimate: Some(EstimateDeclaration { figures, ..EstimateDeclaration::default() }),
-        reach: Amount::new(10, 40),
-        ..Capabilities::default()
-    }
-}
 
 pub(crate) struct Worker {
     pub(crate) peer: Peer,
@@ -57,7 +35,7 @@ pub(crate) struct Worker {
 
 impl Worker {
     pub(crate) fn new(router: SocketAddr, name: &str, slots: u32, service: Duration) -> Self {
-        let peer = Peer::agent(router, &capabilities(name, slots));
+        let peer = Peer::agent(router, &Capabilities { max_parallel: slots, ..capabilities(name) });
         let (due, seen, billed) = (BTreeSet::new(), Vec::new(), BTreeMap::new());
         Self { peer, service, due, seen, billed, most_at_once: 0, cut: 0 }
     }

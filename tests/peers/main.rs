@@ -6,12 +6,10 @@
 mod fleet;
 
 use atp_core::placement::Placement;
-use atp_proto::content::{
-    AgentFinal, AgentPartial, Bill, Capabilities, Dispatch, EstimateDeclaration, EstimateFigures, ListedCall, ModelInfo,
-};
+use atp_proto::content::{AgentFinal, AgentPartial, Bill, Capabilities, Dispatch, ListedCall};
 use atp_proto::frame::kind;
-use atp_proto::{AgentName, Amount, CallId, Cost, Flags, Frame, StreamId, TenantId, Tokens, UsdMicros};
-use atp_tests::blackbox::peer::{Peer, submit, task};
+use atp_proto::{CallId, Cost, Flags, Frame, StreamId, TenantId, Tokens, UsdMicros};
+use atp_tests::blackbox::peer::{Peer, capabilities, submit, task};
 use atp_tests::blackbox::{atp, wait_for};
 use fleet::Fleet;
 use serde_json::Value;
@@ -22,23 +20,8 @@ const SHARDS: u32 = 16;
 /// With one more as many as an agent's window holds at first.
 const STREAMS: usize = 3;
 
-fn capabilities(name: &str) -> Capabilities {
-    let figures = EstimateFigures { in_tokens: Tokens(100), out_tokens: Tokens(100), ..EstimateFigures::default() };
-    Capabilities {
-        agent: AgentName::new(name),
-        adapter: "test".into(),
-        incarnation: "first".into(),
-        max_parallel: STREAMS as u32,
-        models: vec![ModelInfo {
-            id: "model".into(),
-            in_usd_micros_per_mtok: Some(1_000_000),
-            out_usd_micros_per_mtok: Some(4_000_000),
-            context_tokens: None,
-        }],
-        estimate: Some(EstimateDeclaration { figures, ..EstimateDeclaration::default() }),
-        reach: Amount::new(10, 40),
-        ..Capabilities::default()
-    }
+fn agent_of(name: &str) -> Capabilities {
+    Capabilities { max_parallel: STREAMS as u32, ..capabilities(name) }
 }
 
 fn cost(out_tokens: u64) -> Cost {
@@ -106,7 +89,7 @@ fn next_numbered(client: &mut Peer, seqs: &mut BTreeMap<String, u64>) -> Frame {
 #[test]
 fn streams_of_a_router_that_is_killed_go_on_at_others_without_a_gap() {
     let mut fleet = fleet();
-    let mut agent = Peer::agent(fleet.routers[1].atp(), &capabilities("half-way"));
+    let mut agent = Peer::agent(fleet.routers[1].atp(), &agent_of("half-way"));
     (0..3).for_each(|n| fleet.routers[n].has_agent("half-way"));
     let mut client = Peer::client(fleet.routers[0].atp());
     let streams = streams_of(&fleet, 2);
@@ -171,7 +154,7 @@ fn streams_of_a_router_that_is_killed_go_on_at_others_without_a_gap() {
 #[test]
 fn an_agent_that_loses_its_router_serves_all_shards_from_another_one() {
     let mut fleet = fleet();
-    let mut agent = Peer::agent(fleet.routers[2].atp(), &capabilities("mover"));
+    let mut agent = Peer::agent(fleet.routers[2].atp(), &agent_of("mover"));
     (0..3).for_each(|n| fleet.routers[n].has_agent("mover"));
     // One stream of a shard of each of the routers that stay, and the agent's router is killed.
     let mut client = Peer::client(fleet.routers[0].atp());
@@ -191,7 +174,7 @@ fn an_agent_that_loses_its_router_serves_all_shards_from_another_one() {
         let (call_id, shard, epoch) = (call.call_id, call.shard, call.epoch);
         ListedCall { call_id, shard, epoch, msg_seq: 0, cost: Cost::default(), done: false }
     };
-    let capabilities = Capabilities { calls: calls.iter().map(listed).collect(), ..capabilities("mover") };
+    let capabilities = Capabilities { calls: calls.iter().map(listed).collect(), ..agent_of("mover") };
     let mut agent = Peer::agent(fleet.routers[1].atp(), &capabilities);
     let mut ended = BTreeSet::new();
     while ended.len() < calls.len() {

@@ -166,7 +166,7 @@ impl Router {
                 let (mut ownership, handle) = Ownership::new(begin);
                 if let Err(why) = ownership.begin().await {
                     stop_shards.cancel();
-                    return Err(StartError::Store(why));
+                    return Err(why);
                 }
                 tokio::spawn(async move {
                     let outcome = ownership.run().await;

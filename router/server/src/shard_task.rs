@@ -17,7 +17,8 @@ use atp_core::clock::Now;
 use atp_core::escrow::Escrow;
 use atp_core::message::{Answer, Effect, FromAgent, Input, LogRoom, Machine, ToAgent};
 use atp_core::shard::Shard;
-use atp_proto::AgentName;
+use atp_proto::frame::kind;
+use atp_proto::{AgentName, Code, Flags, Frame, WireError};
 use metrics::{Histogram, gauge, histogram};
 use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
@@ -382,10 +383,19 @@ impl ShardTask {
     }
 
     /// Carries out every effect: entries to the log in one append, frames grouped by connection, messages by agent.
+    /// "No such stream" is said only while nobody else can own the shard; else its client is to ask again.
+    fn sure(&self, frame: Frame) -> Frame {
+        let denies = || frame.read::<WireError>().is_ok_and(|error| error.code == Code::ResumeGone);
+        if frame.flags.has(Flags::RST) && !self.shards.may_deny(self.number) && denies() {
+            return Frame::json(&*frame.stream_id, 0, Flags::RST, kind::ERROR, &not_here());
+        }
+        frame
+    }
+
     async fn drain(&mut self) -> Result<(), String> {
         while let Some(effect) = self.shard.poll_effect() {
             match effect {
-                Effect::Send { conn, frame } => self.clients.send(conn, frame),
+                Effect::Send { conn, frame } => self.clients.send(conn, self.sure(frame)),
                 Effect::Append { position, entry, checkpoint } => self.appends.push((position, entry, checkpoint)),
                 Effect::ToAgent { agent, message } => self.to_agents.entry(agent).or_default().push(message),
                 Effect::Replay { conn, tenant: _, stream, from, after, upto } => {

@@ -304,6 +304,16 @@ fn a_store_has_an_address_that_is_never_repeated() {
     assert!(shown.contains("store.redis.url") && !shown.contains("hunter2"), "{shown}");
 }
 
+#[test]
+fn keys_of_routers_are_long_enough_and_never_repeated() {
+    let long = "k".repeat(32);
+    assert!(read(&format!("peers: {{key: {long}, also: {}}}", "l".repeat(32))).peer_key.is_some());
+    assert_eq!(only("peers: {key: too-short}"), "1:14 peers.key");
+    assert_eq!(only(&format!("peers: {{also: {long}}}")), "1:15 peers.also");
+    let shown = format!("{:?}", problems(&format!("peers: {{key: {long}, also: hunter2}}")));
+    assert!(shown.contains("peers.also") && !shown.contains("hunter2") && !shown.contains(&long), "{shown}");
+}
+
 #[cfg(feature = "kafka")]
 #[test]
 fn a_log_in_kafka_has_brokers_and_a_topic() {

@@ -21,11 +21,39 @@ pub struct Told {
     pub broken_after_accept: u32,
     /// The refusal, where there was no acceptance.
     pub refused: Option<atp_proto::WireError>,
-    /// From the first dial to the end.
-    pub took: Duration,
+    /// When it began to ask, and when it read each numbered message of its stream.
+    pub heard: Vec<Instant>,
 }
 
 impl Told {
+    pub(super) fn new(stream: &str, begun: Instant) -> Self {
+        Self {
+            stream: stream.into(),
+            frames: BTreeMap::new(),
+            broken_after_accept: 0,
+            refused: None,
+            heard: vec![begun],
+        }
+    }
+
+    /// Takes in a message of the stream; one without a number says nothing that lasts.
+    ///
+    /// # Panics
+    /// When its number came with another message before.
+    pub(super) fn take(&mut self, frame: &Frame) {
+        if frame.msg_seq > 0 {
+            self.heard.push(Instant::now());
+            let before = self.frames.entry(frame.msg_seq).or_insert_with(|| frame.clone());
+            assert_eq!(before, frame, "{}: message {} came again as another one", self.stream, frame.msg_seq);
+        }
+    }
+
+    /// From the first dial to the last message.
+    #[must_use]
+    pub fn took(&self) -> Duration {
+        self.heard[self.heard.len() - 1] - self.heard[0]
+    }
+
     fn frame<T: serde::de::DeserializeOwned>(&self, kind: &str) -> T {
         let found = self.frames.values().filter(|f| &*f.kind == kind).collect::<Vec<_>>();
         assert_eq!(found.len(), 1, "{}: one {kind}, not {}", self.stream, found.len());
@@ -67,11 +95,8 @@ pub fn follow(router: SocketAddr, key: &str, content: &Submit) -> Told {
 #[must_use]
 pub fn follow_any(routers: &[SocketAddr], key: &str, content: &Submit) -> Told {
     let syn = submit_by_key(key, 1, content);
-    let stream = syn.stream_id.to_string();
-    let mut told =
-        Told { stream, frames: BTreeMap::new(), broken_after_accept: 0, refused: None, took: Duration::ZERO };
-    let begun = Instant::now();
-    let end = begun + 3 * PATIENCE;
+    let mut told = Told::new(&syn.stream_id, Instant::now());
+    let end = Instant::now() + 3 * PATIENCE;
     for router in routers.iter().cycle() {
         if told.is_whole() {
             break;
@@ -83,7 +108,6 @@ pub fn follow_any(routers: &[SocketAddr], key: &str, content: &Submit) -> Told {
             std::thread::park_timeout(Duration::from_millis(20));
         }
     }
-    told.took = begun.elapsed();
     told
 }
 
@@ -99,16 +123,15 @@ fn session(router: SocketAddr, syn: &Frame, told: &mut Told) -> io::Result<()> {
             let error: atp_proto::WireError = frame.read().map_err(io::Error::other)?;
             assert!(told.frames.is_empty(), "{} was accepted and is refused now: {error}", told.stream);
             told.refused = Some(error);
-        } else if frame.msg_seq > 0 {
-            let before = told.frames.entry(frame.msg_seq).or_insert_with(|| frame.clone());
-            assert_eq!(*before, frame, "{}: message {} came again as another one", told.stream, frame.msg_seq);
+        } else {
+            told.take(&frame);
         }
     }
     Ok(())
 }
 
 /// Ends a load, also when a fault's own expectation fails.
-struct Over<'a>(&'a AtomicBool);
+pub(super) struct Over<'a>(pub(super) &'a AtomicBool);
 
 impl Drop for Over<'_> {
     fn drop(&mut self) {

@@ -2,6 +2,7 @@
 //! that can be watched, and the histories that a checker reads. Blocking on purpose: a test reads from top to bottom.
 
 pub mod atp;
+pub mod crowd;
 pub mod history;
 pub mod kafka;
 pub mod load;

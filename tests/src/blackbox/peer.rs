@@ -4,10 +4,12 @@
 use super::PATIENCE;
 use atp_core::placement::{Placement, SHARDS};
 use atp_proto::codec;
-use atp_proto::content::{Capabilities, Dispatch, Hello, HelloAck, Role, Submit};
+use atp_proto::content::{
+    Capabilities, Dispatch, EstimateDeclaration, EstimateFigures, Hello, HelloAck, ModelInfo, Role, Submit,
+};
 use atp_proto::frame::{Meta, kind};
 use atp_proto::id::stream_of_key;
-use atp_proto::{AgentName, Flags, Frame, StreamId, TenantId, WireError};
+use atp_proto::{AgentName, Amount, Flags, Frame, StreamId, TenantId, Tokens, WireError};
 use bytes::BytesMut;
 use std::io::{self, ErrorKind, Read, Write};
 use std::net::{SocketAddr, TcpStream};
@@ -15,6 +17,9 @@ use std::time::{Duration, Instant};
 
 /// A peer that is silent for three heartbeats is lost; this one never is.
 const BEAT: Duration = Duration::from_secs(2);
+
+/// The model of a test's agent.
+pub const MODEL: &str = "test-model";
 
 pub struct Peer {
     io: TcpStream,
@@ -265,6 +270,27 @@ pub fn submit(stream: &str, content: &Submit) -> Frame {
 pub fn submit_by_key(key: &str, number: u32, content: &Submit) -> Frame {
     let meta = Meta { idempotency_key: key.into(), ..Meta::default() };
     Frame { meta: Some(Box::new(meta)), ..submit(stream_of_key(key, number).as_str(), content) }
+}
+
+/// What a test's agent says of itself: one model at 1 and 4 USD per million tokens, 100 tokens in and 100 out a call.
+#[must_use]
+pub fn capabilities(name: &str) -> Capabilities {
+    let figures = EstimateFigures { in_tokens: Tokens(100), out_tokens: Tokens(100), ..EstimateFigures::default() };
+    Capabilities {
+        agent: AgentName::new(name),
+        adapter: "test".into(),
+        incarnation: "first".into(),
+        max_parallel: 4,
+        models: vec![ModelInfo {
+            id: MODEL.into(),
+            in_usd_micros_per_mtok: Some(1_000_000),
+            out_usd_micros_per_mtok: Some(4_000_000),
+            context_tokens: None,
+        }],
+        estimate: Some(EstimateDeclaration { figures, ..EstimateDeclaration::default() }),
+        reach: Amount::new(10, 40),
+        ..Capabilities::default()
+    }
 }
 
 /// A task for one agent by name.

@@ -4,7 +4,7 @@
 use super::{atp, wait_for};
 use serde_json::Value;
 use std::fmt::Write as _;
-use std::io::{BufRead, BufReader, Read, Write};
+use std::io::{self, BufRead, BufReader, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
@@ -133,15 +133,7 @@ impl Router {
     /// Whether it serves; one that doesn't answer doesn't.
     #[must_use]
     pub fn is_ready(&self) -> bool {
-        let ask = || {
-            let mut io = TcpStream::connect(self.http)?;
-            io.set_read_timeout(Some(LOOK))?;
-            write!(io, "GET /readyz HTTP/1.0\r\n\r\n")?;
-            let mut text = String::new();
-            io.read_to_string(&mut text)?;
-            std::io::Result::Ok(text.starts_with("HTTP/1.0 200") || text.starts_with("HTTP/1.1 200"))
-        };
-        ask().unwrap_or(false)
+        http_at(self.http, "GET", "/readyz", LOOK).is_ok_and(|(status, _)| status == 200)
     }
 
     /// SIGKILL: nothing of the process runs any more when this returns.
@@ -232,14 +224,7 @@ impl Router {
     /// When there is no answer.
     #[must_use]
     pub fn http(&self, method: &str, path: &str) -> (u16, Value) {
-        let mut io = TcpStream::connect(self.http).expect("the router listens");
-        io.set_read_timeout(Some(super::PATIENCE)).expect("a socket");
-        write!(io, "{method} {path} HTTP/1.0\r\nhost: {}\r\ncontent-length: 0\r\n\r\n", self.http).expect("open");
-        let mut text = String::new();
-        io.read_to_string(&mut text).expect("an answer");
-        let (head, body) = text.split_once("\r\n\r\n").expect("head and body");
-        let status = head.split(' ').nth(1).and_then(|s| s.parse().ok()).expect("a status");
-        (status, serde_json::from_str(body).unwrap_or(Value::Null))
+        http_at(self.http, method, path, super::PATIENCE).expect("the router answers")
     }
 
     /// Folds the log and compares it with the live state.
@@ -287,6 +272,22 @@ impl Drop for Router {
             let _ = child.wait();
         }
     }
+}
+
+/// One HTTP request; status and document.
+///
+/// # Errors
+/// Nobody listens, nothing came for `patience`, or it isn't HTTP.
+pub fn http_at(router: SocketAddr, method: &str, path: &str, patience: Duration) -> io::Result<(u16, Value)> {
+    let mut io = TcpStream::connect(router)?;
+    io.set_read_timeout(Some(patience))?;
+    write!(io, "{method} {path} HTTP/1.0\r\nhost: {router}\r\ncontent-length: 0\r\n\r\n")?;
+    let mut text = String::new();
+    io.read_to_string(&mut text)?;
+    let parts = text.split_once("\r\n\r\n");
+    let status = parts.and_then(|(head, _)| head.split(' ').nth(1)?.parse().ok());
+    let (Some((_, body)), Some(status)) = (parts, status) else { return Err(io::ErrorKind::InvalidData.into()) };
+    Ok((status, serde_json::from_str(body).unwrap_or(Value::Null)))
 }
 
 /// A port below the range that outgoing connections take theirs from, so that it is still free after a kill, and so that a
@@ -362,8 +363,7 @@ impl Scripted {
     pub fn kill(&mut self) {
         let mut child = self.child.take().expect("it runs");
         let ended = child.try_wait().expect("a child");
-        let words = std::fs::read_to_string(&self.err).unwrap_or_default();
-        assert!(ended.is_none(), "the agent ended by itself: {ended:?}\n{words}");
+        assert!(ended.is_none(), "the agent ended by itself: {ended:?}\n{}", self.stderr());
         child.kill().expect("a child");
         child.wait().expect("a child");
     }
@@ -376,6 +376,12 @@ impl Scripted {
         signal(self.child.as_ref(), name);
     }
 
+    /// What its processes wrote to their standard error.
+    #[must_use]
+    pub fn stderr(&self) -> String {
+        std::fs::read_to_string(&self.err).unwrap_or_default()
+    }
+
     /// Where its provider's charges stand.
     #[must_use]
     pub fn meter(&self) -> &Path {
@@ -386,7 +392,7 @@ impl Scripted {
 impl Drop for Scripted {
     fn drop(&mut self) {
         if std::thread::panicking() {
-            eprintln!("an agent's words:\n{}", std::fs::read_to_string(&self.err).unwrap_or_default());
+            eprintln!("an agent's words:\n{}", self.stderr());
         }
         if let Some(mut child) = self.child.take() {
             let _ = child.kill();

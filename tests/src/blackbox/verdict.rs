@@ -1,12 +1,12 @@
 //! What must hold when it is over, whoever was killed: histories of clients, the wire, the providers' meters and the router's log
 //! against each other.
 
-use super::history::{billed, records, state, true_bill};
+use super::history::{billed, records, state, true_bill, true_sum};
 use super::load::Told;
 use super::process::Router;
 use super::relay::Relay;
 use super::wait_for;
-use atp_proto::content::{CallState, Source};
+use atp_proto::content::{Bill, CallState, Source};
 use std::collections::BTreeMap;
 use std::path::Path;
 
@@ -59,9 +59,17 @@ pub fn replays(router: &Router) {
 /// # Panics
 /// When one of these doesn't hold.
 pub fn billed_as_charged(told: &[Told], meters: &[&Path]) {
-    let truth = true_bill(meters.iter().copied());
     let bills: Vec<_> = told.iter().filter(|told| told.refused.is_none()).map(Told::bill).collect();
-    let calls = billed(&bills);
+    bills_as_charged(&bills, meters);
+}
+
+/// As `billed_as_charged`; returns what all calls cost in micro-USD.
+///
+/// # Panics
+/// As `billed_as_charged`.
+pub fn bills_as_charged<'a>(bills: impl IntoIterator<Item = &'a Bill>, meters: &[&Path]) -> u64 {
+    let truth = true_bill(meters.iter().copied());
+    let calls = billed(bills);
     for (id, call) in &calls {
         match call.state {
             CallState::Void => assert!(!truth.contains_key(id), "{id} is void and was called"),
@@ -73,4 +81,5 @@ pub fn billed_as_charged(told: &[Told], meters: &[&Path]) {
         }
     }
     assert!(truth.keys().all(|id| calls.contains_key(id)), "a call that was charged stands in no bill");
+    true_sum(&truth)
 }

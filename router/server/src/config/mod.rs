@@ -175,7 +175,7 @@ impl std::fmt::Display for Problem {
 }
 
 impl Problem {
-    fn nowhere(field: &str, message: impl Into<String>, fix: impl Into<String>) -> Self {
+    pub(crate) fn nowhere(field: &str, message: impl Into<String>, fix: impl Into<String>) -> Self {
         Self { line: 0, column: 0, field: field.into(), message: message.into(), fix: fix.into() }
     }
 }

@@ -79,6 +79,7 @@ pub(super) const KEYS: &[Key] = &[
     key("store.redis.url", Takes::Text, "", "`redis://[user:password@]host:port[/db]`, `rediss://` for TLS; better as `${ENV}`"),
     key("store.redis.prefix", Takes::Text, "atp", "of every key, 1 to 64 of `A-Za-z0-9._-`; one for each log"),
     key("peers.key", Takes::Text, "", "secret that all routers of one log share, at least 32 bytes; better as `${ENV}`. Needed with `log.kind: kafka` and `store.kind: redis`"),
+    key("peers.also", Takes::Text, "", "a second key that is taken too, while `peers.key` is changed one router at a time; at least 32 bytes"),
     key("shards.count", Takes::Whole(1, SHARDS_MAX as u64), "", "of a new log, absent: 64; then it stands in the log and can't be changed"),
     key("shards.lease", Takes::Duration, "5s", "how long a shard's owner is believed to live, where routers share a log in Kafka and a store in Redis"),
     key("auth.anonymous", Takes::Choice(&["never", "loopback"]), "loopback", "who may come without a credential"),

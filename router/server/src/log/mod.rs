@@ -25,6 +25,7 @@ mod sync;
 mod writer;
 
 pub use address::{KafkaAddress, KafkaSasl, KafkaTls, check_broker, check_topic};
+pub use atp_core::partition::LogId;
 pub use disk::{Disk, RealDisk};
 pub use error::LogError;
 #[cfg(feature = "kafka")]
@@ -39,9 +40,6 @@ pub use source::{AllEntries, Entries, Source};
 pub use status::{Event, Events};
 
 use futures_util::future::BoxFuture;
-
-/// 16 random bytes, drawn when a log is made; each of its blocks carries them.
-pub type LogId = [u8; 16];
 
 /// The largest entry: a message of 16 MiB and what is recorded around it.
 pub const ENTRY_BYTES_MAX: usize = 32 << 20;

@@ -1,7 +1,7 @@
 //! What happens before a log is written again: the last block is found, a torn tail cut, and the last block written anew
 //! into a new segment. Corruption is reported and nothing is touched.
 
-use super::block::{Block, Builder, Header, Run};
+use super::block::{Block, Builder, HEADER, Header, Run};
 use super::disk::Disk;
 use super::reader::{Due, Link};
 use super::segment::{self, Segment, Tail};
@@ -169,7 +169,7 @@ pub(super) fn recover(dir: &Path, disk: &dyn Disk, new_id: LogId, shards: u32) -
         disk.sync_dir(dir).map_err(LogError::io("sync the directory", dir))?;
     }
     if let Some(last) = &found.last {
-        torn_bytes += cut(disk, &last.segment, last.end, found.tail, &mut report)?;
+        torn_bytes += cut(disk, last, found.tail, &mut report)?;
     }
     let next = found.last.as_ref().map_or_else(|| vec![1; shards as usize], |last| last.due.positions().to_vec());
     let checkpoints = checkpoint_distances(dir, &found, next.len())?;
@@ -201,9 +201,15 @@ pub(super) fn recover(dir: &Path, disk: &dyn Disk, new_id: LogId, shards: u32) -
     Ok(End { recovered, link, next, segment, offset, spares, checkpoints })
 }
 
-/// Zeroes what lies behind the last whole block, and syncs the segment whether or not anything did.
-fn cut(disk: &dyn Disk, segment: &Segment, end: u64, tail: Tail, report: &mut Vec<String>) -> Result<u64, LogError> {
+/// Zeroes what lies behind the last whole block, writes that one over itself, and syncs. After a failed sync the page cache holds
+/// what the disk doesn't: without a copy in this place the next start would find nothing between what it goes on from and the
+/// one that follows in a new segment.
+fn cut(disk: &dyn Disk, last: &Last, tail: Tail, report: &mut Vec<String>) -> Result<u64, LogError> {
+    let Last { segment, end, .. } = last;
+    let (end, header) = (*end, last.block.header());
     let file = writable(&segment.path)?;
+    let same = segment.up_to(Vec::new(), header.offset, HEADER + header.body_bytes as usize)?;
+    disk.write(&file, &same, header.offset).map_err(LogError::io("write", &segment.path))?;
     let torn = match tail {
         Tail::Torn { bytes } => bytes,
         Tail::Zero | Tail::Block { .. } => 0,

@@ -60,6 +60,11 @@ impl Asking {
     }
 }
 
+/// Whether this very run of a router answers.
+pub(super) async fn lives(site: &Site) -> bool {
+    matches!(timeout(PATIENCE, read(site)).await, Ok(Ok(Some(_))))
+}
+
 /// What `/readyz` says, whatever its status.
 async fn read(site: &Site) -> std::io::Result<Owned> {
     let mut io = TcpStream::connect(&site.http).await?;

@@ -1,14 +1,15 @@
 //! The task that owns "which shards are here": a turn at the store each third of a lease, shards taken, run, given and lost.
 
-use super::asking::Asking;
+use super::asking::{Asking, lives};
 use super::following::Following;
 use super::plan::{self, Facts, Last, Step};
 use super::taking::{Taken, Taker};
 use super::{Fleet, Handle, NotDrained, Order};
-use crate::config::Config;
+use crate::config::{Config, Problem};
 use crate::inbox::ToShard;
 use crate::log::LogError;
 use crate::opening::{SharedLog, settings_of};
+use crate::router::StartError;
 use crate::running::Running;
 use crate::shards::{Place, Shards, Site, Sites};
 use crate::store::{Found, Lease, RedisStore, Seen, StateStore, Turn, differs};
@@ -124,6 +125,7 @@ impl Ownership {
         let handle = Handle { orders, fleet: fleet.subscribe() };
         let known = |_| Known { state: State::Idle, last: None, loose: None, seen: Seen::default() };
         let (now, ttl) = (Instant::now(), Duration::from_millis(config.borrow().limits.lease_ms));
+        shards.be_sure_of(BTreeSet::new(), now);
         let ownership = Self {
             known: (0..shards.placement().shards()).map(known).collect(),
             following: Following::new(log.kafka.source()),
@@ -158,9 +160,15 @@ impl Ownership {
     /// The first turn.
     ///
     /// # Errors
-    /// The store remembers another log.
-    pub(crate) async fn begin(&mut self) -> Result<(), String> {
-        self.turn().await
+    /// Another router that answers has this one's id, or the store remembers another log. A former run of this router locks
+    /// nobody out: it doesn't answer any more.
+    pub(crate) async fn begin(&mut self) -> Result<(), StartError> {
+        self.turn().await.map_err(StartError::Store)?;
+        let namesake = self.alive.get(&self.me.router).map(|alive| alive.site.clone());
+        match namesake.filter(|site| *site != self.me) {
+            Some(other) if lives(&other).await => Err(StartError::Config(vec![same_id(&other)])),
+            _ => Ok(()),
+        }
     }
 
     /// Runs until it is stopped; then gives back what it holds.
@@ -241,7 +249,9 @@ impl Ownership {
         Ok(())
     }
 
+    /// Takes or keeps the leases of these shards. What it is told holds until the leases lapse, from before it was asked.
     async fn ask(&mut self, wanted: &BTreeSet<u32>) -> Result<Found, String> {
+        let begun = Instant::now();
         let followed = self.following.positions();
         let turn = Turn {
             router: &self.me.router,
@@ -252,10 +262,14 @@ impl Ownership {
             at_ms: self.clocks.now().wall_ms,
             ttl: self.ttl,
         };
-        match timeout(self.ttl / TIMES, self.store.turn(&turn)).await {
-            Ok(answer) => answer.map_err(|e| e.to_string()),
-            Err(_) => Err("no answer".into()),
-        }
+        let found = match timeout(self.ttl / TIMES, self.store.turn(&turn)).await {
+            Ok(answer) => answer.map_err(|e| e.to_string())?,
+            Err(_) => return Err("no answer".into()),
+        };
+        let mine = |seen: &Seen| matches!(&seen.lease, Lease::Of(holder) if *holder == self.holder);
+        let mine = (0..).zip(&found.shards).filter(|(_, seen)| mine(seen)).map(|(shard, _)| shard).collect();
+        self.shards.be_sure_of(mine, begun + self.ttl);
+        Ok(found)
     }
 
     fn is_away(&mut self, why: String) {
@@ -280,6 +294,7 @@ impl Ownership {
             let Some(site) = Site::read(text) else { continue };
             let before = self.alive.remove(router).filter(|before| *before.site == site);
             let drained = found.drained.get(router) == Some(&site.incarnation);
+            let is_new = before.is_none();
             let (site, since) = before.map_or_else(|| (Arc::new(site), now), |before| (before.site, before.since));
             if *site == *self.me {
                 match (drained, self.drained) {
@@ -287,8 +302,8 @@ impl Ownership {
                     (false, Some(_)) if self.leaving.is_empty() => self.drained = None,
                     _ => {}
                 }
-            } else if *router == self.me.router && !self.alive.contains_key(router) {
-                tracing::debug!(at = site.http, "another run of this router lives, or has just ended");
+            } else if *router == self.me.router && is_new {
+                tracing::warn!("{}; unless it has just ended, this router owns nothing while it lives", same_id(&site));
             }
             alive.insert(router.clone(), Alive { site, since, drained });
         }
@@ -559,6 +574,11 @@ impl Ownership {
             }
         }
     }
+}
+
+fn same_id(other: &Site) -> Problem {
+    let message = format!("`{}` is the id of another run, at {}", other.router, other.http);
+    Problem::nowhere("router.id", message, "give each router of a fleet an id of its own, or stop the other one")
 }
 
 /// 0 to 0.5, another one each time.

@@ -24,9 +24,12 @@ pub(crate) const KEY_BYTES_MIN: usize = 32;
 /// Hex digits of a nonce.
 const NONCE_DIGITS: usize = 64;
 
-/// The key that the routers of one log share. Never shown.
+/// The key that the routers of one log share, and while it is changed a second one that is taken too. Never shown.
 #[derive(Clone, PartialEq, Eq)]
-pub struct PeerKey(Arc<[u8]>);
+pub struct PeerKey {
+    own: Arc<[u8]>,
+    also: Option<Arc<[u8]>>,
+}
 
 impl fmt::Debug for PeerKey {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -45,11 +48,17 @@ impl PeerKey {
     /// `None`: it is shorter than 32 bytes.
     #[must_use]
     pub fn new(text: &str) -> Option<Self> {
-        (text.len() >= KEY_BYTES_MIN).then(|| Self(text.as_bytes().into()))
+        (text.len() >= KEY_BYTES_MIN).then(|| Self { own: text.as_bytes().into(), also: None })
     }
 
-    fn mac(&self, side: Side, hello: &PeerHello, answers: (&str, &str)) -> Hmac<Sha256> {
-        let mut mac = Hmac::<Sha256>::new_from_slice(&self.0).expect("HMAC takes a key of any length");
+    /// Who has that one is believed too.
+    #[must_use]
+    pub fn or(self, other: &Self) -> Self {
+        Self { also: Some(other.own.clone()), ..self }
+    }
+
+    fn mac(key: &[u8], side: Side, hello: &PeerHello, answers: (&str, &str)) -> Hmac<Sha256> {
+        let mut mac = Hmac::<Sha256>::new_from_slice(key).expect("HMAC takes a key of any length");
         let whose = match side {
             Side::Dials => "dials",
             Side::Answers => "answers",
@@ -67,13 +76,15 @@ impl PeerKey {
     }
 
     fn prove(&self, side: Side, hello: &PeerHello, answers: (&str, &str)) -> String {
-        atp_core::record::hex(&self.mac(side, hello, answers).finalize().into_bytes())
+        atp_core::record::hex(&Self::mac(&self.own, side, hello, answers).finalize().into_bytes())
     }
 
-    /// In constant time.
-    fn proves(&self, side: Side, hello: &PeerHello, answers: (&str, &str), proof: &str) -> bool {
-        let bytes: Option<Vec<u8>> = proof.as_bytes().chunks(2).map(hex_byte).collect();
-        bytes.is_some_and(|bytes| self.mac(side, hello, answers).verify_slice(&bytes).is_ok())
+    /// The one key that this proof shows, in constant time for each.
+    fn proved(&self, side: Side, hello: &PeerHello, answers: (&str, &str), proof: &str) -> Option<Self> {
+        let bytes: Vec<u8> = proof.as_bytes().chunks(2).map(hex_byte).collect::<Option<_>>()?;
+        let shows = |key: &&Arc<[u8]>| Self::mac(key, side, hello, answers).verify_slice(&bytes).is_ok();
+        let own = [&self.own].into_iter().chain(&self.also).find(shows)?.clone();
+        Some(Self { own, also: None })
     }
 }
 
@@ -121,10 +132,11 @@ impl Dialling {
         if challenge.router != self.expected {
             return Err(refused("peer.challenge: another router answers at this address"));
         }
-        if !self.key.proves(Side::Answers, &self.hello, answers, &challenge.proof) {
-            return Err(refused("peer.challenge: the router that answers has another peers.key"));
+        // Under the key that both have.
+        match self.key.proved(Side::Answers, &self.hello, answers, &challenge.proof) {
+            Some(key) => Ok(PeerProof { proof: key.prove(Side::Dials, &self.hello, answers) }),
+            None => Err(refused("peer.challenge: the router that answers has another peers.key")),
         }
-        Ok(PeerProof { proof: self.key.prove(Side::Dials, &self.hello, answers) })
     }
 }
 
@@ -158,10 +170,9 @@ impl Answering {
     /// # Errors
     /// EAUTH.
     pub(crate) fn accept(self, proof: &PeerProof) -> Result<PeerHello, WireError> {
-        if self.key.proves(Side::Dials, &self.hello, (&self.own, &self.nonce), &proof.proof) {
-            Ok(self.hello)
-        } else {
-            Err(refused("peer.proof: the router that dialled has another peers.key"))
+        match self.key.proved(Side::Dials, &self.hello, (&self.own, &self.nonce), &proof.proof) {
+            Some(_) => Ok(self.hello),
+            None => Err(refused("peer.proof: the router that dialled has another peers.key")),
         }
     }
 }
@@ -257,6 +268,26 @@ mod tests {
             let (answering, _) = challenged(&dial(None));
             assert!(is_auth(answering.accept(&PeerProof { proof: proof.into() })), "{proof}");
         }
+    }
+
+    #[test]
+    fn atp_13_2_while_the_key_is_changed_routers_with_the_old_and_the_new_one_believe_each_other() {
+        let (old, new) = (key(), PeerKey::new(&KEY.replace('0', "1")).unwrap());
+        let (begun, changed) = (old.clone().or(&new), new.clone().or(&old));
+        let agree = |dials: &PeerKey, answers: &PeerKey| {
+            let dialling = Dialling::new(dials.clone(), "r1", "r2", None);
+            let (answering, challenge) = Answering::new(answers, "r2", dialling.hello().clone()).unwrap();
+            dialling.answer(&challenge).and_then(|proof| answering.accept(&proof)).is_ok()
+        };
+        // Each step of the change, with the one before and the one behind.
+        for (one, other) in
+            [(&old, &begun), (&begun, &begun), (&begun, &changed), (&changed, &changed), (&changed, &new)]
+        {
+            assert!(agree(one, other) && agree(other, one));
+        }
+        // A step left out parts them.
+        assert!(!agree(&old, &new) && !agree(&new, &old));
+        assert!(!agree(&old, &changed) && !agree(&new, &begun));
     }
 
     #[test]

@@ -2,9 +2,9 @@
 
 use super::KafkaSource;
 use super::pruned::{self, Note};
-use super::reading::Mark;
 use crate::log::prune::{Plan, ShardPlan, Wish, logged_ms, same_state};
 use crate::log::{LogError, LogId, Source, checkpoint, offline};
+use atp_core::partition::Mark;
 use atp_core::record::{Checkpoint, Entry, hex};
 use bytes::Bytes;
 use prost::Message as _;

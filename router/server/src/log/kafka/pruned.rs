@@ -5,11 +5,11 @@
 //! drop older ones. The header is that of a Genesis: the log's id.
 
 use super::client::{Messages, PATIENCE};
-use super::header::{Header, Parsed};
-use super::reading::Mark;
 use super::sender::{Producing, Sender};
 use super::topic;
 use crate::log::{Beginning, KafkaAddress, LogError, LogId};
+use atp_core::partition::Mark;
+use atp_core::partition::{Header, Parsed};
 use atp_core::record::{Genesis, hex};
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};

@@ -2,8 +2,8 @@
 //! tries again by itself: an error means that a message may stand in the log or not.
 
 use super::client::{self, MESSAGE_BYTES, PATIENCE, Quiet, why};
-use super::header::{Header, NAME};
 use crate::log::{KafkaAddress, LogError};
+use atp_core::partition::{Header, NAME};
 use rdkafka::client::ClientContext;
 use rdkafka::config::RDKafkaLogLevel;
 use rdkafka::error::{KafkaError, RDKafkaErrorCode};

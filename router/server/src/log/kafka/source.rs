@@ -1,11 +1,10 @@
 //! A Kafka log to read: valid messages as entries with their positions. Writes nothing and needs no lock.
 
 use super::client::{Messages, PATIENCE, Pool, Pooled};
-use super::header::{Header, Parsed};
 use super::marks::Marks;
 use super::pruned::{self, Note};
-use super::reading::{Mark, Verdict, Walk};
 use crate::log::{Beginning, KafkaAddress, LogError, LogId, checkpoint};
+use atp_core::partition::{Header, Mark, Parsed, Verdict, Walk};
 use atp_core::record::{Entry, Genesis, Record};
 use bytes::Bytes;
 use prost::Message as _;
