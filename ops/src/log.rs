@@ -7,6 +7,7 @@ use atp_router::config::LogPlace;
 use atp_router::log::LogError;
 use atp_router::log::prune::{self, Plan, ShardPlan, Wish};
 
+#[cfg_attr(not(feature = "kafka"), expect(unused_variables))]
 pub(crate) async fn init(screen: Screen, args: &cli::LogInit) -> Outcome {
     let config = crate::router::load(&args.config)?;
     match &config.log {
