@@ -16,8 +16,10 @@ use std::time::Duration;
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep};
 
-/// Until each router owns some shards: one that joins waits for two leases, and is given a few at a time.
+/// Until each router has its part of the shards: one that joins waits for two leases, and is given a few at a time.
 const SHARE_TIMEOUT: Duration = Duration::from_secs(90);
+/// No shard has moved for so long: they are where they stay. Longer than two leases.
+const SHARE_STILL: Duration = Duration::from_secs(5);
 
 /// What one line did in one round.
 #[derive(Clone, Debug, Default)]
@@ -105,14 +107,16 @@ async fn start(args: &BenchArgs, routers: u64) -> anyhow::Result<Vec<Target>> {
         targets.push(Target::start_shared(args, &shared(id)).await?);
     }
     let begun = Instant::now();
-    loop {
-        let owners = targets[0].owners().await?;
-        if owners as u64 == routers {
-            return Ok(targets);
-        }
-        anyhow::ensure!(begun.elapsed() < SHARE_TIMEOUT, "{owners} of {routers} routers own shards");
+    let (mut shares, mut moved) = (targets[0].shares().await?, Instant::now());
+    while shares.len() as u64 != routers || shares.contains_key("") || moved.elapsed() < SHARE_STILL {
+        anyhow::ensure!(begun.elapsed() < SHARE_TIMEOUT, "{routers} routers don't share the log's shards: {shares:?}");
         sleep(Duration::from_millis(200)).await;
+        let now = targets[0].shares().await?;
+        if now != shares {
+            (shares, moved) = (now, Instant::now());
+        }
     }
+    Ok(targets)
 }
 
 async fn watch(args: &BenchArgs, targets: &[Target], time: Duration, received: &Received) -> anyhow::Result<Sample> {

@@ -4,7 +4,7 @@
 use crate::args::{BenchArgs, Line};
 use crate::process::{self, Usage};
 use anyhow::Context;
-use std::collections::BTreeSet;
+use std::collections::BTreeMap;
 use std::net::{SocketAddr, TcpListener};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
@@ -110,14 +110,17 @@ impl Target {
         Ok(started.elapsed())
     }
 
-    /// How many routers own shards, as this one sees it.
-    pub(crate) async fn owners(&self) -> anyhow::Result<usize> {
+    /// How many shards each router owns, as this one sees it; by an empty name those that nobody owns.
+    pub(crate) async fn shares(&self) -> anyhow::Result<BTreeMap<String, usize>> {
         let own = self.child.as_ref().context("only a router that was started here shows its shards")?;
         let body = timeout(Duration::from_secs(10), get(own.http, "/v1/shards")).await??;
         let view: serde_json::Value = serde_json::from_slice(&body).context("/v1/shards")?;
         let shards = view["shards"].as_array().context("/v1/shards has no shards")?;
-        let owners: BTreeSet<&str> = shards.iter().filter_map(|shard| shard["owner"].as_str()).collect();
-        Ok(owners.len())
+        let mut shares = BTreeMap::new();
+        for shard in shards {
+            *shares.entry(shard["owner"].as_str().unwrap_or_default().to_owned()).or_default() += 1;
+        }
+        Ok(shares)
     }
 
     /// Bytes of its log, without what a segment has room for.

@@ -59,3 +59,35 @@ fn a_log_copied_while_it_grows_newest_file_first_is_served() {
     router.restart();
     router.verify();
 }
+
+#[test]
+fn a_log_is_looked_at_beside_its_router_and_pruned_without_it() {
+    let mut router = Router::start("accounts: {default: {usd: 1000, per: total}}\nshards: {count: 4}");
+    let _agent = Scripted::start(router.dir(), "steady", router.atp(), SCRIPT);
+    router.has_agent("steady");
+    load::follow(router.atp(), "one", &Submit { task: "one".into(), ..Submit::default() }).bill();
+    let source = format!("local:{}", router.dir().join("data").display());
+    let prune = |more: &[&str]| {
+        let output = atp::run(&[&["log", "prune", "--log", &source], more].concat());
+        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+        (output.status.code(), text(&output.stdout), text(&output.stderr))
+    };
+    let (code, shown, _) = prune(&["--dry-run", "--json"]);
+    let plan: serde_json::Value = serde_json::from_str(&shown).expect("one JSON document");
+    assert_eq!((code, &plan["pruned"], &plan["entries"]), (Some(0), &false.into(), &0.into()), "{plan}");
+    let shards = plan["shards"].as_array().expect("a row for each shard");
+    assert!(shards.len() == 4 && shards.iter().all(|shard| shard["held_by"] == "no_checkpoint"), "{plan}");
+    assert!(shards.iter().any(|shard| shard["oldest_stream"]["position"] == 2), "{plan}");
+    let (code, shown, why) = prune(&["--keep", "7d"]);
+    assert!(code == Some(1) && shown.is_empty() && why.contains("stop it first"), "{code:?} {why}");
+    router.stop();
+    let (code, shown, _) = prune(&["--keep", "7d"]);
+    assert!(code == Some(0) && shown.contains("nothing to prune") && shown.contains("no two checkpoints"), "{shown}");
+    assert_eq!(prune(&["--keep", "a week"]).0, Some(2));
+    router.restart();
+    router.verify();
+    router.stop();
+    std::fs::remove_file(router.dir().join("data/log/0000000001.log")).expect("a segment");
+    let (code, _, why) = prune(&["--dry-run"]);
+    assert!(code == Some(5) && why.contains("ELOG") && why.contains("were deleted"), "{code:?} {why}");
+}

@@ -248,3 +248,32 @@ async fn appends_wait_for_room_in_the_queue_and_events_come_in_order() {
         assert!(!matches!(event, Event::Failed(_)));
     }
 }
+
+#[test]
+fn a_block_of_a_newer_format_is_refused_and_never_cut() {
+    let dir = tempfile::tempdir().unwrap();
+    let log = open(dir.path());
+    (1..=3).for_each(|position| add(&log, position, 100));
+    log.close().unwrap();
+    let path = segment(dir.path(), 1);
+    let bytes = std::fs::read(&path).unwrap();
+    let blocks = blocks(&bytes);
+    // The next format, in a block with others behind it and in the last one, which could be taken for a torn tail.
+    for (at, _) in [blocks[1], blocks[blocks.len() - 1]] {
+        let mut newer = bytes.clone();
+        newer[at + 4] = 3;
+        let checksum = crc32c::crc32c(&newer[at..at + 76]);
+        newer[at + 76..at + 80].copy_from_slice(&checksum.to_le_bytes());
+        std::fs::write(&path, &newer).unwrap();
+        let error = LocalLog::open(options(dir.path())).map(|_| ()).unwrap_err();
+        let read = Reader::open(dir.path()).unwrap().entries(1).find_map(Result::err).unwrap();
+        for error in [error, read] {
+            assert!(matches!(error, LogError::Newer { format: 3, offset, .. } if offset == at as u64), "{error}");
+            let text = error.to_string();
+            assert!(text.contains("newer version") && text.contains("formats 1 and 2"), "{text}");
+        }
+        assert_eq!(std::fs::read(&path).unwrap(), newer, "nothing was cut");
+    }
+    std::fs::write(&path, &bytes).unwrap();
+    assert_eq!(intact(&read(dir.path()).unwrap()), 3);
+}

@@ -119,6 +119,14 @@ impl Header {
         whole.then_some(header)
     }
 
+    /// The format of a block that a newer version wrote, if `bytes` begin with one: magic and checksum stay where they are.
+    pub(super) fn newer_format(bytes: &[u8]) -> Option<u8> {
+        let bytes = bytes.get(..HEADER)?;
+        let checksum = u32::from_le_bytes(bytes[76..].try_into().expect("four bytes"));
+        let newer = bytes[..4] == MAGIC && bytes[4] > SHARDS && crc32c::crc32c(&bytes[..76]) == checksum;
+        newer.then_some(bytes[4])
+    }
+
     /// Writes the header over the first bytes of `block` and keeps the checksum.
     fn encode(&mut self, block: &mut [u8]) {
         block[..4].copy_from_slice(&MAGIC);

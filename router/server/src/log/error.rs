@@ -17,6 +17,8 @@ pub enum LogError {
     /// Acknowledged bytes are damaged; nothing is cut or repaired.
     #[error("the log is corrupt: {} at offset {offset}: {what}; restore the file from a copy", file.display())]
     Corrupt { file: PathBuf, offset: u64, what: String },
+    #[error("{} at offset {offset}: a block of format {format}, written by a newer version; this one reads formats 1 and 2: use the version that wrote it", file.display())]
+    Newer { file: PathBuf, offset: u64, format: u8 },
     #[error("{} at offset {offset} belongs to log {}, not to {}; remove the file that came from elsewhere", file.display(), hex(found), hex(expected))]
     OtherLog { file: PathBuf, offset: u64, found: LogId, expected: LogId },
     #[error(

@@ -61,7 +61,17 @@ impl Segment {
     pub(super) fn header(&self, offset: u64) -> Result<Option<Header>, LogError> {
         let mut bytes = [0; HEADER];
         let n = read_up_to(&self.file, &mut bytes, offset).map_err(LogError::io("read", &self.path))?;
-        Ok(Header::decode(&bytes[..n], self.number, offset))
+        self.decode(&bytes[..n], offset)
+    }
+
+    /// # Errors
+    /// A newer version wrote it: that is no damage, and nothing of it may be cut.
+    fn decode(&self, bytes: &[u8], offset: u64) -> Result<Option<Header>, LogError> {
+        let header = Header::decode(bytes, self.number, offset);
+        match Header::newer_format(bytes).filter(|_| header.is_none()) {
+            Some(format) => Err(LogError::Newer { file: self.path.clone(), offset, format }),
+            None => Ok(header),
+        }
     }
 
     /// Header and index of the block at `offset`, and the bytes that were read for them; `None`: there are none, or damaged
@@ -69,7 +79,7 @@ impl Segment {
     pub(super) fn head(&self, offset: u64) -> Result<Option<(Head, Vec<u8>)>, LogError> {
         // Most blocks fit into the first read.
         let mut bytes = self.up_to(Vec::new(), offset, PAGE as usize)?;
-        let Some(header) = Header::decode(&bytes, self.number, offset) else { return Ok(None) };
+        let Some(header) = self.decode(&bytes, offset)? else { return Ok(None) };
         let index = HEADER + header.index_bytes();
         if index > bytes.len() {
             bytes = self.up_to(bytes, offset, index)?;
