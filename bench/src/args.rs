@@ -8,7 +8,7 @@ use std::path::PathBuf;
 #[derive(Clone, Debug, Parser)]
 #[command(
     name = "atp bench",
-    after_help = "Examples:\n  atp bench relay                          1 KiB chunks a second beside a bare relay\n  atp bench tasks --rates 500,2000 --seconds 5\n  atp bench idle --streams 20000\n  atp bench recover --frames 1000000 --streams 10000\n  atp bench relay --json --plot relay.svg\n  atp bench budget                         finished answers and overshoot of four policies\n  atp bench budget --trace AzureLLMInferenceTrace_conv.csv --rows 5000 --plot budget.svg\n  atp bench budget --trace BurstGPT_1.csv --speed 20 --budgets 25,50"
+    after_help = "Examples:\n  atp bench relay                          1 KiB chunks a second beside a bare relay\n  atp bench tasks --rates 500,2000 --seconds 5\n  atp bench idle --streams 20000\n  atp bench recover --frames 1000000 --streams 10000\n  atp bench fleet --kafka 127.0.0.1:9092 --single-broker --redis redis://127.0.0.1:6379\n  atp bench relay --json --plot relay.svg\n  atp bench budget                         finished answers and overshoot of four policies\n  atp bench budget --trace AzureLLMInferenceTrace_conv.csv --rows 5000 --plot budget.svg\n  atp bench budget --trace BurstGPT_1.csv --speed 20 --budgets 25,50"
 )]
 pub struct BenchArgs {
     /// What to measure
@@ -20,10 +20,10 @@ pub struct BenchArgs {
     /// Seconds of measuring per line (tasks: per line and rate)
     #[arg(long, value_name = "S", default_value_t = 10, value_parser = clap::value_parser!(u64).range(1..=600))]
     pub seconds: u64,
-    /// The seconds of `relay` are split over this many rounds; each runs every line, so that noise hits all alike
+    /// The seconds of `relay` and `fleet` are split over this many rounds; each runs every line, so that noise hits all alike
     #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u64).range(1..=20))]
     pub rounds: u64,
-    /// Streams at once [default: relay 256, idle 10000, recover 2000]
+    /// Streams at once [default: relay, fleet 256, idle 10000, recover 2000]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..=100_000))]
     pub streams: Option<u64>,
     /// Connections of clients and as many of agents
@@ -65,6 +65,18 @@ pub struct BenchArgs {
     /// Arrivals of the trace come so many times as fast
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u64).range(1..=100_000))]
     pub speed: u64,
+    /// Brokers for the routers of `fleet`; each line leaves a topic `bench.*` there
+    #[arg(long, value_name = "HOST:PORT,...", env = "ATP_KAFKA")]
+    pub kafka: Option<String>,
+    /// One broker is enough
+    #[arg(long)]
+    pub single_broker: bool,
+    /// The store for the routers of `fleet`; each line leaves keys `bench.*` there, until they lapse
+    #[arg(long, value_name = "URL", env = "ATP_REDIS_URL")]
+    pub redis: Option<String>,
+    /// `fleet` goes from one router to so many
+    #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u64).range(1..=8))]
+    pub routers: u64,
     /// Write the figures as a plot
     #[arg(long, value_name = "FILE.svg")]
     pub plot: Option<PathBuf>,
@@ -83,6 +95,8 @@ pub enum Scenario {
     Idle,
     /// A killed router's start on a log with running streams: time and memory, with checkpoints and without
     Recover,
+    /// 1, 2, 3 routers on one log in Kafka beside one on a local log: frames a second, CPU per frame
+    Fleet,
     /// A trace of arrivals against one budget under four policies, in virtual time
     Budget,
     /// The bare relay that `relay` starts beside the router
@@ -134,6 +148,10 @@ impl BenchArgs {
                 || (self.router.is_none() && self.plot.is_none() && self.streams() <= self.frames),
             "recover kills routers of its own (no --router), draws nothing (no --plot), and each stream has a frame (--streams up to --frames)"
         );
+        anyhow::ensure!(
+            self.scenario != Scenario::Fleet || self.router.is_none() && self.kafka.is_some() && self.redis.is_some(),
+            "fleet starts routers of its own (no --router): name their brokers with --kafka and their store with --redis"
+        );
         let per_connection = self.streams().div_ceil(self.connections);
         anyhow::ensure!(
             matches!(self.scenario, Scenario::Idle | Scenario::Recover)
@@ -148,7 +166,7 @@ impl BenchArgs {
         self.streams.unwrap_or(match self.scenario {
             Scenario::Idle => 10_000,
             Scenario::Recover => 2_000,
-            Scenario::Relay | Scenario::Tasks | Scenario::Budget | Scenario::BareRelay => 256,
+            Scenario::Relay | Scenario::Tasks | Scenario::Fleet | Scenario::Budget | Scenario::BareRelay => 256,
         })
     }
 }
@@ -170,6 +188,11 @@ mod tests {
         assert!(args.check().is_err());
         assert!(parsed(&["recover", "--router", "127.0.0.1:1"]).expect("parses").check().is_err());
         assert!(parsed(&["recover", "--frames", "1000", "--streams", "1001"]).expect("parses").check().is_err());
+        let bare = parsed(&["fleet"]).expect("parses");
+        let (kafka, redis) = (Some("127.0.0.1:1".to_owned()), Some("redis://127.0.0.1:1".to_owned()));
+        assert!(BenchArgs { kafka: None, ..bare.clone() }.check().is_err(), "no brokers");
+        assert!(BenchArgs { kafka, redis, ..bare }.check().is_ok());
+        assert!(parsed(&["fleet", "--routers", "9"]).is_err());
         let args = parsed(&["relay", "--streams", "900", "--connections", "1"]).expect("parses");
         assert!(args.check().is_ok());
     }

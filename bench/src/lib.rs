@@ -10,6 +10,7 @@ mod chunk;
 mod client;
 #[cfg(test)]
 mod fake;
+mod fleet;
 mod idle;
 mod link;
 mod peek;
@@ -44,6 +45,7 @@ async fn scenario(args: &BenchArgs) -> anyhow::Result<()> {
         Scenario::Relay => relay::run(args).await?,
         Scenario::Tasks => tasks::run(args).await?,
         Scenario::Idle => idle::run(args).await?,
+        Scenario::Fleet => fleet::run(args).await?,
         Scenario::Recover => return recover::run(args).await,
         Scenario::Budget => return budget::run(args),
         Scenario::BareRelay => return bare::child().await,

@@ -1,4 +1,4 @@
-//! The figures of a report as an SVG picture: bars for `relay` and `idle`, lines over the rate for `tasks`.
+//! The figures of a report as an SVG picture: bars for `relay`, `idle` and `fleet`, lines over the rate for `tasks`.
 
 use crate::report::{Report, Rows};
 use std::fmt::Write;
@@ -43,6 +43,17 @@ pub(crate) fn svg(report: &Report) -> String {
             let bars: Vec<_> = rows
                 .iter()
                 .map(|r| (format!("{}, {}", r.line, r.state), r.bytes_per_stream, format!("{:.0}", r.bytes_per_stream)))
+                .collect();
+            picture.bars(&bars);
+        }
+        Rows::Fleet(rows) => {
+            picture.title("Microseconds of the routers' CPU for a frame (frames a second)");
+            let bars: Vec<_> = rows
+                .iter()
+                .map(|r| {
+                    let label = format!("{:.1} ({:.0}/s)", r.cpu_us_per_frame, r.frames_per_second);
+                    (r.line.clone(), r.cpu_us_per_frame, label)
+                })
                 .collect();
             picture.bars(&bars);
         }

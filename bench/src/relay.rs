@@ -14,8 +14,8 @@ use std::time::Duration;
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep};
 
-const WARM_UP: Duration = Duration::from_millis(1000);
-const FLOW_TIMEOUT: Duration = Duration::from_secs(30);
+pub(crate) const WARM_UP: Duration = Duration::from_millis(1000);
+pub(crate) const FLOW_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// What one line did in one round.
 #[derive(Clone, Debug, Default)]

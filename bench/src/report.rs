@@ -23,6 +23,7 @@ pub(crate) enum Rows {
     Relay(Vec<RelayRow>),
     Tasks(Vec<TaskRow>),
     Idle(Vec<IdleRow>),
+    Fleet(Vec<FleetRow>),
 }
 
 /// Medians of the rounds; CPU, waits and ends are sums over them.
@@ -81,6 +82,26 @@ pub(crate) struct IdleRow {
     pub(crate) bytes_per_stream: f64,
 }
 
+/// Medians of the rounds, ratios of each round; ends are sums over them.
+#[derive(Debug, Serialize)]
+pub(crate) struct FleetRow {
+    pub(crate) line: String,
+    /// `local` or `kafka`.
+    pub(crate) log: &'static str,
+    pub(crate) routers: u64,
+    /// Of all routers together.
+    pub(crate) frames_per_second: f64,
+    pub(crate) ratio_to_local: f64,
+    pub(crate) rounds: Vec<f64>,
+    pub(crate) cpu_us_per_frame: f64,
+    pub(crate) cpu_ratio_to_local: f64,
+    pub(crate) rss_bytes: u64,
+    pub(crate) ends_cpu_seconds: f64,
+    pub(crate) streams_ended: u64,
+    pub(crate) disordered: u64,
+    pub(crate) first_end: Option<String>,
+}
+
 /// One JSON document, or what `text` makes of it.
 ///
 /// # Errors
@@ -105,6 +126,7 @@ impl Report {
                 Scenario::Recover => "recover",
                 Scenario::Tasks => "tasks",
                 Scenario::Idle => "idle",
+                Scenario::Fleet => "fleet",
             },
             version: env!("CARGO_PKG_VERSION"),
             cores: std::thread::available_parallelism().map_or(1, usize::from),
@@ -158,6 +180,24 @@ impl Report {
                     })
                     .collect(),
             ),
+            Rows::Fleet(rows) => (
+                format!(
+                    "fleet: {} streams over {} connections, chunks of {} bytes, {} cores for routers, brokers and ends; medians of {} \
+                     rounds, {} s a line",
+                    self.streams,
+                    self.connections,
+                    self.chunk_bytes,
+                    self.cores,
+                    rows.first().map_or(0, |r| r.rounds.len()),
+                    self.seconds
+                ),
+                fleet_table(rows),
+                rows.iter()
+                    .filter_map(|r| {
+                        Some(format!("{}: {} streams ended, first: {}", r.line, r.streams_ended, r.first_end.as_ref()?))
+                    })
+                    .collect(),
+            ),
             Rows::Idle(rows) => {
                 (format!("idle: {} streams, {} cores", self.streams, self.cores), idle_table(rows), Vec::new())
             }
@@ -203,6 +243,25 @@ fn relay_table(rows: &[RelayRow]) -> Vec<Vec<String>> {
                 optional(r.peak_rss_bytes, mib),
                 format!("{:.2}", r.ends_cpu_seconds),
                 r.grant_waits.to_string(),
+                r.disordered.to_string(),
+            ])
+        }))
+        .collect()
+}
+
+fn fleet_table(rows: &[FleetRow]) -> Vec<Vec<String>> {
+    let head =
+        names(&["line", "frames/s", "of local", "us/frame", "of local", "routers MiB", "ends CPU s", "disordered"]);
+    std::iter::once(head)
+        .chain(rows.iter().map(|r| {
+            cells([
+                r.line.clone(),
+                format!("{:.0}", r.frames_per_second),
+                format!("{:.3}", r.ratio_to_local),
+                format!("{:.2}", r.cpu_us_per_frame),
+                format!("{:.3}", r.cpu_ratio_to_local),
+                mib(r.rss_bytes),
+                format!("{:.2}", r.ends_cpu_seconds),
                 r.disordered.to_string(),
             ])
         }))

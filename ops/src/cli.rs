@@ -437,6 +437,25 @@ pub(crate) enum Log {
         after_help = "Examples:\n  atp log init --config atp.yaml            log.kind: kafka; safe to run again\n  atp log init --config atp.yaml --json\n\nA local log begins by itself at the router's first start."
     )]
     Init(LogInit),
+    /// Remove the log's old part: what lies before each shard's two newest checkpoints and before every stream that is open or
+    /// may be resumed
+    #[command(
+        after_help = "Examples:\n  atp log prune --log local:./atp-data/log --dry-run     what would go; also beside a running router\n  atp log prune --log local:./atp-data/log               stop the router first\n  atp log prune --log config:atp.yaml --keep 90d         nothing of the last 90 days goes\n  atp log prune --log kafka://127.0.0.1:9092/atp.frames  beside the running routers\n\nWhat went can't be shown, replayed or verified any more; back it up first if somebody may ask for it.\nExit code 5: the log is damaged, and nothing was removed."
+    )]
+    Prune(LogPrune),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct LogPrune {
+    /// `local:DIR`, `kafka://HOST:PORT/TOPIC`, or `config:FILE` for the log that a configuration names
+    #[arg(long, value_name = "SRC", value_parser = log_source)]
+    pub(crate) log: Source,
+    /// Keep what is younger
+    #[arg(long, value_name = "D", value_parser = duration)]
+    pub(crate) keep: Option<u64>,
+    /// Show what would go, and remove nothing
+    #[arg(long)]
+    pub(crate) dry_run: bool,
 }
 
 #[derive(Debug, Args)]

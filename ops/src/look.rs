@@ -231,6 +231,7 @@ pub(crate) fn verify_text(screen: Screen, view: &Value) -> String {
         count("open_reservations"),
         escape(view["state_hash"].as_str().unwrap_or("?")),
     );
+    text.push_str(&pruned_text(&view["pruned"]));
     for d in view["differences"].as_array().map(Vec::as_slice).unwrap_or_default() {
         let part = |key: &str| match &d[key] {
             Value::String(t) => escape(t).into_owned(),
@@ -245,6 +246,25 @@ pub(crate) fn verify_text(screen: Screen, view: &Value) -> String {
         ));
     }
     text
+}
+
+/// Where the fold of a pruned log begins: a line for one shard, and one for all of many.
+fn pruned_text(pruned: &Value) -> String {
+    use crate::screen::escape;
+    let pruned = pruned.as_array().map(Vec::as_slice).unwrap_or_default();
+    let at = |row: &Value| escape(row["pruned_at"].as_str().unwrap_or("?")).into_owned();
+    let positions = || pruned.iter().filter_map(|row| row["checkpoint"].as_u64());
+    match (pruned, positions().min(), positions().max()) {
+        ([one], Some(position), _) => {
+            format!("\nfrom checkpoint at {position}; what is before was pruned by `atp log prune` at {}", at(one))
+        }
+        ([newest, ..], Some(min), Some(max)) => format!(
+            "\nfrom checkpoints of {} shards at {min} to {max}; what is before was pruned by `atp log prune` at {}",
+            pruned.len(),
+            at(newest)
+        ),
+        _ => String::new(),
+    }
 }
 
 #[cfg(test)]

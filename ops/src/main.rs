@@ -73,6 +73,7 @@ async fn run(cli: Cli, screen: Screen) -> Outcome {
         Command::Store(cli::Store::Show(args)) => store::show(screen, &args).await,
         Command::Check(args) => check::run(screen, &args),
         Command::Log(cli::Log::Init(args)) => log::init(screen, &args).await,
+        Command::Log(cli::Log::Prune(args)) => log::prune(screen, &args),
         Command::Ps => look::ps(global, screen).await,
         Command::Agents => look::agents(global, screen).await,
         Command::AgentStatus(args) => look::agent_status(global, screen, &args).await,

@@ -11,8 +11,8 @@ use atp_core::state::State;
 use atp_proto::codec::{Received, decode_body};
 use atp_proto::json::View;
 use atp_router::accounts_of;
-use atp_router::log::offline::hash_of_all;
-use atp_router::log::{LogError, Source};
+use atp_router::log::offline::{self, hash_of_all};
+use atp_router::log::{Beginning, LogError, Source};
 use bytes::Bytes;
 use prost::Message;
 use serde_json::{Value, json};
@@ -83,7 +83,18 @@ fn reached(last: u64, wanted: u64, flag: &str) -> Outcome {
 }
 
 fn state(screen: Screen, args: &cli::Replay, shards: Range<u32>) -> Outcome {
-    let mut states: BTreeMap<u32, State> = shards.clone().map(|shard| (shard, State::default())).collect();
+    let mut states: BTreeMap<u32, State> = BTreeMap::new();
+    let mut begun: Vec<(u32, Beginning)> = Vec::new();
+    for shard in shards.clone() {
+        let (state, beginning) = offline::begin(&args.log.shard(shard)).map_err(cannot_read)?;
+        if let (Some(until), Some(beginning)) = (args.until.filter(|until| *until < state.position()), beginning) {
+            return Err(Failure::usage(format!("--until: {until} is gone: the log goes {}", beginning.told())));
+        }
+        begun.extend(beginning.map(|beginning| (shard, beginning)));
+        states.insert(shard, state);
+    }
+    let from = |shard: u32| states.get(&shard).map_or(1, |state| state.position() + 1);
+    let froms: Vec<u64> = shards.clone().map(from).collect();
     let mut records = 0u64;
     let mut apply = |shard: u32, position: u64, entry: &Entry| {
         records += entry.records.len() as u64;
@@ -91,7 +102,7 @@ fn state(screen: Screen, args: &cli::Replay, shards: Range<u32>) -> Outcome {
         applied.map_err(|e| Failure::new(Exit::Difference, format!("shard {shard}: {e}")))
     };
     if shards.len() == 1 {
-        for item in entries(&args.log.shard(shards.start), 1, args.until)? {
+        for item in entries(&args.log.shard(shards.start), froms[0], args.until)? {
             let (position, entry) = item?;
             apply(shards.start, position, &entry)?;
             if args.until == Some(position) {
@@ -99,7 +110,7 @@ fn state(screen: Screen, args: &cli::Replay, shards: Range<u32>) -> Outcome {
             }
         }
     } else {
-        for item in args.log.all(vec![1; shards.len()]).map_err(cannot_read)? {
+        for item in args.log.all(froms).map_err(cannot_read)? {
             let (shard, position, bytes) = item.map_err(damaged)?;
             apply(shard, position, &decoded(position, bytes)?)?;
         }
@@ -116,6 +127,7 @@ fn state(screen: Screen, args: &cli::Replay, shards: Range<u32>) -> Outcome {
         Some(genesis) if shards.len() > 1 => accounts_of(rows, &Placement::new(genesis.shards, genesis.hash_seed)),
         _ => rows.map(|(_, row)| row).collect(),
     };
+    tell_beginnings(&begun);
     if screen.json {
         return Ok(screen.document(&json!({"position": position, "records": records, "state_hash": hash,
             "streams": streams, "accounts": accounts}))?);
@@ -127,12 +139,24 @@ fn state(screen: Screen, args: &cli::Replay, shards: Range<u32>) -> Outcome {
     Ok(screen.line(rows::accounts(screen, &accounts).trim_end())?)
 }
 
+/// A note on stderr: the log isn't whole any more, and nothing is wrong with that.
+fn tell_beginnings(begun: &[(u32, Beginning)]) {
+    match begun {
+        [] => {}
+        [(shard, one)] => eprintln!("atp: --log: shard {shard} {}", one.told()),
+        [(shard, one), ..] => eprintln!("atp: --log: {} shards were pruned; shard {shard} {}", begun.len(), one.told()),
+    }
+}
+
 fn records(screen: Screen, args: &cli::Replay, shards: Range<u32>) -> Outcome {
     let mut out = BufWriter::new(std::io::stdout().lock());
     let many = shards.len() > 1;
     let mut shown_any = false;
     for shard in shards {
         let source = args.log.shard(shard);
+        if let Some(begun) = source.beginning().map_err(cannot_read)?.filter(|begun| args.from < begun.position) {
+            eprintln!("atp: --log: shard {shard} begins at position {}: pruned by `atp log prune`", begun.position);
+        }
         let mut last = args.from - 1;
         for item in entries(&source, args.from, args.until)? {
             let (position, entry) = item?;

@@ -74,7 +74,6 @@ fn gold_stays_fast_and_bronze_moves_under_twenty_times_the_capacity() {
     let _alone = alone();
     let router = Router::start(&format!(
         "log: {{durability: async}}
-shards: {{count: 1}}
 accounts: {{default: {{usd: 1000, per: total}}}}
 limits: {{streams_per_connection: 4096, aimd_base: {SLOTS}}}"
     ));

@@ -9,6 +9,7 @@ pub mod keepers;
 pub mod log;
 pub mod net;
 pub mod owner;
+pub mod partition;
 pub mod plan;
 pub mod process;
 pub mod provider;

@@ -1,23 +1,28 @@
 //! The owners of one shard, simulated: carry out effects in order, stand still or die between any two of them, and start again from
 //! the log. Of several only the newest counts; an older one hears of it late. Owns the real `Shard`s and the fake log.
 
+mod brokers;
+mod operator;
+
 use crate::simulation::check::{Check, fold};
 use crate::simulation::keepers::Keepers;
 use crate::simulation::log::FakeLog;
 use crate::simulation::net::Peer;
-use crate::simulation::plan::{self, Plan};
+use crate::simulation::partition::{Partition, Seen};
+use crate::simulation::plan::Plan;
 use crate::simulation::process::Process;
 use crate::simulation::sched::{Event, Replay, Sched};
 use crate::simulation::show::{frame_hash, show_entry, show_frame, show_input, show_to_agent};
 use crate::simulation::tools;
-use atp_core::message::{Answer, Effect, Input, LogRoom, Machine, Query, ToAgent};
+use atp_core::message::{Answer, Effect, Input, Machine, ToAgent};
+use atp_core::partition::Owner as Rule;
 use atp_core::record::{AnyRecord, Entry, Epoch, Genesis, Record};
 use atp_core::replay::StreamReplay;
 use atp_core::settings::Settings;
 use atp_core::shard::Shard;
 use atp_core::state::State;
 use atp_proto::codec::{Received, encode_body};
-use atp_proto::{ConnId, Frame, StreamId, TenantId};
+use atp_proto::{ConnId, Frame};
 use bytes::Bytes;
 use prost::Message;
 use std::collections::VecDeque;
@@ -40,11 +45,16 @@ pub struct Owner {
     inbox: VecDeque<Input>,
     /// Sent to the log, not there yet.
     pending: VecDeque<Bytes>,
-    /// The last position of its entries that is in the log, and the last one that it was told of.
+    /// Where it began. The last position of its entries that is in the log, and the last one that it was told of.
+    at: usize,
     written: usize,
     acked: usize,
     commit_scheduled: bool,
     told_keepers: bool,
+    /// Where the log is a partition: when its entries are durable, how many of them the brokers have got, the last of those.
+    rule: Option<Rule>,
+    handed: u64,
+    batch: brokers::Batch,
 }
 
 impl Owner {
@@ -56,10 +66,14 @@ impl Owner {
             outbox: VecDeque::new(),
             inbox: VecDeque::new(),
             pending: VecDeque::new(),
+            at,
             written: at,
             acked: at,
             commit_scheduled: false,
             told_keepers: false,
+            rule: None,
+            handed: 0,
+            batch: brokers::Batch::default(),
         }
     }
 }
@@ -72,6 +86,9 @@ pub struct Place {
     /// The newest is the last one, if it lives; `number` is the newest's.
     owners: Vec<Owner>,
     pub number: u32,
+    /// Where the log is a partition: who is about to take it, and how many have tried.
+    taking: Option<brokers::Taking>,
+    tried: u32,
     /// A follower of the log, as far as it has read.
     standby: State,
     /// Clients' frames for the owner to come.
@@ -86,19 +103,23 @@ pub struct Place {
 impl Place {
     #[must_use]
     pub fn new(plan: &Plan, log_id: u64, no: u32) -> Self {
+        let log_id = u128::from(log_id.to_be()) << 64 | u128::from(log_id);
+        let partition = plan.brokers.then(|| Box::new(Partition::new(log_id.to_le_bytes(), plan.mishaps)));
         Self {
             no,
             settings: Arc::new(Settings { shard: no, ..plan.settings.clone() }),
-            log: FakeLog::default(),
+            log: FakeLog::of(partition),
             owners: Vec::new(),
             number: 0,
+            taking: None,
+            tried: 0,
             standby: State::default(),
             waiting: Vec::new(),
             crashes: 0,
             queries: 0,
             verified: false,
             genesis: Genesis {
-                log_id: Bytes::copy_from_slice(&[log_id.to_be_bytes(), log_id.to_le_bytes()].concat()),
+                log_id: Bytes::copy_from_slice(&log_id.to_le_bytes()),
                 format: atp_core::state::FORMAT,
                 shards: plan.placement.shards(),
                 hash_seed: 0,
@@ -120,7 +141,14 @@ impl Place {
     /// Its owner lives, and nothing of it is on its way to the log.
     #[must_use]
     pub fn is_idle(&self) -> bool {
-        self.newest().is_some_and(|o| o.pending.is_empty() && o.outbox.is_empty())
+        let idle = |o: &Owner| o.pending.is_empty() && o.outbox.is_empty() && o.batch.is_over();
+        self.newest().is_some_and(|o| idle(o) && !self.log.is_fenced(o.number))
+    }
+
+    /// What a partition has been through.
+    #[must_use]
+    pub fn seen(&self) -> Seen {
+        self.log.partition.as_ref().map_or_else(Seen::default, |p| p.seen)
     }
 
     fn index(&self, number: u32) -> Option<usize> {
@@ -281,7 +309,7 @@ impl Place {
 
     fn schedule_commit(&mut self, s: &mut Sched, at: usize) {
         let owner = &mut self.owners[at];
-        if !owner.commit_scheduled && !owner.pending.is_empty() {
+        if !owner.commit_scheduled && !owner.pending.is_empty() && owner.batch.is_over() {
             owner.commit_scheduled = true;
             let most = if s.healed { 3 } else { s.faults.commit_max_ms };
             let ms = s.rng.range(0, most);
@@ -293,7 +321,7 @@ impl Place {
     pub fn commit(&mut self, a: &mut Around<'_>, number: u32) {
         let Some(at) = self.index(number) else { return };
         self.owners[at].commit_scheduled = false;
-        if self.log.is_fenced(number) {
+        if self.log.partition.is_none() && self.log.is_fenced(number) {
             // What it had sent before counts, and it hears so before it hears the rest.
             let position = self.owners[at].written;
             self.owners[at].acked = position;
@@ -303,6 +331,9 @@ impl Place {
         let waiting = self.owners[at].pending.len();
         let split = a.s.rng.percent(a.s.faults.commit_split_percent);
         let n = if split { a.s.rng.index(waiting) + 1 } else { waiting };
+        if self.log.partition.is_some() {
+            return self.hand_over(a.s, at, n);
+        }
         self.write(a, at, n);
         self.owners[at].acked = self.owners[at].written;
         let position = self.owners[at].acked as u64;
@@ -349,7 +380,11 @@ impl Place {
         }
         let sent = self.owners[at].pending.len();
         let kept = a.s.rng.index(sent + 1);
-        self.write(a, at, kept);
+        match &self.log.partition {
+            None => self.write(a, at, kept),
+            Some(_) if self.owners[at].batch.is_over() => self.hand_over(a.s, at, kept),
+            Some(_) => {}
+        }
         self.owners.remove(at);
         let live = a.s.rng.percent(a.s.faults.machines_live_percent);
         let (no, end) = (self.no, self.log.len());
@@ -384,8 +419,10 @@ impl Place {
     }
 
     /// An owner that was replaced hears of it.
-    pub fn step_down(&mut self, number: u32) {
-        if number != self.number {
+    pub fn step_down(&mut self, a: &mut Around<'_>, number: u32) {
+        if self.log.partition.is_some() {
+            self.look(a, number);
+        } else if number != self.number {
             self.owners.retain(|o| o.number != number);
         }
     }
@@ -393,14 +430,14 @@ impl Place {
     /// All who were replaced have heard of it.
     pub fn all_step_down(&mut self) {
         let newest = self.number;
+        self.taking = None;
         self.owners.retain(|o| o.number == newest);
     }
 
-    /// What the log says, read in one of the ways in which it is read.
-    fn read(&mut self, a: &mut Around<'_>) -> Option<State> {
+    /// What the log says up to a position, read in one of the ways in which it is read.
+    fn read(&mut self, a: &mut Around<'_>, end: usize) -> Option<State> {
         let Around { s, check, .. } = a;
-        let decoded: Result<Vec<Entry>, _> =
-            (1..=self.log.len()).map(|p| Entry::decode(self.log.entry(p).clone())).collect();
+        let decoded: Result<Vec<Entry>, _> = (1..=end).map(|p| Entry::decode(self.log.entry(p).clone())).collect();
         let recovered = decoded.map_err(|e| e.to_string()).and_then(|entries| {
             let state = fold::recover(&entries, true)?;
             Ok((entries, state))
@@ -444,7 +481,10 @@ impl Place {
         if self.is_up() {
             return;
         }
-        let Some(state) = self.read(a) else { return };
+        if self.log.partition.is_some() {
+            return self.claim(a);
+        }
+        let Some(state) = self.read(a, self.log.len()) else { return };
         self.number += 1;
         let (no, number) = (self.no, self.number);
         let incarnation = format!("o{number}");
@@ -461,6 +501,9 @@ impl Place {
     pub fn take_over(&mut self, a: &mut Around<'_>) {
         if a.s.healed || !self.is_up() || self.log.is_empty() {
             return;
+        }
+        if self.log.partition.is_some() {
+            return self.claim(a);
         }
         let at = self.owners.len() - 1;
         let sent = self.owners[at].pending.len();
@@ -488,7 +531,7 @@ impl Place {
         self.lose_clients(a.s, others);
         let ms = a.s.rng.range(0, 4_000);
         a.s.after(ms, Event::StepDown { shard: no, owner: old });
-        let Some(state) = self.read(a) else { return };
+        let Some(state) = self.read(a, position) else { return };
         let shard = Shard::recover_behind_epoch(self.settings.clone(), state, a.s.now());
         self.owners.push(Owner::new(number, shard, position));
         self.drain(a, number);
@@ -533,47 +576,6 @@ impl Place {
         }
         let (conn, tenant, stream) = (request.conn, request.tenant.clone(), request.stream.clone());
         self.input_of(a, number, Input::Replayed { conn, tenant, stream, upto: request.upto });
-    }
-
-    // ---- questions and settings -------------------------------------------------------------------------------------
-
-    pub fn ask(&mut self, a: &mut Around<'_>, query: Query) {
-        self.queries += 1;
-        let id = self.queries;
-        self.input(a, Input::Query { id, query });
-    }
-
-    pub fn random_query(s: &mut Sched, streams: &[(TenantId, StreamId)]) -> Query {
-        let which = if streams.is_empty() { 0 } else { s.rng.below(7) };
-        let (tenant, stream) = match streams.get(s.rng.index(streams.len())) {
-            Some(known) => known.clone(),
-            None => return Query::Verify,
-        };
-        match which {
-            0 | 1 => Query::Verify,
-            2 => Query::Accounts,
-            3 => Query::Stream { tenant, stream },
-            4 => Query::Bill { tenant, stream },
-            5 => Query::Agents,
-            _ => Query::Streams { tenant },
-        }
-    }
-
-    /// Other limits, other steps at them, and accounts that weren't there. What runs goes on under its own windows.
-    pub fn reload(&mut self, a: &mut Around<'_>, changed: &plan::Reload) {
-        let mut settings = (*self.settings).clone();
-        (settings.accounts, settings.default_account) = changed.accounts.clone();
-        settings.retries = changed.retries;
-        self.settings = Arc::new(settings);
-        let Some(owner) = self.owners.last_mut().filter(|o| o.number == self.number && !o.paused) else { return };
-        owner.shard.set_settings(self.settings.clone());
-        self.drain(a, self.number);
-    }
-
-    pub fn room(&mut self, a: &mut Around<'_>) {
-        let s = &mut *a.s;
-        let room = if s.healed { LogRoom::Enough } else { s.rng.pick(&[LogRoom::Low, LogRoom::Last, LogRoom::Enough]) };
-        self.input(a, Input::LogRoom(room));
     }
 }
 

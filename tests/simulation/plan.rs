@@ -14,6 +14,9 @@ use atp_proto::{AgentName, Amount, Cost, Limit, Qos, TenantId, Tokens, UsdMicros
 use std::collections::BTreeMap;
 use std::sync::{Arc, LazyLock};
 
+/// What was lost on its way to the brokers may be found so much later.
+pub const LONG_LOST_MS: u64 = 3_000;
+
 /// How much goes wrong, and how.
 #[derive(Clone, Debug, Default)]
 pub struct Faults {
@@ -29,6 +32,8 @@ pub struct Faults {
     pub delay_max_ms: u64,
     pub commit_split_percent: u64,
     pub commit_max_ms: u64,
+    /// Of a message to the brokers of a partition: it isn't just written.
+    pub broker_ppm: u64,
     /// `Agent` machines live on when the shard's process dies (they stand for another router).
     pub machines_live_percent: u64,
     /// Chance that a recovery ignores checkpoints.
@@ -120,6 +125,9 @@ pub struct Plan {
     /// Two shards don't hear each other from then on, for so long.
     pub cut_at: Vec<u64>,
     pub placement: Placement,
+    /// The log is in Kafka, and so often its brokers do what isn't expected.
+    pub brokers: bool,
+    pub mishaps: u32,
     pub drain_at: Option<u64>,
 }
 
@@ -201,6 +209,8 @@ impl Plan {
             take_over_at: Vec::new(),
             cut_at: Vec::new(),
             placement: Placement::default(),
+            brokers: false,
+            mishaps: 0,
             settings,
             faults,
             agents,
@@ -248,6 +258,21 @@ pub fn spread(rng: &mut Rng, plan: &mut Plan) {
     plan.cut_at = times(rng, heal_at, most);
 }
 
+/// Of a third of the schedules each shard's log is a partition of Kafka, which several may write to at once.
+pub fn share_the_log(rng: &mut Rng, plan: &mut Plan) {
+    plan.brokers = rng.percent(33);
+    if !plan.brokers || plan.is_calm() {
+        return;
+    }
+    plan.faults.broker_ppm = rng.pick(&[0, 5_000, 20_000, 60_000]);
+    plan.mishaps = rng.range(1, 4) as u32;
+    // Messages of several owners between each other take batches that are long on their way.
+    plan.faults.commit_split_percent = rng.pick(&[30, 80]);
+    plan.faults.commit_max_ms = rng.pick(&[3, 30, 100, 400]);
+    let most = rng.range(0, 3);
+    plan.take_over_at.extend(times(rng, plan.heal_at, most));
+}
+
 /// What an operator changes at a reload.
 pub struct Reload {
     pub accounts: (BTreeMap<TenantId, AccountSettings>, AccountSettings),
@@ -272,6 +297,7 @@ fn faults(rng: &mut Rng) -> Faults {
         delay_max_ms: if far { rng.pick(&[300, 1_500, 4_000]) } else { rng.pick(&[50, 300, 1_500]) },
         commit_split_percent: rng.pick(&[0, 30, 80]),
         commit_max_ms: rng.pick(&[0, 3, 30, 400]),
+        broker_ppm: 0,
         // Keepers on another router outlive the shard's process, those in the same process never do.
         machines_live_percent: if far { rng.pick(&[50, 100]) } else { 0 },
         full_replay_percent: 20,

@@ -1,6 +1,7 @@
 //! Virtual time, the queue of events, the trace. Owned by the world; actors get it to schedule what they do next.
 
 use crate::simulation::net::Net;
+use crate::simulation::partition::Sent;
 use crate::simulation::plan::Faults;
 use crate::simulation::rng::Rng;
 use atp_core::clock::Now;
@@ -47,6 +48,17 @@ pub enum Event {
         from: u32,
         to: u32,
         message: Box<Escrow>,
+    },
+    /// Messages reach the brokers of a partition.
+    Arrive {
+        shard: u32,
+        sent: Vec<Sent>,
+    },
+    /// What brokers say of an owner's messages: which one, its offset if that is known.
+    Reports {
+        shard: u32,
+        owner: u32,
+        reports: Vec<(u64, Option<u64>)>,
     },
     Commit {
         shard: u32,

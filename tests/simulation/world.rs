@@ -8,6 +8,7 @@ use crate::simulation::crowd;
 use crate::simulation::keepers::Keepers;
 use crate::simulation::net::Peer;
 use crate::simulation::owner::{Around, Place};
+use crate::simulation::partition;
 use crate::simulation::plan::{self, Plan, Reload};
 use crate::simulation::process::Process;
 use crate::simulation::rng::Rng;
@@ -29,8 +30,9 @@ const STEPS_MAX: u64 = 200_000;
 const SHOWN_STEPS: u64 = 32;
 /// Of so many schedules one lets a crowd queue up at one agent.
 const QUEUE_EVERY: u64 = 100;
-/// What decides where streams and accounts belong doesn't change what else a seed decides.
+/// What decides where streams and accounts belong, and what the log is, doesn't change what else a seed decides.
 const SPREAD: u64 = 0x7368_6172_6473;
+const BROKERS: u64 = 0x6272_6f6b_6572;
 
 /// What came of one schedule.
 #[derive(Debug, Default)]
@@ -59,6 +61,7 @@ pub struct Counts {
     pub virtual_ms: u64,
     pub seen: Seen,
     pub escrow: escrow::Seen,
+    pub partition: partition::Seen,
 }
 
 impl Counts {
@@ -76,6 +79,7 @@ impl Counts {
         self.virtual_ms += o.virtual_ms;
         self.seen.add(&o.seen);
         self.escrow.add(&o.escrow);
+        self.partition.add(&o.partition);
     }
 }
 
@@ -94,6 +98,7 @@ pub fn run(seed: u64, trace: bool) -> Outcome {
     let mut rng = Rng::new(seed);
     let mut plan = Plan::of(&mut rng);
     plan::spread(&mut Rng::new(seed ^ SPREAD), &mut plan);
+    plan::share_the_log(&mut Rng::new(seed ^ BROKERS), &mut plan);
     tools::plan(&mut rng, &mut plan);
     if plan.tasks.len() > 3 && rng.percent(30) {
         crowd::gather(&mut rng, &mut plan);
@@ -361,6 +366,14 @@ impl World {
                 let (place, mut around) = self.at(shard as usize);
                 place.commit(&mut around, owner);
             }
+            Event::Arrive { shard, sent } => {
+                let (place, mut around) = self.at(shard as usize);
+                place.arrive(&mut around, sent);
+            }
+            Event::Reports { shard, owner, reports } => {
+                let (place, mut around) = self.at(shard as usize);
+                place.reports(&mut around, owner, reports);
+            }
             Event::Unpause { shard, owner } => {
                 let (place, mut around) = self.at(shard as usize);
                 place.unpause(&mut around, owner);
@@ -386,7 +399,10 @@ impl World {
                 let (place, mut around) = self.at(shard as usize);
                 place.take_over(&mut around);
             }
-            Event::StepDown { shard, owner } => self.places[shard as usize].step_down(owner),
+            Event::StepDown { shard, owner } => {
+                let (place, mut around) = self.at(shard as usize);
+                place.step_down(&mut around, owner);
+            }
             Event::Cut { pair, ms } => self.s.cut_shards(pair, ms),
             Event::Heal => self.heal(),
             other => self.peer_or_operator(other),
@@ -527,6 +543,7 @@ impl World {
             escrow: self.check.escrow.seen,
             ..Counts::default()
         };
+        self.places.iter().for_each(|place| counts.partition.add(&place.seen()));
         for ledger in self.check.ledgers() {
             counts.entries += ledger.position;
             counts.seen.add(&ledger.seen);

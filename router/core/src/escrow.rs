@@ -1,13 +1,15 @@
-//! What shards say to each other about an account's money: the home lends shares, holders wish for them and give them back.
-//! Each message may be lost, repeated or late; what counts is in the logs of both. The shell only carries it.
+//! What shards say to each other about an account's money: the home lends shares, holders wish for them and give them back; and
+//! about gold tasks that wait for what others use. Each message may be lost, repeated or late; what counts is in the logs of
+//! both. The shell only carries it.
 
 use crate::record::{AmountPb, Late, LimitPb, Shared};
 use prost::Message;
 
-/// One message between an account's home shard and a shard that spends for it.
+/// One message between an account's home shard and a shard that spends for it, or between a shard in which gold waits and any
+/// other.
 #[derive(Clone, PartialEq, Message)]
 pub struct Escrow {
-    #[prost(oneof = "Say", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9")]
+    #[prost(oneof = "Say", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11")]
     pub say: Option<Say>,
 }
 
@@ -40,6 +42,12 @@ pub enum Say {
     /// Holder: an Adjust of a call whose share is gone; repeated until it comes back as it is.
     #[prost(message, tag = "9")]
     Late(LateSaid),
+    /// Gold tasks of the sender wait. Answered by `Below`.
+    #[prost(message, tag = "10")]
+    Press(Press),
+    /// Who could give way to them.
+    #[prost(message, tag = "11")]
+    Below(Below),
 }
 
 impl From<Say> for Escrow {
@@ -146,4 +154,52 @@ pub struct LateSaid {
     /// True: home has it.
     #[prost(bool, tag = "2")]
     pub taken: bool,
+}
+
+/// What gold tasks of a shard wait for, and who of the receiver's tasks is to stop for them.
+#[derive(Clone, PartialEq, Message)]
+pub struct Press {
+    #[prost(message, repeated, tag = "1")]
+    pub lacks: Vec<Lack>,
+    #[prost(uint64, repeated, tag = "2")]
+    pub give_way: Vec<u64>,
+}
+
+/// Slots of an agent or money of an account: one of them is empty.
+#[derive(Clone, PartialEq, Message)]
+pub struct Lack {
+    #[prost(string, tag = "1")]
+    pub agent: String,
+    #[prost(string, tag = "2")]
+    pub account: String,
+    /// Tiers whose new tasks are shed: 0 none yet, 1 bronze, 2 silver too.
+    #[prost(uint32, tag = "3")]
+    pub sheds: u32,
+}
+
+/// The first tasks of a shard in the order of giving way, and those that were asked to and haven't stopped.
+#[derive(Clone, PartialEq, Message)]
+pub struct Below {
+    #[prost(message, repeated, tag = "1")]
+    pub lower: Vec<Lower>,
+    #[prost(uint64, repeated, tag = "2")]
+    pub stopping: Vec<u64>,
+}
+
+/// A running call whose end brings a slot of its agent and money of its account.
+#[derive(Clone, PartialEq, Eq, Message)]
+pub struct Lower {
+    /// Its task's number in its shard.
+    #[prost(uint64, tag = "1")]
+    pub no: u64,
+    /// 0 bronze, 1 silver.
+    #[prost(uint32, tag = "2")]
+    pub rank: u32,
+    /// When the task was accepted, Unix ms.
+    #[prost(uint64, tag = "3")]
+    pub since: u64,
+    #[prost(string, tag = "4")]
+    pub agent: String,
+    #[prost(string, tag = "5")]
+    pub account: String,
 }

@@ -8,6 +8,7 @@ pub mod estimate;
 pub mod ladder;
 pub mod message;
 pub mod pacing;
+pub mod partition;
 pub mod placement;
 pub mod policy;
 pub mod price;

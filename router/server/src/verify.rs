@@ -1,8 +1,9 @@
 //! Proof from the log: the fold up to a position against the live state, and offline against what the log itself records
 //! (checkpoint hashes, bills of closed streams). Only reads.
 
-use crate::log::Source;
 use crate::log::offline;
+use crate::log::{Beginning, Source};
+use atp_core::clock::rfc3339;
 use atp_core::record::{CostPb, Entry, Key, Record, hex};
 use atp_core::state::{FOLD_VERSION, State};
 use atp_core::view::{AccountView, VerifyView};
@@ -26,6 +27,19 @@ pub struct Report {
     pub differences: Vec<Difference>,
     pub state_hash: String,
     pub ok: bool,
+    /// Shards whose fold begins with a checkpoint, what is before having been pruned.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub pruned: Vec<Pruned>,
+}
+
+/// Where a pruned shard's fold begins.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Pruned {
+    pub shard: u32,
+    /// Position of the checkpoint's first piece.
+    pub checkpoint: u64,
+    /// RFC 3339.
+    pub pruned_at: String,
 }
 
 /// One value that differs: as the log gives it, and as the live state (or the record that was compared) has it.
@@ -51,13 +65,13 @@ pub struct Live {
 pub fn against_live(live: &[Live]) -> Result<Report, String> {
     let Some(first) = live.first() else { return Ok(report(String::new(), Vec::new())) };
     let upto = live.iter().map(|live| (live.shard, Some(live.view.position))).collect();
-    let folded = fold(&first.source, &upto, |_, _, _, _| {})?;
+    let folded = fold(&first.source, begin(&first.source, &upto)?, &upto, |_, _, _, _| {})?;
     let found = live.iter().zip(folded).map(|(live, folded)| compare(&live.view, folded));
     Ok(report(first.source.to_string(), found.collect()))
 }
 
 fn compare(live: &VerifyView, folded: Folded) -> Found {
-    let Folded { shard, state, records } = folded;
+    let Folded { shard, state, records, beginning } = folded;
     let folded = state.verify_view();
     let mut differences = Vec::new();
     let mut differ = |account: &str, field: &str, log: Value, live: Value| {
@@ -83,7 +97,7 @@ fn compare(live: &VerifyView, folded: Folded) -> Found {
             differ(&format!("{}/{}", key.0, key.1), field, log, live);
         }
     }
-    Found { shard, shards: state.genesis().shards, view: folded, records, differences }
+    Found { shard, shards: state.genesis().shards, view: folded, records, differences, beginning }
 }
 
 /// Folds a whole log, all shards of it, and compares with what it records of itself: each checkpoint's hash, each bill's settled
@@ -94,10 +108,16 @@ fn compare(live: &VerifyView, folded: Folded) -> Found {
 pub fn offline_verify(source: &Source) -> Result<Report, String> {
     let shards = source.shards().map_err(|e| e.to_string())?;
     let whole: BTreeMap<u32, Option<u64>> = (0..shards).map(|shard| (shard, None)).collect();
+    let begun = begin(source, &whole)?;
     let hashes = checkpoint_hashes(source, &whole)?;
     let mut differences: BTreeMap<u32, Vec<Difference>> = BTreeMap::new();
     let mut settled: BTreeMap<Key, BTreeMap<u32, CostPb>> = BTreeMap::new();
-    let folded = fold(source, &whole, |shard, position, entry, state| {
+    // What was settled before a pruned log begins, its checkpoint says.
+    for (_, stream) in begun.values().flat_map(|folded| folded.state.streams()) {
+        let calls = stream.calls.iter().map(|call| (call.reserve.lane, call.actual));
+        settled.insert(stream.accept.key.clone(), calls.collect());
+    }
+    let folded = fold(source, begun, &whole, |shard, position, entry, state| {
         let differences = differences.entry(shard).or_default();
         if let Some(recorded) = hashes.get(&(shard, position)) {
             let log = state.hash();
@@ -135,12 +155,13 @@ pub fn offline_verify(source: &Source) -> Result<Report, String> {
             }
         }
     })?;
-    let found = folded.into_iter().map(|Folded { shard, state, records }| Found {
+    let found = folded.into_iter().map(|Folded { shard, state, records, beginning }| Found {
         shard,
         shards,
         view: state.verify_view(),
         records,
         differences: differences.remove(&shard).unwrap_or_default(),
+        beginning,
     });
     Ok(report(source.to_string(), found.collect()))
 }
@@ -152,6 +173,7 @@ struct Found {
     view: VerifyView,
     records: u64,
     differences: Vec<Difference>,
+    beginning: Option<Beginning>,
 }
 
 /// All shards in one: the position is the number of entries.
@@ -170,9 +192,15 @@ fn report(log: String, found: Vec<Found>) -> Report {
         differences: Vec::new(),
         state_hash: offline::hash_of_all(&hashes),
         ok: false,
+        pruned: Vec::new(),
     };
     let many = found.len() > 1;
     for one in found {
+        all.pruned.extend(one.beginning.map(|begun| Pruned {
+            shard: one.shard,
+            checkpoint: begun.checkpoint,
+            pruned_at: rfc3339(begun.pruned_ms),
+        }));
         let named = one.differences.into_iter().map(|difference| match many {
             true => Difference { field: format!("shard {}: {}", one.shard, difference.field), ..difference },
             false => difference,
@@ -188,18 +216,31 @@ struct Folded {
     shard: u32,
     state: State,
     records: u64,
+    beginning: Option<Beginning>,
 }
 
-/// Folds these shards from the beginning, so that no checkpoint is believed: up to their positions, or to their ends.
+/// What the folds of these shards begin with: nothing, so that no checkpoint is believed, but where the log was pruned.
+fn begin(source: &Source, upto: &BTreeMap<u32, Option<u64>>) -> Result<BTreeMap<u32, Folded>, String> {
+    let one = |shard: &u32| {
+        let (state, beginning) = offline::begin(&source.shard(*shard)).map_err(|e| e.to_string())?;
+        Ok((*shard, Folded { shard: *shard, state, records: 0, beginning }))
+    };
+    upto.keys().map(one).collect()
+}
+
+/// Folds these shards on: up to their positions, or to their ends.
 fn fold(
     source: &Source,
+    mut folded: BTreeMap<u32, Folded>,
     upto: &BTreeMap<u32, Option<u64>>,
     mut each: impl FnMut(u32, u64, &Entry, &State),
 ) -> Result<Vec<Folded>, String> {
-    let mut folded: BTreeMap<u32, Folded> =
-        upto.keys().map(|shard| (*shard, Folded { shard: *shard, state: State::default(), records: 0 })).collect();
     read(source, upto, |shard, position, entry| {
         let Some(Folded { state, records, .. }) = folded.get_mut(&shard) else { return Ok(()) };
+        // Before the checkpoint that it begins with.
+        if position <= state.position() {
+            return Ok(());
+        }
         *records += entry.records.len() as u64;
         state.apply(position, &entry).map_err(|e| e.to_string())?;
         each(shard, position, &entry, state);
@@ -214,7 +255,7 @@ fn fold(
     Ok(folded.into_values().collect())
 }
 
-/// Reads these shards: a local log once for all of them.
+/// Reads what is there of these shards: a local log once for all of them.
 fn read(
     source: &Source,
     upto: &BTreeMap<u32, Option<u64>>,

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Mutants test the tests: each patch in this directory plants one fault in router/core; the simulation must catch it within
-# 2,000 schedules. Works on a copy of the project; fails if a mutant escapes, or if a patch no longer applies or builds.
+# Mutants test the tests: each patch in this directory plants one fault in router/core, or in the simulated shell around it; the
+# simulation must catch it within 2,000 schedules. One in router/server is a fault of the local log, which its test of power cuts
+# must catch. Works on a copy of the project; fails if a mutant escapes, or if a patch no longer applies or builds.
 #
 #   run.sh            all of them
 #   run.sh NAME...    only these (with or without .patch)
@@ -12,7 +13,8 @@ here=$(cd "$(dirname "$0")" && pwd)
 root=$(cd "$here/../../.." && pwd)
 schedules=${ATP_MUTANT_SCHEDULES:-2000}
 threads=${ATP_MUTANT_THREADS:-2}
-target=${CARGO_TARGET_DIR:-$root/target}/mutants
+shared=${CARGO_TARGET_DIR:-$root/target}
+target=$shared/mutants
 copy=$target/copy
 
 names=()
@@ -23,7 +25,7 @@ fi
 
 # The same place each time, so that Cargo finds what it has built before. Of the members that no mutant needs only the
 # manifest is there, with empty targets: Cargo wants to read them, nothing compiles them.
-needed=(proto canonicalizer router/core tests)
+needed=(proto canonicalizer router/core router/server tests)
 rm -rf "$copy"
 mkdir -p "$copy"
 tar -C "$root" --exclude=target --exclude='*.patch' -cf - Cargo.toml Cargo.lock "${needed[@]}" | tar -C "$copy" -xf -
@@ -37,7 +39,7 @@ for member in $members; do
 done
 cd "$copy"
 # What was built last may be a mutant: the copied file's old time would hide that.
-find router/core/src -name '*.rs' -exec touch {} +
+find router/core/src router/server tests/simulation -name '*.rs' -exec touch {} +
 export CARGO_TARGET_DIR=$target
 
 build() {
@@ -46,6 +48,21 @@ build() {
 # A mutant that loops forever is caught as well.
 sim() {
     timeout 90 "$target/sim/sim" --schedules "$schedules" --threads "$threads" --keep-going >"$target/sim.log" 2>&1
+}
+# Of a fault in the server's log: built as the workspace's tests are, next to them, so that nothing of others is built again.
+power() {
+    CARGO_TARGET_DIR=$shared cargo test --quiet --locked --workspace --test log_power "$@" >"$target/power.log" 2>&1
+}
+power_verdict() {
+    if ! power --no-run; then
+        verdict="NO LONGER BUILDS: $(grep -m1 '^error' "$target/power.log" || true)"
+        failed+=("$name")
+    elif power; then
+        verdict="ESCAPED the power cuts"
+        failed+=("$name")
+    else
+        verdict="caught $(grep -m1 'schedules failed' "$target/power.log" || tail -1 "$target/power.log")"
+    fi
 }
 # The invariant that named it; a panic of the core only where no checker spoke.
 caught_by() {
@@ -76,7 +93,9 @@ for name in "${names[@]}"; do
         failed+=("$name")
     else
         patch --quiet -p1 --no-backup-if-mismatch -i "$patch"
-        if ! build; then
+        if grep -q '^+++ b/router/server/' "$patch"; then
+            power_verdict
+        elif ! build; then
             verdict="NO LONGER BUILDS: $(grep -m1 '^error' "$target/build.log" || true)"
             failed+=("$name")
         elif sim; then

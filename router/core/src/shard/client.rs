@@ -520,7 +520,8 @@ fn accepted(on: &str, seq: u64, stream: &Stream, state: TaskState) -> Frame {
 }
 
 fn unknown(id: &StreamId) -> WireError {
-    let mut error = WireError::new(Code::ResumeGone, format!("no stream {id} here; ids are remembered for 24 h"));
+    let what = format!("no stream {id} here: ids are remembered for 24 h after their end; submit the task anew");
+    let mut error = WireError::new(Code::ResumeGone, what);
     error.judged = false;
     error
 }

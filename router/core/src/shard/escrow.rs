@@ -87,6 +87,8 @@ impl Shard {
             }
             Say::Late(LateSaid { late, taken: false }) => self.late(from, late),
             Say::Late(LateSaid { late, taken: true }) => self.late_is_known(from, late),
+            Say::Press(press) => self.pressed(from, press),
+            Say::Below(below) => self.heard_below(from, below),
         }
     }
 

@@ -87,8 +87,12 @@ impl Shard {
         let now = self.now_ms;
         let Some(wishes) = self.escrows.wishes.get_mut(account) else { return };
         wishes.retain(|_, w| now < w.at + WISH_MS);
+        // Who is asked what it can do without says whether it still waits; only running calls are sure to.
+        let asked = self.escrows.recalls.get(account).filter(|recall| recall.done_at.is_none());
+        let waits = |at: &(u32, String)| !at.1.is_empty() || asked.is_none_or(|r| !r.waits_for.contains(&at.0));
+        let waiting = wishes.iter().filter(|(at, _)| waits(at));
         let mut order: Vec<(bool, u32, u64, (u32, String))> =
-            wishes.iter().map(|(at, w)| (at.1.is_empty(), w.wish.qos, w.since, at.clone())).collect();
+            waiting.map(|(at, w)| (at.1.is_empty(), w.wish.qos, w.since, at.clone())).collect();
         order.sort_unstable();
         let mut ahead = Amount::ZERO;
         for (_, _, _, at) in order {

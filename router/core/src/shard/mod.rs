@@ -43,7 +43,7 @@ use escrow::Escrows;
 use lane::LiveCall;
 use outflow::Outflow;
 use preflight::Preflight;
-use pressure::Pressure;
+use pressure::{Pressure, Victim};
 use project::Changes;
 use prost::Message;
 use purchase::Bid;
@@ -91,6 +91,8 @@ enum Timer {
     Idle(String),
     /// What other shards haven't confirmed.
     Escrow,
+    /// Other shards hear what gold tasks wait for.
+    Press,
 }
 
 /// What the memory holds of an open stream beside the fold.
@@ -109,7 +111,7 @@ struct Live {
     /// What its clients were told that it may still use, once that has moved.
     told: Option<Box<Told>>,
     /// The task that was asked to give way to this one.
-    victim: Option<u64>,
+    victim: Option<Victim>,
     /// What agents that were asked said of this task.
     preflights: BTreeMap<AgentName, Preflight>,
 }
@@ -476,6 +478,7 @@ impl Shard {
             Timer::AccountWindow(account) => self.tell_account_window(&account),
             Timer::Preflight(call, agent) => self.preflight_due(call, &agent),
             Timer::Sought(account) => self.sought(&account),
+            Timer::Press => self.say_pressure(),
             Timer::Idle(account) => self.idle_due(&account),
             Timer::Escrow => self.say_all_again(),
         }

@@ -29,9 +29,15 @@ impl Reader {
     }
 }
 
-/// The newest whole checkpoint of each of these shards, by one walk from the log's end.
+/// The newest whole checkpoint of each of these shards.
 pub(super) fn newest(reader: &Reader, shards: &[u32]) -> Result<Vec<Option<Found>>, LogError> {
-    let mut found = vec![None; shards.len()];
+    Ok(newest_of(reader, shards, 1)?.into_iter().map(|found| found.first().copied()).collect())
+}
+
+/// The newest whole checkpoints of each of these shards, at most `count` of each, the newest first: by one walk from the log's
+/// end.
+pub(super) fn newest_of(reader: &Reader, shards: &[u32], count: usize) -> Result<Vec<Vec<Found>>, LogError> {
+    let mut found = vec![Vec::new(); shards.len()];
     // Indexes of those that are still looked for.
     let mut wanted: Vec<usize> = (0..shards.len()).collect();
     for number in reader.segments().iter().rev() {
@@ -55,8 +61,16 @@ pub(super) fn newest(reader: &Reader, shards: &[u32]) -> Result<Vec<Option<Found
             });
             for (shard, position, _) in candidates.into_iter().rev() {
                 let Some(at) = wanted.iter().position(|index| shards[*index] == shard) else { continue };
+                let found: &mut Vec<Found> = &mut found[wanted[at]];
+                // A block that stands in two segments holds it twice.
+                if found.last().is_some_and(|newer| newer.position == position) {
+                    continue;
+                }
                 if let Some((_, bytes)) = whole(reader.entries_at(shard, *number, offset, position))? {
-                    found[wanted.remove(at)] = Some(Found { position, bytes, segment: *number, offset });
+                    found.push(Found { position, bytes, segment: *number, offset });
+                    if found.len() == count {
+                        wanted.remove(at);
+                    }
                 }
             }
         }
@@ -77,10 +91,7 @@ pub(super) fn whole(
     for (n, entry) in (0_u32..).zip(entries) {
         let (_, entry) = entry?;
         let Some(piece) = piece(&entry) else { return Ok(None) };
-        let same = first.as_ref().is_none_or(|first| {
-            (first.position, first.epoch, first.pieces, &first.hash, &first.log_id)
-                == (piece.position, piece.epoch, piece.pieces, &piece.hash, &piece.log_id)
-        });
+        let same = first.as_ref().is_none_or(|first| belong(first, &piece));
         if !same || piece.piece != n {
             return Ok(None);
         }
@@ -92,6 +103,12 @@ pub(super) fn whole(
         }
     }
     Ok(None)
+}
+
+/// Whether two pieces are of one checkpoint.
+pub(super) fn belong(first: &Checkpoint, piece: &Checkpoint) -> bool {
+    (first.position, first.epoch, first.pieces, &first.hash, &first.log_id)
+        == (piece.position, piece.epoch, piece.pieces, &piece.hash, &piece.log_id)
 }
 
 /// The piece of a checkpoint that an entry is; `None`: it is something else.

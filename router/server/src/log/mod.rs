@@ -11,6 +11,8 @@ mod error;
 mod kafka;
 mod local;
 pub mod offline;
+pub mod prune;
+mod pruned;
 mod queue;
 mod reader;
 mod recovery;
@@ -23,11 +25,13 @@ mod sync;
 mod writer;
 
 pub use address::{KafkaAddress, KafkaSasl, KafkaTls, check_broker, check_topic};
+pub use atp_core::partition::LogId;
 pub use disk::{Disk, RealDisk};
 pub use error::LogError;
 #[cfg(feature = "kafka")]
 pub use kafka::{KafkaEntries, KafkaLog, KafkaOptions, KafkaShards, KafkaSource, Made, Opened, init};
 pub use local::{Durability, LocalLog, Options};
+pub use pruned::Beginning;
 pub use queue::Entry as QueuedEntry;
 pub use reader::{AllEntries as LocalAllEntries, Entries as LocalEntries, Reader};
 pub use recovery::Recovered;
@@ -36,9 +40,6 @@ pub use source::{AllEntries, Entries, Source};
 pub use status::{Event, Events};
 
 use futures_util::future::BoxFuture;
-
-/// 16 random bytes, drawn when a log is made; each of its blocks carries them.
-pub type LogId = [u8; 16];
 
 /// The largest entry: a message of 16 MiB and what is recorded around it.
 pub const ENTRY_BYTES_MAX: usize = 32 << 20;

@@ -1,6 +1,6 @@
 //! Rebuilds the state from a log: newest whole checkpoint, then every later entry. Takes no lock and writes nothing.
 
-use super::{Entries, LogError, Reader, Source, checkpoint};
+use super::{Beginning, Entries, LogError, Reader, Source, checkpoint};
 use atp_core::record::{Checkpoint, Entry, hex};
 use atp_core::state::{FOLD_VERSION, State};
 use prost::Message;
@@ -48,8 +48,17 @@ pub fn recover_all(source: &Source) -> Result<Vec<(State, Report)>, LogError> {
     };
     let reader = Reader::open(dir)?;
     let numbers: Vec<u32> = (0..shards).collect();
+    let newest = checkpoint::newest(&reader, &numbers)?;
+    fold_all(&reader, &newest)
+}
+
+/// The states of all shards of a local log, each from this checkpoint on, or from its first entry.
+pub(super) fn fold_all(
+    reader: &Reader,
+    checkpoints: &[Option<checkpoint::Found>],
+) -> Result<Vec<(State, Report)>, LogError> {
     let mut all = Vec::new();
-    for (shard, found) in (0..).zip(checkpoint::newest(&reader, &numbers)?) {
+    for (shard, found) in (0..).zip(checkpoints) {
         let (mut state, mut report) = (State::default(), Report::default());
         if let Some(found) = found {
             report.checkpoint = Some(found.position);
@@ -65,6 +74,28 @@ pub fn recover_all(source: &Source) -> Result<Vec<(State, Report)>, LogError> {
         apply(state, shard, (position, bytes), report)?;
     }
     Ok(all)
+}
+
+/// What a fold of this shard begins with: nothing, or, where the log was pruned, its oldest checkpoint.
+///
+/// # Errors
+/// As [`recover_state`].
+pub fn begin(source: &Source) -> Result<(State, Option<Beginning>), LogError> {
+    let Some(beginning) = source.beginning()? else { return Ok((State::default(), None)) };
+    let entries = source.entries(beginning.checkpoint)?;
+    let state = from_checkpoint(source.number(), entries, &mut Report::default())?;
+    Ok((state, Some(beginning)))
+}
+
+/// The state of one shard at this position, from the checkpoint that begins at that one.
+#[cfg(feature = "kafka")]
+pub(super) fn fold_from(source: &Source, checkpoint: u64, upto: u64) -> Result<State, LogError> {
+    let mut report = Report::default();
+    let mut state = from_checkpoint(source.number(), source.entries(checkpoint)?, &mut report)?;
+    for item in source.entries_between(state.position() + 1, upto)? {
+        apply(&mut state, source.number(), item?, &mut report)?;
+    }
+    Ok(state)
 }
 
 fn from_checkpoint(shard: u32, entries: Entries, report: &mut Report) -> Result<State, LogError> {
@@ -149,13 +180,17 @@ impl Follower {
     }
 }
 
-/// The state from the first entry on, checkpoints apart: what `verify` compares with. `upto`: stop behind this position.
+/// The state from the first entry on, checkpoints apart, but for the one that a pruned log begins with. `upto`: stop behind this
+/// position.
 ///
 /// # Errors
 /// As [`recover_state`]; `Missing` if the log ends before `upto`.
 pub fn fold_from_start(source: &Source, upto: Option<u64>) -> Result<(State, Report), LogError> {
-    let (mut state, mut report) = (State::default(), Report::default());
-    for item in upto.map_or_else(|| source.entries(1), |upto| source.entries_between(1, upto))? {
+    let (mut state, beginning) = begin(source)?;
+    let mut report = Report { checkpoint: beginning.map(|b| b.checkpoint), ..Report::default() };
+    report.last_position = state.position();
+    let from = state.position() + 1;
+    for item in upto.map_or_else(|| source.entries(from), |upto| source.entries_between(from, upto))? {
         apply(&mut state, source.number(), item?, &mut report)?;
     }
     Ok((state, report))

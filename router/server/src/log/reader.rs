@@ -2,10 +2,12 @@
 //! It tells the end of the log from damage in its middle, and it never changes anything.
 
 use super::block::{Block, Header, Run};
+use super::pruned::{self, Beginning, Note};
 use super::segment::{self, Segment, Tail};
 use super::{LogError, LogId};
 use bytes::Bytes;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 /// A log to read, as one of its shards. Cheap to open: one directory listing.
 #[derive(Clone, Debug)]
@@ -13,23 +15,24 @@ pub struct Reader {
     dir: PathBuf,
     segments: Vec<u64>,
     shard: u32,
+    pruned: Option<Arc<Note>>,
 }
 
 impl Reader {
     /// Shard 0 of the log in `dir`.
     ///
     /// # Errors
-    /// `NoLog` where `dir` holds no segment; I/O.
+    /// `NoLog` where `dir` holds no segment; `NotThisLog` where its beginning is gone and nobody pruned it; I/O.
     pub fn open(dir: impl Into<PathBuf>) -> Result<Self, LogError> {
         let dir = dir.into();
         if !dir.is_dir() {
             return Err(LogError::NoLog { dir });
         }
-        let (segments, _) = segment::list(&dir)?;
-        if segments.is_empty() {
+        let found = pruned::find(&dir)?;
+        if found.segments.is_empty() {
             return Err(LogError::NoLog { dir });
         }
-        Ok(Self { dir, segments, shard: 0 })
+        Ok(Self { dir, segments: found.segments, shard: 0, pruned: found.note.map(Arc::new) })
     }
 
     /// The same log's shard `shard`.
@@ -38,7 +41,7 @@ impl Reader {
         Self { shard, ..self }
     }
 
-    /// The entries from position `from` (0 and 1 are the beginning) to the end of the log. The end is searched for damage:
+    /// The entries from position `from` (0 and 1 are the beginning; of a pruned log what is left of it) to the end of the log. The end is searched for damage:
     /// a whole block behind it makes the last item an error.
     #[must_use]
     pub fn entries(&self, from: u64) -> Entries {
@@ -79,6 +82,12 @@ impl Reader {
     pub fn shards(&self) -> Result<u32, LogError> {
         let first = self.first_header()?.ok_or_else(|| LogError::NoLog { dir: self.dir.clone() })?;
         Ok(first.shards)
+    }
+
+    /// Where this shard begins since the log was pruned; `None`: at its first entry.
+    #[must_use]
+    pub fn beginning(&self) -> Option<Beginning> {
+        self.pruned.as_ref()?.shards.get(self.shard as usize).copied().flatten()
     }
 
     fn first_header(&self) -> Result<Option<Header>, LogError> {

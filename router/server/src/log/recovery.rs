@@ -1,12 +1,12 @@
 //! What happens before a log is written again: the last block is found, a torn tail cut, and the last block written anew
 //! into a new segment. Corruption is reported and nothing is touched.
 
-use super::block::{Block, Builder, Header, Run};
+use super::block::{Block, Builder, HEADER, Header, Run};
 use super::disk::Disk;
 use super::reader::{Due, Link};
 use super::segment::{self, Segment, Tail};
 use super::spare::Spare;
-use super::{LogError, LogId, Reader, checkpoint};
+use super::{LogError, LogId, Reader, checkpoint, pruned};
 use std::collections::{BTreeMap, VecDeque};
 use std::fs::{File, OpenOptions};
 use std::path::{Path, PathBuf};
@@ -65,8 +65,8 @@ struct Last {
     due: Due,
 }
 
-fn look(dir: &Path) -> Result<Found, LogError> {
-    let (numbers, unfinished) = segment::list(dir)?;
+fn look(dir: &Path, begins: pruned::Found) -> Result<Found, LogError> {
+    let pruned::Found { segments: numbers, unfinished, .. } = begins;
     let (mut zero, mut torn) = (Vec::new(), Vec::new());
     let next_number = numbers.last().map_or(1, |last| last + 1);
     for (index, number) in numbers.iter().enumerate().rev() {
@@ -147,8 +147,13 @@ fn check_link(dir: &Path, earlier: &[u64], last: &Segment) -> Result<(), LogErro
 
 /// Finds the end, cuts, and writes the last block anew; durable when it returns. `new_id` and `shards` are for a log that is made.
 pub(super) fn recover(dir: &Path, disk: &dyn Disk, new_id: LogId, shards: u32) -> Result<End, LogError> {
-    let found = look(dir)?;
+    let begins = pruned::find(dir)?;
     let mut report = Vec::new();
+    match begins.finish(dir, disk)? {
+        0 => {}
+        n => report.push(format!("{n} segments removed that `atp log prune` had given up")),
+    }
+    let found = look(dir, begins)?;
     for path in &found.unfinished {
         disk.remove(path).map_err(LogError::io("remove", path))?;
     }
@@ -164,7 +169,7 @@ pub(super) fn recover(dir: &Path, disk: &dyn Disk, new_id: LogId, shards: u32) -
         disk.sync_dir(dir).map_err(LogError::io("sync the directory", dir))?;
     }
     if let Some(last) = &found.last {
-        torn_bytes += cut(disk, &last.segment, last.end, found.tail, &mut report)?;
+        torn_bytes += cut(disk, last, found.tail, &mut report)?;
     }
     let next = found.last.as_ref().map_or_else(|| vec![1; shards as usize], |last| last.due.positions().to_vec());
     let checkpoints = checkpoint_distances(dir, &found, next.len())?;
@@ -196,9 +201,15 @@ pub(super) fn recover(dir: &Path, disk: &dyn Disk, new_id: LogId, shards: u32) -
     Ok(End { recovered, link, next, segment, offset, spares, checkpoints })
 }
 
-/// Zeroes what lies behind the last whole block, and syncs the segment whether or not anything did.
-fn cut(disk: &dyn Disk, segment: &Segment, end: u64, tail: Tail, report: &mut Vec<String>) -> Result<u64, LogError> {
+/// Zeroes what lies behind the last whole block, writes that one over itself, and syncs. After a failed sync the page cache holds
+/// what the disk doesn't: without a copy in this place the next start would find nothing between what it goes on from and the
+/// one that follows in a new segment.
+fn cut(disk: &dyn Disk, last: &Last, tail: Tail, report: &mut Vec<String>) -> Result<u64, LogError> {
+    let Last { segment, end, .. } = last;
+    let (end, header) = (*end, last.block.header());
     let file = writable(&segment.path)?;
+    let same = segment.up_to(Vec::new(), header.offset, HEADER + header.body_bytes as usize)?;
+    disk.write(&file, &same, header.offset).map_err(LogError::io("write", &segment.path))?;
     let torn = match tail {
         Tail::Torn { bytes } => bytes,
         Tail::Zero | Tail::Block { .. } => 0,

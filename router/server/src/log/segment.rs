@@ -99,7 +99,7 @@ impl Segment {
     }
 
     /// `bytes`, which stand at `offset`, and those behind them up to `length`, as far as the file goes.
-    fn up_to(&self, mut bytes: Vec<u8>, offset: u64, length: usize) -> Result<Vec<u8>, LogError> {
+    pub(super) fn up_to(&self, mut bytes: Vec<u8>, offset: u64, length: usize) -> Result<Vec<u8>, LogError> {
         let n = bytes.len();
         bytes.resize(length, 0);
         let more =

@@ -2,7 +2,7 @@
 
 #[cfg(feature = "kafka")]
 use super::kafka::KafkaSource;
-use super::{KafkaAddress, LogError, Reader};
+use super::{Beginning, KafkaAddress, LogError, Reader};
 use bytes::Bytes;
 use std::fmt;
 use std::path::PathBuf;
@@ -78,7 +78,19 @@ impl Source {
         }
     }
 
-    /// The entries from position `from` (0 and 1 are the beginning) to the end of the log.
+    /// Where this shard begins since the log was pruned; `None`: at its first entry.
+    ///
+    /// # Errors
+    /// There is no log, or it can't be reached; `NotThisLog` where its beginning is gone and nobody pruned it.
+    pub fn beginning(&self) -> Result<Option<Beginning>, LogError> {
+        match self {
+            Self::Local { dir, shard } => Ok(Reader::open(dir)?.shard(*shard).beginning()),
+            #[cfg(feature = "kafka")]
+            Self::Kafka(kafka) => kafka.beginning(),
+        }
+    }
+
+    /// The entries from position `from` (0 and 1 are the beginning; of a pruned log what is left of it) to the end of the log.
     ///
     /// # Errors
     /// There is no log, or it can't be reached.
@@ -145,7 +157,7 @@ impl Source {
         match self {
             Self::Local { dir, shard } => Reader::open(dir)?.shard(*shard).newest_checkpoint(),
             #[cfg(feature = "kafka")]
-            Self::Kafka(kafka) => Ok(kafka.newest_checkpoint()),
+            Self::Kafka(kafka) => kafka.newest_checkpoint(),
         }
     }
 }

@@ -1,7 +1,7 @@
 //! Clients of the brokers: their settings, what they say, and messages read in order. Knows neither rule.
 
-use super::header::{self, Parsed};
 use crate::log::{ENTRY_BYTES_MAX, KafkaAddress, LogError};
+use atp_core::partition::{self, Parsed};
 use bytes::Bytes;
 use rdkafka::client::{Client, ClientContext};
 use rdkafka::config::{ClientConfig, RDKafkaLogLevel};
@@ -159,7 +159,7 @@ impl Messages {
                         continue;
                     }
                     let header = message.headers().and_then(|headers| {
-                        headers.iter().find(|header| header.key == header::NAME).and_then(|header| header.value)
+                        headers.iter().find(|header| header.key == partition::NAME).and_then(|header| header.value)
                     });
                     let header = Parsed::of(header);
                     let entry = message.payload().map(Bytes::copy_from_slice).unwrap_or_default();

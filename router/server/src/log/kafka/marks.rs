@@ -1,7 +1,7 @@
 //! Where positions stand among the offsets: a thin index, so that a reader needn't begin at the log's first message. It only
 //! knows what somebody read or wrote; a log without marks is read from its beginning.
 
-use super::reading::Mark;
+use atp_core::partition::Mark;
 use std::collections::BTreeMap;
 
 /// Marks that are kept. At twice this number every other one goes.

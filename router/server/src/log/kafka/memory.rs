@@ -1,9 +1,9 @@
 //! What this machine remembers of its log in `data_dir`: which one it is, how far it reached, where to begin. It only ever
 //! refuses or shortens a recovery; money rests on the log alone. One file for all shards that this router owns.
 
-use super::reading::Mark;
 use crate::log::disk::Lock;
 use crate::log::{LogError, LogId};
+use atp_core::partition::Mark;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::fs::{self, File};

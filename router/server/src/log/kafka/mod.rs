@@ -13,20 +13,17 @@
 //! own Epoch, which no two owners share; `n` counts its entries 1, 2, 3 ... Both are 0 for kinds 1 and 2. `checkpoint`: 1 for
 //! the first piece of one, else 0. What has no such header isn't ours and counts nothing; a higher version halts the reader.
 //!
-//! Which messages count says `reading`, when one is durable says `owning`. A **position** is the count of valid messages, so
+//! Which messages count, when one is durable and how a shard is taken says `atp_core::partition`. A **position** is the count of valid messages, so
 //! it is the same for every reader; agents are told the position of the owner's Epoch, which rises with each owner too.
 //!
 //! An owner writes its Epoch before it has read the log, so that nothing can come between; the time in that entry is the wall
 //! clock's and counts only where it is later than what stands before it.
 
 mod client;
-mod header;
 mod marks;
 mod memory;
-mod owning;
-mod reading;
-#[cfg(test)]
-mod rules_test;
+pub(super) mod prune;
+mod pruned;
 mod sender;
 mod source;
 mod start;
@@ -39,12 +36,11 @@ use super::offline::{self, Follower};
 use super::queue::Queue;
 use super::status::{Events, Status};
 use super::{Guarantee, KafkaAddress, Log, LogError, LogId, Source};
+use atp_core::partition::Claim;
 use atp_core::record::{Entry, Epoch, Record, hex};
 use atp_core::state::State;
 use futures_util::future::BoxFuture;
-use header::Header;
 use memory::Memory;
-use owning::Owner;
 use prost::Message;
 use sender::{Producing, Sender};
 use std::fmt;
@@ -198,6 +194,7 @@ impl KafkaShards {
         let mut reached = shared.memory().reached(shard);
         let end = start::check_partition(&shared.options, &source, &log_id, reached)?;
         reached.end = end.max(reached.end);
+        let claim = Claim::new(log_id, reached.end);
 
         let sender = Sender::new(shared.producing()?, source.partition());
         let record = Epoch {
@@ -207,8 +204,10 @@ impl KafkaShards {
             incarnation: incarnation.into(),
         };
         let entry = Entry { at_ms: now_ms, records: vec![Record::Epoch(record).into()] };
-        let taken = sender.send_one(&Header::Epoch { log_id }, &entry.encode_to_vec());
-        let epoch = taken.map_err(|why| LogError::Kafka { doing: "take", address: address.to_string(), why })?;
+        let written = sender.send_one(&claim.header(), &entry.encode_to_vec());
+        let offset = written.map_err(|why| LogError::Kafka { doing: "take", address: address.to_string(), why })?;
+        let claimed = claim.written(offset).map_err(|why| address.refused(why.to_string()))?;
+        let epoch = claimed.epoch();
 
         let mut report = Vec::new();
         // The first message behind its Genesis.
@@ -221,17 +220,13 @@ impl KafkaShards {
             report.push(format!("no checkpoint behind offset {}; reading from the beginning", mark.offset));
             reached.checkpoint = None;
         }
-        let upto_epoch = Source::Kafka(source.upto(epoch + 1));
+        let upto_epoch = Source::Kafka(source.upto(claimed.upto()));
         let followed = follower.as_ref().map(Follower::position);
         let (state, read) = match follower {
             Some(follower) => follower.finish(&upto_epoch)?,
             None => offline::recover_state(&upto_epoch)?,
         };
-        if state.epoch() != state.position() {
-            return Err(
-                address.refused(format!("the own Epoch at offset {epoch} isn't the last valid message before it"))
-            );
-        }
+        let owner = claimed.serve(&state).map_err(|why| address.refused(why.to_string()))?;
         report.push(format!(
             "shard {shard} taken at offset {epoch}; {} entries read{}",
             followed.map_or(read.entries, |position| state.position() - position),
@@ -247,7 +242,7 @@ impl KafkaShards {
             queue: queue.clone(),
             status: status_sender,
             sender,
-            owner: Owner::new(epoch),
+            owner,
             source: source.clone(),
             shared: shared.clone(),
             reached,

@@ -2,8 +2,8 @@
 //! tries again by itself: an error means that a message may stand in the log or not.
 
 use super::client::{self, MESSAGE_BYTES, PATIENCE, Quiet, why};
-use super::header::{Header, NAME};
 use crate::log::{KafkaAddress, LogError};
+use atp_core::partition::{Header, NAME};
 use rdkafka::client::ClientContext;
 use rdkafka::config::RDKafkaLogLevel;
 use rdkafka::error::{KafkaError, RDKafkaErrorCode};
@@ -129,7 +129,12 @@ impl Sender {
 
     /// One message and its offset.
     pub(super) fn send_one(&self, header: &Header, entry: &[u8]) -> Result<u64, String> {
-        self.send(0, header, None, entry)?;
+        self.send_one_keyed(header, None, entry)
+    }
+
+    /// One message with a key, and its offset.
+    pub(super) fn send_one_keyed(&self, header: &Header, key: Option<&str>, entry: &[u8]) -> Result<u64, String> {
+        self.send(0, header, key, entry)?;
         loop {
             if let Some((_, delivered)) = self.reports().pop() {
                 return delivered?.ok_or_else(|| "it was reported without an offset".into());

@@ -1,10 +1,10 @@
 //! A Kafka log to read: valid messages as entries with their positions. Writes nothing and needs no lock.
 
 use super::client::{Messages, PATIENCE, Pool, Pooled};
-use super::header::{Header, Parsed};
 use super::marks::Marks;
-use super::reading::{Mark, Verdict, Walk};
-use crate::log::{KafkaAddress, LogError, LogId, checkpoint};
+use super::pruned::{self, Note};
+use crate::log::{Beginning, KafkaAddress, LogError, LogId, checkpoint};
+use atp_core::partition::{Header, Mark, Parsed, Verdict, Walk};
 use atp_core::record::{Entry, Genesis, Record};
 use bytes::Bytes;
 use prost::Message as _;
@@ -21,6 +21,8 @@ pub struct KafkaSource {
     marks: Arc<Mutex<Marks>>,
     /// By shard.
     all_marks: Arc<Mutex<BTreeMap<u32, Arc<Mutex<Marks>>>>>,
+    /// Of all shards, as they were read last.
+    notes: Arc<Mutex<BTreeMap<u32, Note>>>,
     pool: Pool,
     /// Nothing is read from this offset on; `None`: the end at the time of reading.
     end: Option<u64>,
@@ -38,7 +40,7 @@ impl KafkaSource {
     pub fn new(address: KafkaAddress, shard: u32) -> Self {
         let (address, marks) = (Arc::new(address), Arc::<Mutex<Marks>>::default());
         let all_marks = Arc::new(Mutex::new(BTreeMap::from([(shard, marks.clone())])));
-        Self { address, shard, marks, all_marks, pool: Pool::default(), end: None }
+        Self { address, shard, marks, all_marks, notes: Arc::default(), pool: Pool::default(), end: None }
     }
 
     /// The partition of another shard of the same log.
@@ -85,14 +87,43 @@ impl KafkaSource {
         self.pool.take(&self.address, self.partition())
     }
 
-    /// Its end, if it begins at the beginning.
+    /// Its end, if it begins at the beginning or where it was pruned.
     pub(super) fn ends(&self, messages: &Messages) -> Result<u64, LogError> {
+        Ok(self.bounds(messages)?.1)
+    }
+
+    /// What a prune has noted of its beginning, if it was pruned; and its end.
+    fn bounds(&self, messages: &Messages) -> Result<(Option<Note>, u64), LogError> {
         let (low, high) = messages.ends(PATIENCE)?;
-        if low > 0 {
-            let what = format!("it begins at offset {low}: acknowledged records were deleted; restore it from a copy");
-            return Err(self.address.refused(what));
+        let note = if low > 0 { Some(self.note(low)?) } else { None };
+        Ok((note, high))
+    }
+
+    /// What a prune has noted of this partition, which begins at offset `low`.
+    ///
+    /// # Errors
+    /// `NotThisLog` where nobody noted that it is to begin so late.
+    pub(super) fn note(&self, low: u64) -> Result<Note, LogError> {
+        let mut notes = self.notes.lock().unwrap_or_else(PoisonError::into_inner);
+        let stands = |note: &&Note| note.begins() >= low;
+        if let Some(note) = notes.get(&self.shard).filter(stands) {
+            return Ok(note.clone());
         }
-        Ok(high)
+        *notes = pruned::read(&self.address)?;
+        notes.get(&self.shard).filter(stands).cloned().ok_or_else(|| {
+            let what = format!(
+                "partition {} begins at offset {low}, and `atp log prune` didn't do that: acknowledged records were \
+                 deleted; restore them from a copy",
+                self.shard
+            );
+            self.address.refused(what)
+        })
+    }
+
+    /// Where this shard begins since it was pruned.
+    pub(in crate::log) fn beginning(&self) -> Result<Option<Beginning>, LogError> {
+        let messages = self.messages()?;
+        Ok(self.bounds(&messages)?.0.map(|note| note.beginning()))
     }
 
     /// The offset behind its last message.
@@ -105,9 +136,12 @@ impl KafkaSource {
         Ok(self.ends(&*self.messages()?)? == 0)
     }
 
-    /// The message at offset 0; `None`: there is no message.
+    /// The message at offset 0, also if it was pruned; `None`: there is no message.
     pub(super) fn genesis(&self, messages: &mut Messages) -> Result<Option<Genesis>, LogError> {
-        let end = self.ends(messages)?;
+        let (note, end) = self.bounds(messages)?;
+        if let Some(note) = note {
+            return note.genesis(&self.address).map(Some);
+        }
         messages.seek(0, end.min(1))?;
         let Some(first) = messages.next()? else { return Ok(None) };
         let log_id = match first.header {
@@ -129,7 +163,7 @@ impl KafkaSource {
         self.genesis(messages)?.ok_or_else(|| self.address.refused("it is empty: no log is in it"))
     }
 
-    /// The entries `from..=upto`, or to the end of the log. With `upto` it is an error if the log ends before.
+    /// The entries `from..=upto`, or to the end of the log; where the log was pruned, what is left of them. With `upto` it is an error if the log ends before.
     ///
     /// # Errors
     /// The brokers can't be reached, or this isn't the beginning of a log.
@@ -137,9 +171,11 @@ impl KafkaSource {
         let mut messages = self.messages()?;
         let genesis = self.stands(&mut messages)?;
         let log_id = LogId::try_from(&genesis.log_id[..]).expect("compared with an id just now");
-        let end = self.ends(&messages)?;
+        let (note, end) = self.bounds(&messages)?;
         let end = self.end.map_or(end, |bound| bound.min(end));
-        let walk = match self.marks().before(from) {
+        let begins = note.map(|note| note.before);
+        let near = self.marks().before(from).into_iter().chain(begins).max_by_key(|mark| mark.position);
+        let walk = match near {
             Some(mark) => Walk::behind(log_id, mark),
             None => Walk::from_start(log_id),
         };
@@ -150,17 +186,30 @@ impl KafkaSource {
         Ok(KafkaEntries { address, shard, messages, walk, marks, from, upto, void: 0, done })
     }
 
-    /// The first piece of the newest whole checkpoint that is known here.
-    #[must_use]
-    pub fn newest_checkpoint(&self) -> Option<u64> {
-        self.marks().checkpoint().map(|mark| mark.position + 1)
+    /// The first piece of the newest whole checkpoint that is known here, or to who pruned the log.
+    ///
+    /// # Errors
+    /// The brokers can't be reached.
+    pub fn newest_checkpoint(&self) -> Result<Option<u64>, LogError> {
+        let note = match self.bounds(&*self.messages()?)? {
+            (Some(note), _) => note.checkpoint,
+            (None, _) => return Ok(self.marks().checkpoint().map(|mark| mark.position + 1)),
+        };
+        let mut marks = self.marks();
+        if marks.checkpoint().is_none_or(|known| known.position < note.position) {
+            marks.set_checkpoint(note);
+        }
+        Ok(marks.checkpoint().map(|mark| mark.position + 1))
     }
 
     /// Believes a place that was remembered if it holds what it should: a message of that number, and a whole checkpoint
     /// behind it.
     pub(super) fn try_checkpoint(&self, log_id: LogId, mark: Mark) -> Result<bool, LogError> {
         let mut messages = self.messages()?;
-        let end = self.ends(&messages)?;
+        let (note, end) = self.bounds(&messages)?;
+        if note.is_some_and(|note| mark.offset < note.begins()) {
+            return Ok(false);
+        }
         messages.seek(mark.offset, end.min(mark.offset.saturating_add(1)))?;
         let header = messages.next()?.map(|message| message.header);
         let stands = match header {
@@ -201,6 +250,11 @@ pub struct KafkaEntries {
 }
 
 impl KafkaEntries {
+    /// The place behind the last entry that it gave; `None`: before the log's first.
+    pub(super) fn mark(&self) -> Option<Mark> {
+        (self.walk.next() > 0).then(|| self.walk.mark())
+    }
+
     fn advance(&mut self) -> Result<Option<(u64, Bytes)>, LogError> {
         while let Some(message) = self.messages.next()? {
             let verdict = self.walk.take(message.offset, &message.header);

@@ -1,11 +1,11 @@
 //! Before a router owns anything: is the topic there, is it this log, are all of its records? It makes what isn't there, but only
 //! where this machine remembers no log.
 
-use super::header::Header;
 use super::memory::{Memory, Reached};
 use super::sender::{Producing, Sender};
 use super::{KafkaOptions, KafkaSource, Made, topic};
 use crate::log::{KafkaAddress, LogError, LogId};
+use atp_core::partition::Header;
 use atp_core::record::{Entry, Genesis, Record, hex};
 use atp_core::state::FORMAT;
 use prost::Message;

@@ -5,6 +5,7 @@ use crate::log::{ENTRY_BYTES_MAX, KafkaAddress, LogError};
 use rdkafka::admin::{AdminClient, AdminOptions, NewTopic, ResourceSpecifier, TopicReplication};
 use rdkafka::consumer::Consumer;
 use rdkafka::error::{KafkaError, RDKafkaErrorCode};
+use rdkafka::{Offset, TopicPartitionList};
 use std::collections::BTreeMap;
 use std::future::Future;
 use std::time::{Duration, Instant};
@@ -39,7 +40,7 @@ pub(super) fn look(address: &KafkaAddress, messages: &Messages) -> Result<Option
 }
 
 /// Partitions and replicas; `None`: there is no such topic.
-fn shape(address: &KafkaAddress, messages: &Messages) -> Result<Option<(usize, usize)>, LogError> {
+pub(super) fn shape(address: &KafkaAddress, messages: &Messages) -> Result<Option<(usize, usize)>, LogError> {
     let metadata = messages.consumer().fetch_metadata(Some(&address.topic), PATIENCE);
     let metadata = metadata.map_err(address.failed("look for"))?;
     let topic = metadata.topics().iter().find(|topic| topic.name() == address.topic);
@@ -57,18 +58,33 @@ pub(super) fn create(
     partitions: u32,
     single: bool,
 ) -> Result<bool, LogError> {
-    let (replicas, in_sync) = if single { (1, "1") } else { (3, "2") };
     let bytes = MESSAGE_BYTES_SET.to_string();
     let partitions = i32::try_from(partitions).unwrap_or(i32::MAX);
-    let topic = NewTopic::new(&address.topic, partitions, TopicReplication::Fixed(replicas))
+    let topic = kept(&address.topic, partitions, single)
         .set("cleanup.policy", "delete")
         .set("retention.ms", "-1")
         .set("retention.bytes", "-1")
-        .set("max.message.bytes", &bytes)
+        .set("max.message.bytes", &bytes);
+    make(address, messages, &topic, partitions)
+}
+
+/// Makes the topic of a log's notes, of which the newest of a key is kept for ever. `Ok(false)`: somebody else was first.
+pub(super) fn create_notes(address: &KafkaAddress, messages: &Messages, single: bool) -> Result<bool, LogError> {
+    let topic = kept(&address.topic, 1, single).set("cleanup.policy", "compact");
+    make(address, messages, &topic, 1)
+}
+
+/// A topic of which nothing acknowledged is lost with one broker.
+fn kept(name: &str, partitions: i32, single: bool) -> NewTopic<'_> {
+    let (replicas, in_sync) = if single { (1, "1") } else { (3, "2") };
+    NewTopic::new(name, partitions, TopicReplication::Fixed(replicas))
         .set("unclean.leader.election.enable", "false")
-        .set("min.insync.replicas", in_sync);
+        .set("min.insync.replicas", in_sync)
+}
+
+fn make(address: &KafkaAddress, messages: &Messages, topic: &NewTopic<'_>, partitions: i32) -> Result<bool, LogError> {
     let admin = admin(address)?;
-    let made = wait(async { admin.create_topics([&topic], &options()).await })?;
+    let made = wait(async { admin.create_topics([topic], &options()).await })?;
     let made = made.map_err(address.failed("make"))?;
     let fresh = match made.into_iter().next() {
         Some(Err((_, RDKafkaErrorCode::TopicAlreadyExists))) => false,
@@ -91,6 +107,22 @@ pub(super) fn create(
         }
     }
     Ok(fresh)
+}
+
+/// Deletes what lies before these offsets, by partition.
+pub(super) fn delete_records(address: &KafkaAddress, before: impl Iterator<Item = (i32, u64)>) -> Result<(), LogError> {
+    let mut places = TopicPartitionList::new();
+    for (partition, offset) in before {
+        let offset = Offset::Offset(i64::try_from(offset).unwrap_or(i64::MAX));
+        places.add_partition_offset(&address.topic, partition, offset).map_err(address.failed("prune"))?;
+    }
+    let admin = admin(address)?;
+    let deleted = wait(async { admin.delete_records(&places, &options()).await })?;
+    let deleted = deleted.map_err(address.failed("prune"))?;
+    for element in deleted.elements() {
+        element.error().map_err(address.failed("prune"))?;
+    }
+    Ok(())
 }
 
 impl Topic {

@@ -3,15 +3,13 @@
 
 use super::Shared;
 use super::client::Message;
-use super::header::{Header, Parsed};
 use super::memory::Reached;
-use super::owning::{Next, Owner, StepDown};
-use super::reading::Mark;
 use super::sender::Sender;
 use super::source::KafkaSource;
 use crate::log::queue::{Queue, Waiting, Wake};
 use crate::log::status::Status;
 use crate::log::{LogError, LogId, checkpoint};
+use atp_core::partition::{Header, Mark, Next, Owner, Parsed, StepDown};
 use atp_core::record;
 use bytes::Bytes;
 use prost::Message as _;
@@ -93,9 +91,14 @@ impl Writer {
         while done < batch.len() {
             for (index, delivered) in self.sender.reports() {
                 let position = first + index as u64;
-                let offset = delivered.map_err(|why| LogError::Unknown { shard: self.shard, position, why })?;
                 let before = self.mark();
-                self.follow(|owner| owner.reported(first_n + index as u64, offset))?;
+                // An error means unknown, as a report without an offset does; only the operator is told the difference.
+                let offset = delivered.as_ref().ok().copied().flatten();
+                let followed = self.follow(|owner| owner.reported(first_n + index as u64, offset));
+                followed.map_err(|error| match delivered {
+                    Err(why) => LogError::Unknown { shard: self.shard, position, why },
+                    Ok(_) => error,
+                })?;
                 self.durable(before, &batch[index].entry, batch[index].checkpoint);
                 done += 1;
             }
@@ -162,10 +165,14 @@ impl Writer {
     fn look(&mut self) -> Result<(), LogError> {
         let end = match self.sender.ends(LOOK_PATIENCE) {
             Ok((0, end)) => end,
-            Ok((low, _)) => {
-                let what = format!("it begins at offset {low} now: acknowledged records were deleted");
-                return Err(self.source.address().refused(what));
-            }
+            Ok((low, end)) => match self.source.note(low) {
+                Ok(_) => end,
+                Err(gone @ LogError::NotThisLog { .. }) => return Err(gone),
+                Err(error) => {
+                    tracing::debug!("{error}");
+                    return Ok(());
+                }
+            },
             Err(gone @ LogError::NotThisLog { .. }) => return Err(gone),
             // The brokers may be away for a while; the next entry finds out whether they come back in time.
             Err(error) => {

@@ -1,16 +1,16 @@
 //! The header of a message: who wrote it, as which one. Bytes in, facts out; it never looks at an entry.
 
-use crate::log::LogId;
+use super::LogId;
 
 /// The name of the Kafka record header that carries it.
-pub(super) const NAME: &str = "atp";
+pub const NAME: &str = "atp";
 const VERSION: u8 = 1;
 const ENTRY_BYTES: usize = 24;
 const LOG_ID_BYTES: usize = ENTRY_BYTES + size_of::<LogId>();
 
 /// What a message of ours is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Header {
+pub enum Header {
     /// The first message of a partition.
     Genesis { log_id: LogId },
     /// A new owner; the offset of this message is its epoch.
@@ -21,7 +21,7 @@ pub(super) enum Header {
 
 /// What the header of a message, or its absence, says.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Parsed {
+pub enum Parsed {
     Ours(Header),
     /// Somebody else's message, or damage.
     Foreign,
@@ -32,7 +32,9 @@ pub(super) enum Parsed {
 }
 
 impl Header {
-    pub(super) fn encode(&self) -> Vec<u8> {
+    /// The bytes of the record header.
+    #[must_use]
+    pub fn encode(&self) -> Vec<u8> {
         let (kind, checkpoint, epoch, n, log_id) = match self {
             Self::Genesis { log_id } => (1, false, 0, 0, Some(log_id)),
             Self::Epoch { log_id } => (2, false, 0, 0, Some(log_id)),
@@ -49,7 +51,8 @@ impl Header {
 
 impl Parsed {
     /// `bytes`: the value of the header, if the message has one.
-    pub(super) fn of(bytes: Option<&[u8]>) -> Self {
+    #[must_use]
+    pub fn of(bytes: Option<&[u8]>) -> Self {
         let Some(bytes) = bytes else { return Self::Foreign };
         match bytes.first() {
             None | Some(0) => Self::Foreign,

@@ -1,11 +1,11 @@
-//! The owner's rule: when a message that was handed to the brokers is durable, and when to step down. Pure; it says which
+//! The owner's rule: when a message that was handed to the brokers is durable, and when to step down. It says which
 //! offsets have to be read, and somebody else reads them.
 
-use super::header::{Header, Parsed};
+use super::{Header, Parsed};
 
 /// Nothing more may be written or acknowledged under this epoch; what was durable before stands.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub(super) enum StepDown {
+pub enum StepDown {
     #[error("offset {offset} holds the Epoch of another owner")]
     Fenced { offset: u64 },
     #[error("offset {offset} holds a message of this owner's epoch that was not reported there")]
@@ -14,7 +14,7 @@ pub(super) enum StepDown {
     Unexplained { offset: u64 },
     #[error("offset {offset} holds no message")]
     Missing { offset: u64 },
-    #[error("message {n} was reported without an offset")]
+    #[error("nobody knows the offset of message {n}")]
     NoOffset { n: u64 },
     #[error("message {n} was reported at offset {found}, {expected} or a later one was due")]
     Before { n: u64, expected: u64, found: u64 },
@@ -24,7 +24,7 @@ pub(super) enum StepDown {
 
 /// What a report leads to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Next {
+pub enum Next {
     /// Every offset up to the reported one is explained.
     Explained,
     /// Read the messages `from..to`, each goes to [`Owner::read`].
@@ -33,7 +33,7 @@ pub(super) enum Next {
 
 /// One owner's view of its partition.
 #[derive(Clone, Debug)]
-pub(super) struct Owner {
+pub struct Owner {
     epoch: u64,
     sent: u64,
     durable: u64,
@@ -46,32 +46,38 @@ pub(super) struct Owner {
 }
 
 impl Owner {
-    /// `epoch`: the offset of the own Epoch, which is durable.
+    /// `epoch`: the offset of the own Epoch, which is durable, and before which all is read.
     pub(super) const fn new(epoch: u64) -> Self {
         Self { epoch, sent: 0, durable: 0, last: epoch, own: epoch, reading: None }
     }
 
-    /// The header of the next entry.
-    pub(super) const fn send(&mut self, checkpoint: bool) -> Header {
+    /// The header of the next entry, which is handed over now. `checkpoint`: it is the first piece of one.
+    pub const fn send(&mut self, checkpoint: bool) -> Header {
         self.sent += 1;
         Header::Entry { epoch: self.epoch, n: self.sent, checkpoint }
     }
 
     /// The last offset that is explained: a message of this owner's or an older one's.
-    pub(super) const fn last(&self) -> u64 {
+    #[must_use]
+    pub const fn last(&self) -> u64 {
         self.last
     }
     /// The offset of the last durable message of this owner's, its Epoch counted.
-    pub(super) const fn own(&self) -> u64 {
+    #[must_use]
+    pub const fn own(&self) -> u64 {
         self.own
     }
     /// Entries of this owner's that are durable.
-    pub(super) const fn durable(&self) -> u64 {
+    #[must_use]
+    pub const fn durable(&self) -> u64 {
         self.durable
     }
 
-    /// The delivery report of message `n`, in order.
-    pub(super) fn reported(&mut self, n: u64, offset: Option<u64>) -> Result<Next, StepDown> {
+    /// The delivery report of message `n`, in order. `None`: it has no offset, or nobody knows whether it was written.
+    ///
+    /// # Errors
+    /// The ownership is over.
+    pub fn reported(&mut self, n: u64, offset: Option<u64>) -> Result<Next, StepDown> {
         if n != self.durable + 1 || n > self.sent || self.reading.is_some() {
             return Err(StepDown::Order { expected: self.durable + 1, found: n });
         }
@@ -89,7 +95,7 @@ impl Owner {
     }
 
     /// The partition ends at `end` (exclusive) while nothing of this owner's is in flight.
-    pub(super) fn looked(&mut self, end: u64) -> Next {
+    pub fn looked(&mut self, end: u64) -> Next {
         let from = self.last + 1;
         if end <= from || self.reading.is_some() || self.sent != self.durable {
             return Next::Explained;
@@ -99,7 +105,10 @@ impl Owner {
     }
 
     /// A message that was asked for by [`Next::Read`], in order.
-    pub(super) fn read(&mut self, offset: u64, message: &Parsed) -> Result<Next, StepDown> {
+    ///
+    /// # Errors
+    /// The ownership is over.
+    pub fn read(&mut self, offset: u64, message: &Parsed) -> Result<Next, StepDown> {
         let expected = self.last + 1;
         let Some((to, own)) = self.reading.filter(|_| offset == expected) else {
             return Err(StepDown::Missing { offset: expected });

@@ -1,24 +1,23 @@
 //! The reader's rule: which messages of a partition count. Owner, recovery, verify and replay judge by it alike, and it
-//! depends on the messages before alone. Pure.
+//! depends on the messages before alone.
 
-use super::header::{Header, Parsed};
-use crate::log::LogId;
+use super::{Header, LogId, Parsed};
 
 /// A place in the log: what holds right behind the valid message at `offset`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
-pub(super) struct Mark {
-    pub(super) offset: u64,
+pub struct Mark {
+    pub offset: u64,
     /// Valid messages up to this one, itself counted.
-    pub(super) position: u64,
+    pub position: u64,
     /// Offset of the current owner's Epoch; `None`: only Genesis has been read.
-    pub(super) epoch: Option<u64>,
+    pub epoch: Option<u64>,
     /// The owner's entries so far.
-    pub(super) n: u64,
+    pub n: u64,
 }
 
 /// Why a message doesn't count. None of these is an error.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Void {
+pub enum Void {
     /// Of the current epoch, read before.
     Duplicate,
     /// Of the current epoch, behind one that is missing: nothing behind a hole was ever acknowledged.
@@ -31,14 +30,14 @@ pub(super) enum Void {
 
 /// What a message is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Verdict {
+pub enum Verdict {
     Valid { position: u64 },
     Void(Void),
 }
 
 /// The partition can't be what our writers made: nothing may be served from it.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub(super) enum Halt {
+pub enum Halt {
     #[error("offset {expected} holds no message, the next one stands at {found}")]
     Missing { expected: u64, found: u64 },
     #[error("the message at offset {offset} has version {version}: written by a newer version, read it with that one")]
@@ -49,7 +48,7 @@ pub(super) enum Halt {
 
 /// A reader on its way.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Walk {
+pub struct Walk {
     log_id: LogId,
     next: u64,
     position: u64,
@@ -59,28 +58,36 @@ pub(super) struct Walk {
 }
 
 impl Walk {
-    pub(super) const fn from_start(log_id: LogId) -> Self {
+    /// From offset 0, where the Genesis of this log must stand.
+    #[must_use]
+    pub const fn from_start(log_id: LogId) -> Self {
         Self { log_id, next: 0, position: 0, epoch: None, n: 0, hole: false }
     }
 
     /// Goes on behind a valid message.
-    pub(super) const fn behind(log_id: LogId, mark: Mark) -> Self {
+    #[must_use]
+    pub const fn behind(log_id: LogId, mark: Mark) -> Self {
         let Mark { offset, position, epoch, n } = mark;
         Self { log_id, next: offset + 1, position, epoch, n, hole: false }
     }
 
     /// The offset that is due.
-    pub(super) const fn next(&self) -> u64 {
+    #[must_use]
+    pub const fn next(&self) -> u64 {
         self.next
     }
 
     /// Where it stands; sound only right behind a valid message.
-    pub(super) const fn mark(&self) -> Mark {
+    #[must_use]
+    pub const fn mark(&self) -> Mark {
         Mark { offset: self.next - 1, position: self.position, epoch: self.epoch, n: self.n }
     }
 
     /// Judges the message at `offset`, which must be the next one.
-    pub(super) fn take(&mut self, offset: u64, message: &Parsed) -> Result<Verdict, Halt> {
+    ///
+    /// # Errors
+    /// This isn't the partition that our writers made, or a newer version wrote to it.
+    pub fn take(&mut self, offset: u64, message: &Parsed) -> Result<Verdict, Halt> {
         if offset != self.next {
             return Err(Halt::Missing { expected: self.next, found: offset });
         }

@@ -1,10 +1,8 @@
 //! Both rules together: whatever a broker does to the messages of several owners, what an owner took for durable counts for
 //! every reader, and every reader counts the same.
 
-use super::header::{Header, Parsed};
-use super::owning::{Next, Owner, StepDown};
-use super::reading::{Halt, Mark, Verdict, Void, Walk};
-use crate::log::LogId;
+use super::{Claim, Halt, Header, LogId, Mark, Next, NotTaken, Owner, Parsed, StepDown, Verdict, Void, Walk};
+use crate::state::State;
 use proptest::prelude::*;
 
 const ID: LogId = [1; 16];
@@ -161,6 +159,18 @@ fn an_idle_owner_finds_its_successor() {
     assert_eq!(owner.read(6, &entry(3, 4)), Ok(Next::Read { from: 7, to: 8 }));
     assert_eq!(owner.clone().read(7, &entry(3, 5)), Ok(Next::Explained));
     assert_eq!(owner.read(7, &epoch()), Err(StepDown::Fenced { offset: 7 }));
+}
+
+// ---- the taker ----------------------------------------------------------------------------------------------------
+
+#[test]
+fn who_takes_a_partition_serves_only_what_ends_with_its_epoch() {
+    let claim = Claim::new(ID, 4);
+    assert_eq!(claim.header(), Header::Epoch { log_id: ID });
+    assert_eq!(claim.written(3).unwrap_err(), NotTaken::Before { offset: 3, end: 4 });
+    let claimed = claim.written(6).unwrap();
+    assert_eq!((claimed.epoch(), claimed.upto()), (6, 7));
+    assert_eq!(claimed.serve(&State::default()).unwrap_err(), NotTaken::NotLast { epoch: 6 });
 }
 
 // ---- both ---------------------------------------------------------------------------------------------------------

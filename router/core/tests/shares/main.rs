@@ -1,0 +1,208 @@
+//! Money between shards: an account's home lends, others spend and give back. What schedules of faults do to it is the simulation's.
+
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+mod fleet;
+mod pressure;
+
+use atp_core::message::{Input, Machine};
+use atp_core::record::Record;
+use atp_proto::AgentName;
+use atp_proto::content::*;
+use fleet::*;
+
+#[test]
+fn a_task_away_from_home_spends_a_share_that_comes_back() {
+    let mut fleet = Fleet::new(settings(100_000, None));
+    let (home, away) = (fleet.home(), fleet.away(1));
+    let id = fleet.stream_on(away).next().unwrap();
+    fleet.submit(&id, true);
+    assert_eq!(fleet.calls.len(), 1, "{:?}", fleet.to_client);
+    let (limit, _, held, _) = fleet.account(away);
+    assert!(held == 10 && limit > 10, "a share with some to spare: {held} of {limit}");
+    assert_eq!(fleet.account(home), (100_000, 0, 0, limit));
+    fleet.finish_all(9);
+    assert_eq!(fleet.final_of(&id).unwrap().state, TaskState::Done);
+    fleet.wait(15_000);
+    assert_eq!(fleet.account(home), (100_000, 9, 0, 0), "idle shares go back");
+    assert_eq!((fleet.records(away, "share_out"), fleet.records(away, "share_back")), (2, 2));
+    assert!(fleet.shards[away as usize].state().holding().values().all(|line| line.out.is_empty()));
+}
+
+#[test]
+fn who_can_t_be_paid_is_told_so_before_it_is_accepted_wherever_it_is() {
+    let mut fleet = Fleet::new(settings(25, None));
+    let (home, away, other) = (fleet.home(), fleet.away(1), fleet.away(2));
+    for shard in [away, other] {
+        let id = fleet.stream_on(shard).next().unwrap();
+        fleet.submit(&id, true);
+    }
+    assert_eq!(fleet.calls.len(), 2);
+    fleet.finish_all(10);
+    // 5 are left: a call is estimated at 10.
+    for (n, wait) in [(1, true), (2, false), (3, true)] {
+        let id = fleet.stream_on(fleet.away(n)).nth(1).unwrap();
+        fleet.submit(&id, wait);
+        fleet.wait(1_500);
+        let error = fleet.refusal_of(&id).unwrap_or_else(|| panic!("shard {n}: {:?}", fleet.final_of(&id)));
+        assert_eq!((error.code.as_str(), error.limit), ("EBUDGET", Some(25)), "{error}");
+    }
+    assert_eq!(fleet.account(home).1, 20);
+}
+
+#[test]
+fn idle_shares_are_found_for_whoever_needs_them() {
+    let mut fleet = Fleet::new(settings(1_000, None));
+    let (away, other) = (fleet.away(1), fleet.away(2));
+    // All of the money is lent out, bit by bit, and idle.
+    for id in fleet.stream_on(away).take(60).collect::<Vec<_>>() {
+        fleet.submit(&id, true);
+    }
+    fleet.finish_all(1);
+    assert_eq!(fleet.runs, 60);
+    for wait in [true, false] {
+        let ids: Vec<String> = fleet.stream_on(other).skip(if wait { 0 } else { 40 }).take(40).collect();
+        for id in &ids {
+            fleet.submit(id, wait);
+        }
+        fleet.wait(1_000);
+        assert!(ids.iter().all(|id| fleet.refusal_of(id).is_none()), "wait: {wait}");
+        assert_eq!(fleet.calls.len(), 40);
+        fleet.finish_all(1);
+        assert!(ids.iter().all(|id| fleet.final_of(id).is_some_and(|f| f.state == TaskState::Done)));
+    }
+    fleet.wait(15_000);
+    assert_eq!(fleet.account(fleet.home()), (1_000, 140, 0, 0));
+}
+
+#[test]
+fn every_cent_can_be_spent_and_none_twice() {
+    let mut fleet = Fleet::new(settings(500, None));
+    let ids: Vec<String> = (0..SHARDS).flat_map(|n| fleet.stream_on(n).take(25).collect::<Vec<_>>()).collect();
+    for id in &ids {
+        fleet.submit(id, true);
+    }
+    for _ in 0..30 {
+        fleet.wait(300);
+        fleet.finish_all(10);
+    }
+    fleet.wait(61_000);
+    assert_eq!(fleet.runs, 50, "500 buy 50 calls at 10");
+    let done = ids.iter().filter(|id| fleet.final_of(id).is_some_and(|f| f.state == TaskState::Done)).count();
+    assert_eq!(done, 50);
+    assert_eq!(fleet.account(fleet.home()), (500, 500, 0, 0));
+}
+
+#[test]
+fn a_shard_that_is_cut_off_spends_what_it_holds_and_no_more() {
+    let mut fleet = Fleet::new(settings(1_000, None));
+    let (home, away) = (fleet.home(), fleet.away(1));
+    let ids: Vec<String> = fleet.stream_on(away).take(200).collect();
+    fleet.submit(&ids[0], true);
+    let (limit, ..) = fleet.account(away);
+    fleet.cut.extend([(home, away), (away, home)]);
+    ids[1..].iter().for_each(|id| fleet.submit(id, true));
+    fleet.wait(2_000);
+    // A running call keeps a quarter of its estimate free for its next slice.
+    let bought = fleet.calls.len() as u64;
+    assert!(bought <= limit / 10 && bought >= limit / 13, "{bought} of {limit}");
+    assert_eq!(fleet.account(home).3, limit, "no time-out frees them");
+    fleet.cut.clear();
+    fleet.wait(3_000);
+    assert!(fleet.calls.len() > 75, "{}", fleet.calls.len());
+}
+
+#[test]
+fn owners_die_between_any_two_messages() {
+    for n in 0..12 {
+        let mut fleet = Fleet::new(settings(1_000, None));
+        let (home, away) = (fleet.home(), fleet.away(1));
+        let ids: Vec<String> = fleet.stream_on(away).take(6).collect();
+        for (i, id) in ids.iter().enumerate() {
+            match n % 3 {
+                0 => fleet.cut.insert((home, away)),
+                1 => fleet.cut.insert((away, home)),
+                _ => false,
+            };
+            fleet.submit(id, true);
+            if (n / 3) % 2 == 0 {
+                fleet.restart(if i % 2 == 0 { home } else { away });
+            } else {
+                fleet.restart(if i % 2 == 0 { away } else { home });
+            }
+            fleet.cut.clear();
+            // A new owner asks its agents; this one has nothing to say.
+            fleet.to_agent.clear();
+            fleet.wait(1_500);
+        }
+        fleet.finish_all(7);
+        fleet.wait(90_000);
+        let (limit, settled, held, lent) = fleet.account(home);
+        assert_eq!((limit, held, lent), (1_000, 0, 0), "run {n}");
+        let away_settled: u64 = fleet.account(away).1;
+        assert_eq!(away_settled, 0);
+        assert!(settled >= 7 * fleet.runs, "run {n}: {settled} of {} calls", fleet.runs);
+    }
+}
+
+#[test]
+fn calls_at_once_are_counted_over_all_shards() {
+    let mut fleet = Fleet::new(settings(100_000, Some(5)));
+    let ids: Vec<String> = (0..SHARDS).flat_map(|n| fleet.stream_on(n).take(5).collect::<Vec<_>>()).collect();
+    for id in &ids {
+        fleet.submit(id, true);
+    }
+    let mut most = 0;
+    for _ in 0..200 {
+        fleet.wait(300);
+        most = most.max(fleet.calls.len());
+        fleet.finish_all(1);
+    }
+    assert!(most <= 5, "{most} at once");
+    assert_eq!(fleet.runs, 20);
+}
+
+#[test]
+fn what_one_shard_learns_of_an_agent_all_know() {
+    let mut fleet = Fleet::new(settings(100_000, None));
+    for n in 0..3 {
+        let id = fleet.stream_on(fleet.away(n)).next().unwrap();
+        fleet.submit(&id, true);
+        fleet.finish_all(4);
+    }
+    fleet.teach();
+    let last = fleet.away(3);
+    let id = fleet.stream_on(last).next().unwrap();
+    fleet.submit(&id, true);
+    let reserved = fleet.logs[last as usize].iter().flat_map(|e| &e.records).find_map(|r| match &r.record {
+        Some(Record::Reserve(r)) => Some(r.calls[0].clone()),
+        _ => None,
+    });
+    let call = reserved.expect("it was reserved");
+    assert_eq!((call.source.as_str(), call.samples, call.mean.usd_micros), ("statistics", 3, 4));
+}
+
+#[test]
+fn an_agent_s_home_lowers_its_tier_and_writes_down_who_is_drained() {
+    let mut fleet = Fleet::new(settings(1_000_000, None));
+    let home = fleet.settings.placement.home_of_agent(&AgentName::new("a"));
+    for n in 0..12 {
+        let id = fleet.stream_on(n % SHARDS).nth(n as usize).unwrap();
+        fleet.submit(&id, true);
+        fleet.finish_all(100);
+    }
+    fleet.teach();
+    fleet.teach();
+    let tiers: Vec<usize> = (0..SHARDS).map(|n| fleet.records(n, "tier")).collect();
+    assert_eq!((tiers.iter().sum::<usize>(), tiers[home as usize]), (1, 1), "{tiers:?}");
+    let agent = AgentName::new("a");
+    fleet.shards[home as usize].handle(fleet.now, Input::DrainAgent { id: 1, agent, drained: true });
+    fleet.run();
+    assert_eq!((0..SHARDS).map(|n| fleet.records(n, "agent")).sum::<usize>(), 1, "its home writes it down");
+    for n in 0..SHARDS {
+        let id = fleet.stream_on(n).nth(50).unwrap();
+        fleet.submit(&id, false);
+        let error = fleet.refusal_of(&id).expect("nobody takes it");
+        assert_eq!(error.code.as_str(), "EAGENTDOWN", "shard {n}: {error}");
+    }
+}
