@@ -4,10 +4,14 @@
 mod agents;
 mod duplicates;
 mod estimates;
+#[path = "../fleet/fleet.rs"]
+#[allow(dead_code, unreachable_pub, reason = "each test binary uses its own part of it")]
+mod fleet;
 mod flow;
 mod fragments;
 mod frames;
 mod money;
+mod peers;
 mod refusals;
 mod sessions;
 mod streams;

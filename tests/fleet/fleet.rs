@@ -55,6 +55,14 @@ tasks: {{retries: 4, deadline: 170s, agent_timeout: 100s}}",
         fleet
     }
 
+    /// Other words in the configuration that a router reads at its next start.
+    pub(crate) fn change(&self, n: usize, from: &str, to: &str) {
+        let file = self.routers[n].dir().join("atp.yaml");
+        let text = std::fs::read_to_string(&file).expect("its configuration");
+        assert!(text.contains(from), "{from} in {text}");
+        std::fs::write(&file, text.replace(from, to)).expect("its configuration");
+    }
+
     /// Starts one and waits until it serves clients.
     pub(crate) fn launch(&mut self, n: usize) {
         self.routers[n].launch();

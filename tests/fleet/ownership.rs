@@ -85,9 +85,7 @@ fn redis_away_stops_no_shard_and_moves_none() {
 fn a_second_router_of_the_same_id_is_refused_and_a_new_run_of_a_killed_one_is_not() {
     let mut fleet = Fleet::start(1, 8, 1);
     assert_eq!(fleet.shared_by(&[0])[&0], 8);
-    let file = fleet.routers[1].dir().join("atp.yaml");
-    let text = std::fs::read_to_string(&file).expect("its configuration");
-    std::fs::write(&file, text.replace("id: r2", "id: r1")).expect("its configuration");
+    fleet.change(1, "id: r2", "id: r1");
     fleet.routers[1].launch();
     assert_eq!(fleet.routers[1].ended(), Some(2), "as for any other fault of its configuration");
     let said = fleet.routers[1].stderr();
@@ -98,4 +96,23 @@ fn a_second_router_of_the_same_id_is_refused_and_a_new_run_of_a_killed_one_is_no
     fleet.routers[0].kill();
     fleet.launch(1);
     wait_for("the new run to own all", || has(&fleet, 1, 8).then_some(()));
+}
+
+#[test]
+fn leases_granted_twice_move_their_shards_by_the_logs_word() {
+    let fleet = Fleet::start(1, 8, 2);
+    let before = fleet.each_has_its_part(&[0, 1]);
+    let second = fleet.redis.ask(&["GET", "{atp}:alive:r2"]);
+    let second = second.as_str().expect("the second router's word");
+    for shard in fleet.owned(0) {
+        // Redis lost who has it, and gave it to another one while its owner goes on.
+        let _ = fleet.redis.ask(&["SET", &format!("{{atp:{shard}}}:lease"), second, "PX", "2000"]);
+    }
+    wait_for("the first one to find another owner in the log", || {
+        fleet.routers[0].stderr().contains("owned here no longer").then_some(())
+    });
+    assert_eq!(fleet.each_has_its_part(&[0, 1]), before, "each gets its part again");
+    fleet.routers[0].settled();
+    let verified = atp::run_json(&["verify", "--log", &fleet.routers[0].log()]);
+    assert_eq!(verified["ok"], true, "{verified:#}");
 }

@@ -43,9 +43,7 @@ fn last(call: CallId) -> Frame {
 fn fleet() -> Fleet {
     let mut fleet = Fleet::start(1, SHARDS, 0);
     for n in 0..3 {
-        let file = fleet.routers[n].dir().join("atp.yaml");
-        let text = std::fs::read_to_string(&file).expect("its configuration");
-        std::fs::write(&file, text.replace("limits: {heartbeat: 300ms}\n", "")).expect("its configuration");
+        fleet.change(n, "limits: {heartbeat: 300ms}\n", "");
         fleet.launch(n);
     }
     fleet.each_has_its_part(&[0, 1, 2]);
@@ -87,7 +85,7 @@ fn next_numbered(client: &mut Peer, seqs: &mut BTreeMap<String, u64>) -> Frame {
 }
 
 #[test]
-fn streams_of_a_router_that_is_killed_go_on_at_others_without_a_gap() {
+fn atp_13_5_streams_of_a_router_that_is_killed_go_on_at_others_without_a_gap() {
     let mut fleet = fleet();
     let mut agent = Peer::agent(fleet.routers[1].atp(), &agent_of("half-way"));
     (0..3).for_each(|n| fleet.routers[n].has_agent("half-way"));
@@ -152,7 +150,7 @@ fn streams_of_a_router_that_is_killed_go_on_at_others_without_a_gap() {
 }
 
 #[test]
-fn an_agent_that_loses_its_router_serves_all_shards_from_another_one() {
+fn atp_13_5_an_agent_that_loses_its_router_serves_all_shards_from_another_one() {
     let mut fleet = fleet();
     let mut agent = Peer::agent(fleet.routers[2].atp(), &agent_of("mover"));
     (0..3).for_each(|n| fleet.routers[n].has_agent("mover"));

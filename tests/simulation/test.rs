@@ -37,4 +37,9 @@ fn schedules_are_not_idle() {
         counts.settled > SCHEDULES && counts.owners > SCHEDULES && counts.void > 0 && counts.unknown > 0,
         "{counts:?}"
     );
+    let brokers = counts.partition;
+    assert!(
+        brokers.epochs > SCHEDULES && brokers.zombies > 0 && brokers.gaps > 0 && brokers.unknown > 0,
+        "{brokers:?}"
+    );
 }

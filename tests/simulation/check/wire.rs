@@ -84,16 +84,18 @@ impl Check {
                     Err(e) => verdict.fail("dispatch => durable Reserve and Intent", || e.to_string()),
                 }
             }
-            ToAgent::Pass { call, frame, .. } => match &*frame.kind {
+            ToAgent::Pass { call, incarnation, frame, .. } => match &*frame.kind {
                 kind::BUDGET_UPDATE => match frame.read::<BudgetUpdate>() {
                     Ok(u) => granted(ledger, call, [u.grant.tokens.0.into(), u.grant.usd_micros.0.into()], verdict),
                     Err(e) => verdict.fail("grant => durable Extend", || e.to_string()),
                 },
                 kind::ACK => {
                     let Ok(ack) = frame.read::<Ack>() else { return };
-                    let durable = ledger.call(call).map_or(0, |c| c.in_seq);
-                    let over = ledger.call(call).is_none_or(|c| matches!(c.phase, Phase::Settled | Phase::Void));
-                    verdict.expect(ack.msg_seq <= durable || over, "ack => durable frame", || {
+                    let known = ledger.call(call).filter(|c| !matches!(c.phase, Phase::Settled | Phase::Void));
+                    // An owner that stood still acknowledges what a process said that the call has left since.
+                    let known = known.filter(|c| c.intent.as_ref().is_some_and(|(of, _)| **of == **incarnation));
+                    let durable = known.map_or(u64::MAX, |c| c.in_seq);
+                    verdict.expect(ack.msg_seq <= durable, "ack => durable frame", || {
                         format!("{call}: message {} was acknowledged, {durable} is durable", ack.msg_seq)
                     });
                 }

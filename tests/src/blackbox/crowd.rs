@@ -5,6 +5,7 @@ use super::PATIENCE;
 use super::load::{Over, Told, follow_any};
 use super::peer::{Peer, submit_by_key};
 use super::process::{LOOK, http_at};
+use atp_proto::WireError;
 use atp_proto::content::{Bill, Role, Submit, TaskState};
 use atp_proto::frame::kind;
 use atp_sdk::{Client, ClientOptions, Dialer, Retry, SubmitRequest};
@@ -159,7 +160,11 @@ fn accepted(router: SocketAddr, key: &str, content: &Submit) -> io::Result<Strin
     loop {
         let frame = peer.try_next(PATIENCE)?.ok_or(io::ErrorKind::UnexpectedEof)?;
         if frame.stream_id == syn.stream_id {
-            assert_ne!(&*frame.kind, kind::ERROR, "{key} is refused: {}", String::from_utf8_lossy(&frame.content));
+            if &*frame.kind == kind::ERROR {
+                let error: WireError = frame.read().map_err(io::Error::other)?;
+                assert!(!error.judged, "{key} is refused: {error}");
+                return Err(io::ErrorKind::Interrupted.into());
+            }
             if &*frame.kind == kind::ACCEPTED {
                 return Ok(frame.stream_id.to_string());
             }

@@ -3,9 +3,9 @@
 
 use super::PATIENCE;
 use super::peer::{Peer, submit_by_key};
-use atp_proto::Frame;
 use atp_proto::content::{Bill, Final, Role, Submit};
 use atp_proto::frame::kind;
+use atp_proto::{Code, Frame};
 use std::collections::BTreeMap;
 use std::io;
 use std::net::SocketAddr;
@@ -121,6 +121,10 @@ fn session(router: SocketAddr, syn: &Frame, told: &mut Told) -> io::Result<()> {
         }
         if &*frame.kind == kind::ERROR {
             let error: atp_proto::WireError = frame.read().map_err(io::Error::other)?;
+            if error.code == Code::Draining && !error.judged {
+                // Its shard has no owner just now: nothing was decided, the same may come again.
+                return Err(io::ErrorKind::Interrupted.into());
+            }
             assert!(told.frames.is_empty(), "{} was accepted and is refused now: {error}", told.stream);
             told.refused = Some(error);
         } else {

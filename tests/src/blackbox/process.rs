@@ -279,6 +279,15 @@ impl Drop for Router {
 /// # Errors
 /// Nobody listens, nothing came for `patience`, or it isn't HTTP.
 pub fn http_at(router: SocketAddr, method: &str, path: &str, patience: Duration) -> io::Result<(u16, Value)> {
+    let (status, body) = http_text(router, method, path, patience)?;
+    Ok((status, serde_json::from_str(&body).unwrap_or(Value::Null)))
+}
+
+/// The same with the body as it came.
+///
+/// # Errors
+/// As `http_at`.
+pub fn http_text(router: SocketAddr, method: &str, path: &str, patience: Duration) -> io::Result<(u16, String)> {
     let mut io = TcpStream::connect(router)?;
     io.set_read_timeout(Some(patience))?;
     write!(io, "{method} {path} HTTP/1.0\r\nhost: {router}\r\ncontent-length: 0\r\n\r\n")?;
@@ -287,7 +296,7 @@ pub fn http_at(router: SocketAddr, method: &str, path: &str, patience: Duration)
     let parts = text.split_once("\r\n\r\n");
     let status = parts.and_then(|(head, _)| head.split(' ').nth(1)?.parse().ok());
     let (Some((_, body)), Some(status)) = (parts, status) else { return Err(io::ErrorKind::InvalidData.into()) };
-    Ok((status, serde_json::from_str(body).unwrap_or(Value::Null)))
+    Ok((status, body.to_owned()))
 }
 
 /// A port below the range that outgoing connections take theirs from, so that it is still free after a kill, and so that a

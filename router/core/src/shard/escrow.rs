@@ -5,7 +5,7 @@ use super::holder::Told;
 use super::lender::{Recall, Wished};
 use super::{REPEAT_MS, Shard, Timer};
 use crate::escrow::{Back, Escrow, LateSaid, Number, Numbered, OfAccount, Recalled, Say};
-use crate::message::Effect;
+use crate::message::{Effect, Position};
 use atp_proto::reassembly::Message;
 use atp_proto::{Amount, ConnId, StreamId, TenantId};
 use std::collections::{BTreeMap, BTreeSet};
@@ -47,9 +47,19 @@ pub(super) struct Escrows {
 #[derive(Clone, Copy)]
 struct Asked {
     at: u64,
+    /// The question leaves when this is durable, and has its time from then on.
+    behind: Position,
     need: Amount,
     /// When an answer came that brought too little.
     answered_at: Option<u64>,
+}
+
+impl Asked {
+    /// When who asked decided without an answer.
+    fn given_up_at(&self, now: u64, durable: Position) -> Option<u64> {
+        (self.answered_at.is_none() && durable >= self.behind && now >= self.at + PATIENCE_MS)
+            .then_some(self.at + PATIENCE_MS)
+    }
 }
 
 impl Shard {
@@ -107,7 +117,7 @@ impl Shard {
         let (now, at) = (self.now_ms, (account.to_owned(), window.to_owned()));
         let before = self.escrows.asked.get(&at).copied();
         if let Some(asked) = before {
-            let answered_at = asked.answered_at.or((now >= asked.at + PATIENCE_MS).then_some(asked.at + PATIENCE_MS));
+            let answered_at = asked.answered_at.or(asked.given_up_at(now, self.durable));
             match answered_at {
                 Some(answered_at) if now < answered_at + FRESH_MS => return false,
                 // It is on its way, for as much.
@@ -120,7 +130,8 @@ impl Shard {
             self.wish(account, window, need);
         }
         if found {
-            self.escrows.asked.insert(at, Asked { at: now, need, answered_at: None });
+            let behind = self.state.position();
+            self.escrows.asked.insert(at, Asked { at: now, behind, need, answered_at: None });
             self.timer(now + PATIENCE_MS, Timer::Sought(account.into()));
         }
         found
@@ -173,14 +184,20 @@ impl Shard {
     /// Nobody answered in time.
     pub(super) fn sought(&mut self, account: &str) {
         let now = self.now_ms;
-        let unanswered = |asked: &Asked| asked.answered_at.is_none() && now >= asked.at + PATIENCE_MS;
         // What an answer said is over too.
         self.escrows
             .asked
             .retain(|(a, _), asked| a != account || asked.answered_at.is_none_or(|at| now < at + FRESH_MS));
-        let mut late = false;
-        for (_, asked) in self.escrows.asked.iter_mut().filter(|((a, _), asked)| a == account && unanswered(asked)) {
-            (asked.answered_at, late) = (Some(now), true);
+        let (mut late, mut unsaid) = (false, false);
+        for (_, asked) in self.escrows.asked.iter_mut().filter(|((a, _), _)| a == account) {
+            if asked.answered_at.is_none() && self.durable < asked.behind {
+                (asked.at, unsaid) = (now, true);
+            } else if asked.given_up_at(now, self.durable).is_some() {
+                (asked.answered_at, late) = (Some(now), true);
+            }
+        }
+        if unsaid {
+            self.timer(now + PATIENCE_MS, Timer::Sought(account.into()));
         }
         self.recall_ends(account);
         if late {

@@ -138,7 +138,7 @@ impl Shard {
         let (now, after) = (self.now_ms, self.settings.limits.preempt_after_ms);
         let waited = self.clock.logged_ms().saturating_sub(stream.accepted_at);
         let is_due = waited >= after;
-        if !is_due && !(self.has_others() && waited + REPEAT_MS >= after) {
+        if !(is_due || self.has_others() && waited + REPEAT_MS >= after) {
             return;
         }
         let lacks = self.lacks(no, &stream.accept.account);
