@@ -382,7 +382,6 @@ impl ShardTask {
         id
     }
 
-    /// Carries out every effect: entries to the log in one append, frames grouped by connection, messages by agent.
     /// "No such stream" is said only while nobody else can own the shard; else its client is to ask again.
     fn sure(&self, frame: Frame) -> Frame {
         let denies = || frame.read::<WireError>().is_ok_and(|error| error.code == Code::ResumeGone);
@@ -392,6 +391,7 @@ impl ShardTask {
         frame
     }
 
+    /// Carries out every effect: entries to the log in one append, frames grouped by connection, messages by agent.
     async fn drain(&mut self) -> Result<(), String> {
         while let Some(effect) = self.shard.poll_effect() {
             match effect {
