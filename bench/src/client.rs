@@ -10,11 +10,15 @@ use atp_proto::{Flags, Frame};
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+use tokio::time::{Instant, sleep};
 
 /// A router takes 1024 on one connection; the bench stays below.
 pub(crate) const STREAMS_PER_CONNECTION: usize = 1000;
 /// Longer than any run, so that no deadline ends a stream.
 const DEADLINE_MS: u64 = 24 * 3600 * 1000;
+
+const FLOW_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// What all clients of a run have received.
 #[derive(Debug, Default)]
@@ -37,6 +41,26 @@ impl Received {
     /// Why the first stream ended, if one did.
     pub(crate) fn why(&self) -> Option<String> {
         self.why.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Waits until so many streams have had a partial.
+    ///
+    /// # Errors
+    /// One ended before, or they don't within 30 s.
+    pub(crate) async fn flows(&self, streams: u64) -> anyhow::Result<()> {
+        let started = Instant::now();
+        while self.flowing.load(Relaxed) < streams {
+            anyhow::ensure!(
+                started.elapsed() < FLOW_TIMEOUT && self.ended.load(Relaxed) == 0,
+                "{} of {streams} streams flow, {} were accepted, {} ended; first end: {}",
+                self.flowing.load(Relaxed),
+                self.accepted.load(Relaxed),
+                self.ended.load(Relaxed),
+                self.why().unwrap_or_else(|| "none".into())
+            );
+            sleep(Duration::from_millis(5)).await;
+        }
+        Ok(())
     }
 }
 

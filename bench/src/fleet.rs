@@ -6,7 +6,7 @@ use crate::agent::{self, Conduct, Sent};
 use crate::args::{BenchArgs, Line};
 use crate::client::{self, Received};
 use crate::process;
-use crate::relay::{FLOW_TIMEOUT, WARM_UP};
+use crate::relay::WARM_UP;
 use crate::report::{FleetRow, Report, Rows, median};
 use crate::router::{Shared, Target};
 use anyhow::Context;
@@ -120,19 +120,7 @@ async fn start(args: &BenchArgs, routers: u64) -> anyhow::Result<Vec<Target>> {
 }
 
 async fn watch(args: &BenchArgs, targets: &[Target], time: Duration, received: &Received) -> anyhow::Result<Sample> {
-    let started = Instant::now();
-    while received.flowing.load(Relaxed) < args.streams() {
-        anyhow::ensure!(
-            started.elapsed() < FLOW_TIMEOUT && received.ended.load(Relaxed) == 0,
-            "{} of {} streams flow, {} were accepted, {} ended; first end: {}",
-            received.flowing.load(Relaxed),
-            args.streams(),
-            received.accepted.load(Relaxed),
-            received.ended.load(Relaxed),
-            received.why().unwrap_or_else(|| "none".into())
-        );
-        sleep(Duration::from_millis(5)).await;
-    }
+    received.flows(args.streams()).await?;
     sleep(WARM_UP).await;
     let (used, own) = (usage(targets)?, process::usage(std::process::id())?);
     let (before, started) = (received.partials.load(Relaxed), Instant::now());

@@ -15,7 +15,6 @@ use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep};
 
 pub(crate) const WARM_UP: Duration = Duration::from_millis(1000);
-pub(crate) const FLOW_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// What one line did in one round.
 #[derive(Clone, Debug, Default)]
@@ -94,19 +93,7 @@ async fn watch(
     sent: &Sent,
     received: &Received,
 ) -> anyhow::Result<Sample> {
-    let started = Instant::now();
-    while received.flowing.load(Relaxed) < args.streams() {
-        anyhow::ensure!(
-            started.elapsed() < FLOW_TIMEOUT && received.ended.load(Relaxed) == 0,
-            "{} of {} streams flow, {} were accepted, {} ended; first end: {}",
-            received.flowing.load(Relaxed),
-            args.streams(),
-            received.accepted.load(Relaxed),
-            received.ended.load(Relaxed),
-            received.why().unwrap_or_else(|| "none".into())
-        );
-        sleep(Duration::from_millis(5)).await;
-    }
+    received.flows(args.streams()).await?;
     sleep(WARM_UP).await;
     let read = || (received.partials.load(Relaxed), received.bytes.load(Relaxed));
     let (used, own) = (target.usage()?, process::usage(std::process::id())?);

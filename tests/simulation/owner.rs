@@ -512,17 +512,9 @@ impl Place {
         let old = self.number;
         self.number += 1;
         let (no, number) = (self.no, self.number);
-        let epoch = Epoch {
-            log_id: self.genesis.log_id.clone(),
-            shard: no,
-            owner: "r2".into(),
-            incarnation: format!("o{number}"),
-        };
-        // Its writer has not read the log's time yet, and its clock is its own.
-        let at_ms = a.s.now().wall_ms.saturating_sub(a.s.rng.pick(&[0, 1_000, 30_000]));
-        let entry = Entry { at_ms, records: vec![AnyRecord { record: Some(Record::Epoch(epoch)) }] };
+        let entry = self.epoch_of(number, a.s);
         self.log.begin_epoch(number);
-        self.log.write(number, entry.encode_to_vec().into());
+        self.log.write(number, entry);
         let position = self.log.len();
         a.s.note(&number, || format!("TAKEOVER of shard {no} by o{number}, Epoch at {position}"));
         a.check.escrow.seen.takeovers += 1;
@@ -537,6 +529,20 @@ impl Place {
         self.drain(a, number);
         self.tell_keepers(a, number);
         self.let_in(a);
+    }
+
+    /// The entry by which owner `number` begins.
+    fn epoch_of(&self, number: u32, s: &mut Sched) -> Bytes {
+        let epoch = Epoch {
+            log_id: self.genesis.log_id.clone(),
+            shard: self.no,
+            owner: "r2".into(),
+            incarnation: format!("o{number}"),
+        };
+        // Its writer has not read the log's time yet, and its clock is its own.
+        let at_ms = s.now().wall_ms.saturating_sub(s.rng.pick(&[0, 1_000, 30_000]));
+        let entry = Entry { at_ms, records: vec![AnyRecord { record: Some(Record::Epoch(epoch)) }] };
+        entry.encode_to_vec().into()
     }
 
     fn let_in(&mut self, a: &mut Around<'_>) {

@@ -8,7 +8,7 @@ use crate::simulation::plan::LONG_LOST_MS;
 use crate::simulation::sched::{Event, Sched};
 use atp_core::message::Input;
 use atp_core::partition::{Claim, Owner as Rule, Parsed};
-use atp_core::record::{AnyRecord, Entry, Epoch, Record};
+use atp_core::record::{AnyRecord, Entry, Record};
 use atp_core::shard::Shard;
 use bytes::Bytes;
 use prost::Message;
@@ -222,16 +222,7 @@ impl Place {
         }
         self.tried += 1;
         let (no, number) = (self.no, self.tried);
-        let epoch = Epoch {
-            log_id: self.genesis.log_id.clone(),
-            shard: no,
-            owner: "r2".into(),
-            incarnation: format!("o{number}"),
-        };
-        // Its writer has not read the log's time yet, and its clock is its own.
-        let at_ms = a.s.now().wall_ms.saturating_sub(a.s.rng.pick(&[0, 1_000, 30_000]));
-        let entry = Entry { at_ms, records: vec![AnyRecord { record: Some(Record::Epoch(epoch)) }] };
-        let entry: Bytes = entry.encode_to_vec().into();
+        let entry = self.epoch_of(number, a.s);
         a.s.note(&number, || format!("o{number} is about to take shard {no}"));
         let Some(partition) = self.log.partition.as_deref_mut() else { return };
         let claim = Claim::new(log_id, partition.end());
