@@ -157,11 +157,7 @@ impl Report {
                     self.seconds
                 ),
                 relay_table(rows),
-                rows.iter()
-                    .filter_map(|r| {
-                        Some(format!("{}: {} streams ended, first: {}", r.line, r.streams_ended, r.first_end.as_ref()?))
-                    })
-                    .collect::<Vec<_>>(),
+                rows.iter().filter_map(|r| ended(r.line, r.streams_ended, r.first_end.as_ref())).collect::<Vec<_>>(),
             ),
             Rows::Tasks(rows) => (
                 format!(
@@ -192,11 +188,7 @@ impl Report {
                     self.seconds
                 ),
                 fleet_table(rows),
-                rows.iter()
-                    .filter_map(|r| {
-                        Some(format!("{}: {} streams ended, first: {}", r.line, r.streams_ended, r.first_end.as_ref()?))
-                    })
-                    .collect(),
+                rows.iter().filter_map(|r| ended(&r.line, r.streams_ended, r.first_end.as_ref())).collect(),
             ),
             Rows::Idle(rows) => {
                 (format!("idle: {} streams, {} cores", self.streams, self.cores), idle_table(rows), Vec::new())
@@ -216,6 +208,11 @@ pub(crate) fn cells<const N: usize>(cells: [String; N]) -> Vec<String> {
 
 pub(crate) fn names(names: &[&str]) -> Vec<String> {
     names.iter().map(|n| (*n).to_owned()).collect()
+}
+
+/// What is said of a line whose streams ended before they should.
+fn ended(line: &str, streams: u64, first: Option<&String>) -> Option<String> {
+    Some(format!("{line}: {streams} streams ended, first: {}", first?))
 }
 
 fn relay_table(rows: &[RelayRow]) -> Vec<Vec<String>> {
