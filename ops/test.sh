@@ -159,7 +159,7 @@ part clippy 420 cargo clippy --locked --workspace --all-targets --quiet -- -D wa
 part local-llm 180 local_llm
 part redis 60 redis
 part kafka 120 kafka
-part test "$([ -n "$all" ] && echo 1500 || echo 720)" cargo test --locked --workspace --lib --bins --tests
+part test "$([ -n "$all" ] && echo 1500 || echo 720)" cargo test --locked --no-fail-fast --workspace --lib --bins --tests
 part doc-test 180 cargo test --locked --workspace --doc
 part docs 240 docs
 part simulation "$([ -n "$all" ] && echo 900 || echo 300)" simulation

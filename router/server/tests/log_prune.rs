@@ -23,7 +23,12 @@ fn options(dir: &Path, shards: u32) -> Options {
 
 /// The story in a local log that is closed.
 fn told(dir: &Path, shards: u32) -> Vec<State> {
-    let log = LocalLog::open(options(dir, shards)).unwrap().0;
+    told_in(options(dir, shards))
+}
+
+fn told_in(options: Options) -> Vec<State> {
+    let shards = options.shards;
+    let log = LocalLog::open(options).unwrap().0;
     let log_id = log.log_id();
     let mut write = |shard, position, entry, begins| add_all(&log.shard(shard), vec![(position, entry, begins)]);
     let mut book = Book::new(log_id, shards, &mut write);
@@ -198,12 +203,15 @@ fn what_somebody_else_removes_is_missed() {
     copy(first.path(), dir.path());
     std::fs::remove_file(dir.path().join("pruned.log")).unwrap();
     assert!(refused(dir.path()).contains("pruned.log"));
-    // The note of one log says nothing of another.
-    let other = tempfile::tempdir().unwrap();
-    told(other.path(), 3);
-    prune(&Source::local(other.path()), WISH).unwrap();
-    std::fs::copy(other.path().join("pruned.log"), dir.path().join("pruned.log")).unwrap();
-    assert!(refused(dir.path()).contains("is of log"));
+    // The note of one log says nothing of another, whether that one begins earlier or later.
+    for segment_bytes in [16 << 10, 64 << 10, 256 << 10] {
+        let other = tempfile::tempdir().unwrap();
+        told_in(Options { segment_bytes, ..options(other.path(), 3) });
+        assert!(prune(&Source::local(other.path()), WISH).unwrap().pruned, "{segment_bytes}");
+        std::fs::copy(other.path().join("pruned.log"), dir.path().join("pruned.log")).unwrap();
+        let said = refused(dir.path());
+        assert!(said.contains("is of log"), "{said}");
+    }
 }
 
 #[tokio::test]

@@ -83,6 +83,16 @@ impl Found {
                 _ => Ok(()),
             };
         };
+        // Whose it is comes first: where another log begins says nothing of this one.
+        let any = self.segments.first().or(self.leftover.first());
+        let header = any.map(|number| Segment::open(dir, *number)?.header(0)).transpose()?.flatten();
+        if let Some(header) = header.filter(|header| hex(&header.log_id) != note.log_id) {
+            return Err(lost(format!(
+                "{FILE} is of log {}, the segments are of log {}; remove what came from elsewhere",
+                note.log_id,
+                hex(&header.log_id)
+            )));
+        }
         if self.segments.first() != Some(&note.segment) {
             return Err(lost(format!(
                 "segment {} is gone, with which it begins since it was pruned: acknowledged records were deleted; \
@@ -90,14 +100,7 @@ impl Found {
                 note.segment
             )));
         }
-        match Segment::open(dir, note.segment)?.header(0)? {
-            Some(header) if hex(&header.log_id) != note.log_id => Err(lost(format!(
-                "{FILE} is of log {}, the segments are of log {}; remove what came from elsewhere",
-                note.log_id,
-                hex(&header.log_id)
-            ))),
-            _ => Ok(()),
-        }
+        Ok(())
     }
 
     /// Removes what a prune has left, durably; how many segments that were.
