@@ -8,7 +8,7 @@ use atp_proto::{Frame, TenantId};
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Peer {
     Client(usize),
-    Agent { agent: usize, life: u32 },
+    Agent { router: usize, agent: usize, life: u32 },
 }
 
 #[derive(Debug, Default)]
@@ -120,8 +120,15 @@ impl Sched {
         self.cut(conn, false, false);
     }
 
+    /// How long it takes to notice that the other end is gone: a moment, or until nothing was heard for too long.
+    pub fn lag(&mut self) -> u64 {
+        let half_open = !self.healed && self.faults.half_open_ms > 0 && self.rng.percent(30);
+        let most = if half_open { self.faults.half_open_ms } else { 20 };
+        self.rng.range(0, most)
+    }
+
     fn cut(&mut self, index: usize, up: bool, lossy: bool) {
-        let lag = self.rng.range(0, 20);
+        let lag = self.lag();
         let now = self.now_ms;
         let conn = &mut self.net.conns[index];
         let pipe = if up { &mut conn.up } else { &mut conn.down };

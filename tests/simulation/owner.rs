@@ -2,6 +2,7 @@
 //! the log. Of several only the newest counts; an older one hears of it late. Owns the real `Shard`s and the fake log.
 
 mod brokers;
+mod fleet;
 mod operator;
 
 use crate::simulation::check::{Check, fold};
@@ -39,6 +40,7 @@ pub struct Around<'a> {
 /// One process that believes it owns the shard.
 pub struct Owner {
     number: u32,
+    router: usize,
     pub shard: Shard,
     paused: bool,
     outbox: VecDeque<Effect>,
@@ -58,9 +60,10 @@ pub struct Owner {
 }
 
 impl Owner {
-    fn new(number: u32, shard: Shard, at: usize) -> Self {
+    fn new(number: u32, router: usize, shard: Shard, at: usize) -> Self {
         Self {
             number,
+            router,
             shard,
             paused: false,
             outbox: VecDeque::new(),
@@ -272,7 +275,7 @@ impl Place {
                 s.note(&agent, || format!("shard {no} to {agent}: {}", show_to_agent(&message)));
                 check.to_agent(no, &agent, &message, self.log.is_fenced(number));
                 if let Some(agent) = keepers.names.iter().position(|n| *n == agent) {
-                    keepers.send(s, no, agent, message);
+                    keepers.send(s, self.owners[at].router, no, agent, message);
                 }
             }
             Effect::ToShard { shard, message } => {
@@ -358,10 +361,14 @@ impl Place {
     fn tell_keepers(&mut self, a: &mut Around<'_>, number: u32) {
         let Some(at) = self.index(number).filter(|at| !self.owners[*at].told_keepers) else { return };
         self.owners[at].told_keepers = true;
-        let epoch = self.owners[at].shard.epoch();
-        for agent in 0..a.keepers.machines.len() {
-            a.keepers.send_in_order(a.s, self.no, agent, ToAgent::Owner { shard: self.no, epoch });
+        for agent in a.keepers.known_at(self.owners[at].router) {
+            self.introduce_owner(a, at, agent);
         }
+    }
+
+    fn introduce_owner(&self, a: &mut Around<'_>, at: usize, agent: usize) {
+        let (shard, epoch, router) = (self.no, self.owners[at].shard.epoch(), self.owners[at].router);
+        a.keepers.send_in_order(a.s, router, shard, agent, ToAgent::Owner { shard, epoch });
     }
 
     // ---- owners come and go -----------------------------------------------------------------------------------------
@@ -372,6 +379,11 @@ impl Place {
     }
 
     fn crash(&mut self, a: &mut Around<'_>, number: u32) {
+        self.ends(a, number, false);
+    }
+
+    /// An owner is no more; `with`: its process was killed, else it may be that alone, or take its process with it.
+    fn ends(&mut self, a: &mut Around<'_>, number: u32, with: bool) {
         let Some(at) = self.index(number) else { return };
         self.crashes += 1;
         if number != self.number {
@@ -385,22 +397,14 @@ impl Place {
             Some(_) if self.owners[at].batch.is_over() => self.hand_over(a.s, at, kept),
             Some(_) => {}
         }
-        self.owners.remove(at);
-        let live = a.s.rng.percent(a.s.faults.machines_live_percent);
+        let router = self.owners.remove(at).router;
+        let live = with || a.s.rng.percent(a.s.faults.machines_live_percent);
         let (no, end) = (self.no, self.log.len());
         a.s.note(&live, || format!("CRASH of shard {no}, its log ends at {end}, keepers live: {live}"));
         let others = a.check.shards.len() > 1;
         self.lose_clients(a.s, others);
         if !live {
-            for conn in 0..a.s.net.conns.len() {
-                if matches!(a.s.net.conns[conn].peer, Peer::Agent { .. }) && a.s.net.conns[conn].router_open {
-                    a.s.router_dies(conn);
-                }
-            }
-            a.keepers.die(a.check);
-            if others {
-                a.s.after(0, Event::ProcessDies);
-            }
+            self.process_dies(a, router, others);
         }
         let ms = if a.s.rng.percent(15) { a.s.rng.range(1_000, 8_000) } else { a.s.rng.range(1, 500) };
         a.s.after(ms, Event::Restart { shard: self.no });
@@ -484,6 +488,9 @@ impl Place {
         if self.log.partition.is_some() {
             return self.claim(a);
         }
+        let Some(router) = self.any_router(a) else {
+            return a.s.after(200, Event::Restart { shard: self.no });
+        };
         let Some(state) = self.read(a, self.log.len()) else { return };
         self.number += 1;
         let (no, number) = (self.no, self.number);
@@ -491,7 +498,7 @@ impl Place {
         a.s.note(&number, || format!("RESTART of shard {no}, {incarnation} at {}", state.position()));
         let at = self.log.len();
         let shard = Shard::recover(self.settings.clone(), state, a.s.now(), &incarnation, Some(self.genesis.clone()));
-        self.owners.push(Owner::new(number, shard, at));
+        self.owners.push(Owner::new(number, router, shard, at));
         self.drain(a, number);
         self.let_in(a);
     }
@@ -505,6 +512,7 @@ impl Place {
         if self.log.partition.is_some() {
             return self.claim(a);
         }
+        let Some(router) = self.any_router(a) else { return };
         let at = self.owners.len() - 1;
         let sent = self.owners[at].pending.len();
         let before = a.s.rng.index(sent + 1);
@@ -525,7 +533,7 @@ impl Place {
         a.s.after(ms, Event::StepDown { shard: no, owner: old });
         let Some(state) = self.read(a, position) else { return };
         let shard = Shard::recover_behind_epoch(self.settings.clone(), state, a.s.now());
-        self.owners.push(Owner::new(number, shard, position));
+        self.owners.push(Owner::new(number, router, shard, position));
         self.drain(a, number);
         self.tell_keepers(a, number);
         self.let_in(a);

@@ -39,6 +39,8 @@ pub struct Faults {
     /// Chance that a recovery ignores checkpoints.
     pub full_replay_percent: u64,
     pub resume_percent: u64,
+    /// Who loses a connection notices it so much later now and then.
+    pub half_open_ms: u64,
 }
 
 #[derive(Clone, Debug)]
@@ -128,10 +130,13 @@ pub struct Plan {
     /// The log is in Kafka, and so often its brokers do what isn't expected.
     pub brokers: bool,
     pub mishaps: u32,
+    pub routers: usize,
+    pub move_agent_at: Vec<u64>,
+    pub cut_link_at: Vec<u64>,
     pub drain_at: Option<u64>,
 }
 
-fn times(rng: &mut Rng, heal_at: u64, most: u64) -> Vec<u64> {
+pub fn times(rng: &mut Rng, heal_at: u64, most: u64) -> Vec<u64> {
     (0..rng.range(0, most)).map(|_| rng.range(1_000, heal_at)).collect()
 }
 
@@ -211,6 +216,9 @@ impl Plan {
             placement: Placement::default(),
             brokers: false,
             mishaps: 0,
+            routers: 1,
+            move_agent_at: Vec::new(),
+            cut_link_at: Vec::new(),
             settings,
             faults,
             agents,
@@ -302,6 +310,7 @@ fn faults(rng: &mut Rng) -> Faults {
         machines_live_percent: if far { rng.pick(&[50, 100]) } else { 0 },
         full_replay_percent: 20,
         resume_percent: rng.pick(&[0, 50]),
+        half_open_ms: 0,
     }
 }
 

@@ -135,11 +135,11 @@ impl Process {
         s.after(delay, Event::AgentStart { agent: self.index });
     }
 
-    pub fn connect(&mut self, s: &mut Sched, life: u32) {
+    pub fn connect(&mut self, s: &mut Sched, life: u32, router: usize) {
         if !self.alive || life != self.life || self.conn.is_some() {
             return;
         }
-        let conn = s.open(Peer::Agent { agent: self.index, life }, TenantId::new("default"));
+        let conn = s.open(Peer::Agent { router, agent: self.index, life }, TenantId::new("default"));
         self.conn = Some(conn);
         self.connected_at = s.now_ms;
         let calls = self

@@ -1,5 +1,6 @@
 //! Virtual time, the queue of events, the trace. Owned by the world; actors get it to schedule what they do next.
 
+use crate::simulation::keepers::between::Between;
 use crate::simulation::net::Net;
 use crate::simulation::partition::Sent;
 use crate::simulation::plan::Faults;
@@ -33,9 +34,12 @@ pub enum Event {
     PeerLearnsGone {
         conn: usize,
     },
+    /// `from`: the router of who says it, by which link.
     ToMachine {
-        agent: usize,
+        keeper: usize,
         generation: u32,
+        from: usize,
+        link: u32,
         message: Box<ToAgent>,
     },
     ToShard {
@@ -43,6 +47,7 @@ pub enum Event {
         generation: u32,
         message: Box<FromAgent>,
     },
+    Between(Box<Between>),
     /// What a shard says to another.
     Escrow {
         from: u32,

@@ -1,11 +1,13 @@
 //! The event loop of one schedule: takes the next event in virtual time, hands it to its actor, and stops at the first
 //! broken promise, or when all is healed and quiet.
 
+mod fleet;
+
 use crate::simulation::check::ledger::{Call, Phase, Seen};
 use crate::simulation::check::{Check, Violation, ending, escrow};
 use crate::simulation::client::{Client, Clients, Task, TaskState};
 use crate::simulation::crowd;
-use crate::simulation::keepers::Keepers;
+use crate::simulation::keepers::{Keepers, between};
 use crate::simulation::net::Peer;
 use crate::simulation::owner::{Around, Place};
 use crate::simulation::partition;
@@ -33,6 +35,7 @@ const QUEUE_EVERY: u64 = 100;
 /// What decides where streams and accounts belong, and what the log is, doesn't change what else a seed decides.
 const SPREAD: u64 = 0x7368_6172_6473;
 const BROKERS: u64 = 0x6272_6f6b_6572;
+const ROUTERS: u64 = 0x726f_7574_6572;
 
 /// What came of one schedule.
 #[derive(Debug, Default)]
@@ -106,6 +109,7 @@ pub fn run(seed: u64, trace: bool) -> Outcome {
     if seed.is_multiple_of(QUEUE_EVERY) {
         crowd::queue_up(&mut rng, &mut plan);
     }
+    between::plan(&mut Rng::new(seed ^ ROUTERS), &mut plan);
     let mut s = Sched::new(rng, plan.wall0_ms, plan.faults.clone(), trace);
     s.say(|| format!("{plan:#?}"));
     schedule(&mut s, &plan);
@@ -186,6 +190,7 @@ fn schedule(s: &mut Sched, plan: &Plan) {
     if let Some(at) = plan.drain_at {
         s.at(at, Event::Drain);
     }
+    between::schedule(s, plan);
     s.at(plan.heal_at, Event::Heal);
 }
 
@@ -312,7 +317,9 @@ impl World {
         let verified = self.places.iter().all(|p| p.verified);
         self.check.verdict.expect(verified, "a question is answered", || "verify at the end".into());
         for (agent, machine) in self.keepers.machines.iter().enumerate() {
-            let used = machine.as_ref().map_or(0, atp_core::agent::Agent::slots_used);
+            // A router that an agent has left hears of its calls when it comes back.
+            let machine = machine.as_ref().filter(|m| !self.keepers.is_fleet() || m.is_connected());
+            let used = machine.map_or(0, atp_core::agent::Agent::slots_used);
             self.check.verdict.expect(used == 0, "slots = running calls after healing", || {
                 format!("agent {agent} has {used} slots in use, and no call runs")
             });
@@ -346,11 +353,12 @@ impl World {
                 Peer::Client(client) => self.clients.disconnected(&mut self.s, conn, client),
                 Peer::Agent { agent, .. } => self.processes[agent].disconnected(&mut self.s, conn),
             },
-            Event::ToMachine { agent, generation, message } => {
-                self.keepers.hand(&mut self.s, &mut self.check, agent, generation, *message);
+            Event::ToMachine { keeper, generation, from, link, message } => {
+                self.keepers.hand(&mut self.s, &mut self.check, keeper, (generation, from, link), *message);
             }
+            Event::Between(between) => self.between(*between),
             Event::ToShard { shard, generation, message } => {
-                if generation == self.keepers.generation {
+                if self.keepers.is_same_run(generation) {
                     self.input(shard, Input::Agent(*message));
                 }
             }
@@ -411,7 +419,7 @@ impl World {
 
     fn peer_or_operator(&mut self, event: Event) {
         let up = self.places.iter().any(Place::is_up);
-        let Self { s, check, processes, clients, .. } = self;
+        let Self { s, check, processes, clients, keepers, .. } = self;
         match event {
             Event::Connect { client } if up => clients.connect(s, check, client),
             Event::Connect { client } => s.after(100, Event::Connect { client }),
@@ -419,8 +427,10 @@ impl World {
             Event::Patience { task, sends } => clients.patience(s, check, task, sends),
             Event::CancelTask { task } => clients.cancel(s, task),
             Event::AgentStart { agent } => processes[agent].start(s),
-            Event::AgentConnect { agent, life } if up => processes[agent].connect(s, life),
-            Event::AgentConnect { agent, life } => s.after(100, Event::AgentConnect { agent, life }),
+            Event::AgentConnect { agent, life } => match keepers.any_router(s, &[]).filter(|_| up) {
+                Some(router) => processes[agent].connect(s, life, router),
+                None => s.after(100, Event::AgentConnect { agent, life }),
+            },
             Event::AgentCrash { agent } => processes[agent].crash(s, check),
             Event::Step { agent, life, call, step } => processes[agent].step(s, check, life, call, step),
             Event::AgentDeadline { agent, life, call } => processes[agent].deadline(s, check, life, call),
@@ -491,7 +501,10 @@ impl World {
                 let (place, mut around) = self.at(shard as usize);
                 place.client(&mut around, conn, frame);
             }
-            Peer::Agent { agent, .. } => self.keepers.up(&mut self.s, &mut self.check, agent, conn, frame),
+            Peer::Agent { router, agent, .. } => {
+                let keeper = self.keepers.at(router, agent);
+                self.keepers.up(&mut self.s, &mut self.check, keeper, conn, frame);
+            }
         }
     }
 
@@ -504,7 +517,10 @@ impl World {
             Peer::Client(_) => {
                 self.each(|place, around| place.input(around, Input::ConnGone { conn: ConnId(conn as u64) }));
             }
-            Peer::Agent { agent, .. } => self.keepers.disconnected(&mut self.s, &mut self.check, agent, conn),
+            Peer::Agent { router, agent, .. } => {
+                let keeper = self.keepers.at(router, agent);
+                self.keepers.disconnected(&mut self.s, &mut self.check, keeper, conn);
+            }
         }
     }
 
@@ -514,6 +530,8 @@ impl World {
         // A router that was told to drain is stopped, and started again by its supervisor.
         self.each(Place::dies);
         self.s.healed = true;
+        let news = self.keepers.heal(&mut self.s);
+        self.hear(news);
         self.each(|place, around| {
             place.all_step_down();
             place.restart(around);

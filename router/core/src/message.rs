@@ -259,13 +259,14 @@ pub enum ToAgent {
     /// The slot, lent or wanted, isn't needed.
     Back { shard: u32, epoch: u64, call: CallId },
     /// Send `agent.dispatch` to this incarnation, to no other. Repeated until `Sent` or `Unsent`. With `go_on` it is a
-    /// question and needs no slot.
+    /// question and needs no slot, and so it is at every machine but the one that lent the slot, its `keeper`.
     Dispatch {
         shard: u32,
         epoch: u64,
         call: CallId,
         incarnation: Arc<str>,
         go_on: bool,
+        keeper: Arc<str>,
         #[serde(skip)]
         frame: Frame,
     },
@@ -374,12 +375,13 @@ pub enum FromAgent {
         agent: AgentName,
         flow: Flow,
     },
-    /// A slot, for 2 s.
+    /// A slot, for 2 s, lent by this machine.
     Lent {
         agent: AgentName,
         incarnation: Arc<str>,
         call: CallId,
         epoch: u64,
+        keeper: Arc<str>,
     },
     /// The dispatch is on the wire.
     Sent {

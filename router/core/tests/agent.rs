@@ -71,7 +71,15 @@ impl Keeper {
 
     fn dispatch(&mut self, n: u8) {
         let (incarnation, frame) = ("i".into(), Frame::heartbeat(false));
-        let message = ToAgent::Dispatch { shard: 0, epoch: 1, call: call(n), incarnation, go_on: false, frame };
+        let message = ToAgent::Dispatch {
+            shard: 0,
+            epoch: 1,
+            call: call(n),
+            incarnation,
+            go_on: false,
+            keeper: "".into(),
+            frame,
+        };
         self.take(AgentInput::Shard(message));
     }
 

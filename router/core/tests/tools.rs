@@ -102,7 +102,7 @@ impl House {
                 Effect::Send { frame, .. } => self.to_client.push_back(frame),
                 Effect::ToAgent { agent, message: ToAgent::Want { call, epoch, .. } } => {
                     let incarnation = "p1".into();
-                    let lent = FromAgent::Lent { agent, incarnation, call, epoch };
+                    let lent = FromAgent::Lent { agent, incarnation, call, epoch, keeper: "".into() };
                     self.shard.handle(self.now, Input::Agent(lent));
                 }
                 Effect::ToAgent { agent, message: ToAgent::Dispatch { call, epoch, frame, .. } } => {

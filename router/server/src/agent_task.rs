@@ -91,6 +91,8 @@ impl AgentHandle {
 #[derive(Clone)]
 pub(crate) struct Agents {
     list: Arc<Mutex<BTreeMap<AgentName, AgentHandle>>>,
+    /// This run of this router: what its machines are called, and no others.
+    run: Arc<str>,
     settings: Arc<Mutex<Arc<Settings>>>,
     shards: Shards,
     clocks: Clocks,
@@ -109,7 +111,8 @@ impl Agents {
         peers: Peers,
     ) -> Self {
         let (list, settings) = (Arc::default(), Arc::new(Mutex::new(settings)));
-        Self { list, settings, shards, clocks, tasks, agents_max, peers }
+        let run = uuid::Uuid::new_v4().simple().to_string().into();
+        Self { list, run, settings, shards, clocks, tasks, agents_max, peers }
     }
 
     /// The agent's task, started if it doesn't run yet.
@@ -138,7 +141,7 @@ impl Agents {
             here: Arc::default(),
         };
         let settings = self.settings.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        let machine = Agent::new(name.clone(), settings, self.clocks.now());
+        let machine = Agent::new(name.clone(), settings, self.clocks.now()).called(self.run.clone());
         let task = AgentTask {
             machine,
             queue,

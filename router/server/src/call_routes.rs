@@ -96,7 +96,7 @@ mod tests {
 
     fn dispatch(n: u32, shard: u32) -> ToAgent {
         let (incarnation, frame) = ("i".into(), Frame::raw("x", 1, Flags::NONE, "x", "{}".into()));
-        ToAgent::Dispatch { shard, epoch: 1, call: call(n), incarnation, go_on: false, frame }
+        ToAgent::Dispatch { shard, epoch: 1, call: call(n), incarnation, go_on: false, keeper: "".into(), frame }
     }
 
     fn ended(n: u32) -> ToAgent {

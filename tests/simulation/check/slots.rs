@@ -7,7 +7,7 @@ use super::status::Statuses;
 use crate::simulation::plan::AgentPlan;
 use atp_core::message::{FromAgent, ToAgent};
 use atp_proto::CallId;
-use atp_proto::content::Dispatch;
+use atp_proto::content::{Dispatch, ListedCall};
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
@@ -43,8 +43,13 @@ impl Slots {
         self.keepers.remove(&agent);
     }
 
-    /// A message of the shard is handed to the keeper.
-    pub fn told(&mut self, agent: usize, message: &ToAgent, now_ms: u64) {
+    /// The agent has another connection: what was lent before falls, if it wasn't used.
+    pub fn reconnected(&mut self, agent: usize) {
+        self.keepers.entry(agent).or_default().lent.retain(|_, slot| slot.used);
+    }
+
+    /// A message of the shard is handed to the keeper. False: a higher epoch was seen, it is fenced.
+    pub fn told(&mut self, agent: usize, message: &ToAgent, now_ms: u64) -> bool {
         let keeper = self.keepers.entry(agent).or_default();
         let (shard, epoch, ended) = match message {
             ToAgent::Owner { shard, epoch }
@@ -74,11 +79,19 @@ impl Slots {
         {
             keeper.lent.remove(call);
         }
+        newest
     }
 
     /// The agent lists a call that it has: the keeper takes it for a running one.
-    pub fn listed(&mut self, agent: usize, call: CallId) {
-        self.keepers.entry(agent).or_default().queue.knows(call);
+    pub fn listed(&mut self, agent: usize, call: &ListedCall) {
+        let keeper = self.keepers.entry(agent).or_default();
+        keeper.queue.knows(call.call_id);
+        let highest = keeper.epochs.entry(call.shard).or_default();
+        if call.epoch > *highest {
+            *highest = call.epoch;
+            keeper.lent.retain(|_, slot| slot.shard != call.shard || slot.epoch >= call.epoch);
+            keeper.queue.fence(call.shard, call.epoch);
+        }
     }
 
     /// The keeper answers.

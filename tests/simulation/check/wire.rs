@@ -84,29 +84,15 @@ impl Check {
                     Err(e) => verdict.fail("dispatch => durable Reserve and Intent", || e.to_string()),
                 }
             }
-            ToAgent::Pass { call, incarnation, frame, .. } => match &*frame.kind {
-                kind::BUDGET_UPDATE => match frame.read::<BudgetUpdate>() {
+            ToAgent::Pass { call, frame, .. } if &*frame.kind == kind::BUDGET_UPDATE => {
+                match frame.read::<BudgetUpdate>() {
                     Ok(u) => granted(ledger, call, [u.grant.tokens.0.into(), u.grant.usd_micros.0.into()], verdict),
                     Err(e) => verdict.fail("grant => durable Extend", || e.to_string()),
-                },
-                kind::ACK => {
-                    let Ok(ack) = frame.read::<Ack>() else { return };
-                    let known = ledger.call(call).filter(|c| !matches!(c.phase, Phase::Settled | Phase::Void));
-                    // An owner that stood still acknowledges what a process said that the call has left since.
-                    let known = known.filter(|c| c.intent.as_ref().is_some_and(|(of, _)| **of == **incarnation));
-                    let durable = known.map_or(u64::MAX, |c| c.in_seq);
-                    verdict.expect(ack.msg_seq <= durable, "ack => durable frame", || {
-                        format!("{call}: message {} was acknowledged, {durable} is durable", ack.msg_seq)
-                    });
                 }
-                _ => {}
-            },
-            ToAgent::Ended { call, .. } => {
-                let over = ledger.call(call).is_none_or(|c| matches!(c.phase, Phase::Settled | Phase::Void));
-                verdict.expect(over, "slots are freed by durable ends", || {
-                    format!("{call} ended, but it is open in the log")
-                });
             }
+            // What an owner says that was replaced counts only where its keeper lets it pass.
+            ToAgent::Pass { .. } | ToAgent::Ended { .. } if !fenced => self.to_keeper(message),
+            ToAgent::Pass { .. } | ToAgent::Ended { .. } => {}
             ToAgent::Standing { incarnation, status, drained, .. } => {
                 let same = |r: &AgentRecord| {
                     let same_word = |s: &AgentStatus| s.status == r.status() && *r.incarnation == **incarnation;
@@ -119,6 +105,32 @@ impl Check {
                 });
             }
             ToAgent::Owner { .. } | ToAgent::Want { .. } | ToAgent::Back { .. } => {}
+        }
+    }
+
+    /// A keeper lets a shard's word pass.
+    pub fn to_keeper(&mut self, message: &ToAgent) {
+        let (shard, _) = message.of();
+        let ledger = &self.shards[shard as usize].ledger;
+        let verdict = &mut self.verdict;
+        match message {
+            ToAgent::Pass { call, incarnation, frame, .. } if &*frame.kind == kind::ACK => {
+                let Ok(ack) = frame.read::<Ack>() else { return };
+                let known = ledger.call(call).filter(|c| !matches!(c.phase, Phase::Settled | Phase::Void));
+                // An owner that stood still acknowledges what a process said that the call has left since.
+                let known = known.filter(|c| c.intent.as_ref().is_some_and(|(of, _)| **of == **incarnation));
+                let durable = known.map_or(u64::MAX, |c| c.in_seq);
+                verdict.expect(ack.msg_seq <= durable, "ack => durable frame", || {
+                    format!("{call}: message {} was acknowledged, {durable} is durable", ack.msg_seq)
+                });
+            }
+            ToAgent::Ended { call, .. } => {
+                let over = ledger.call(call).is_none_or(|c| matches!(c.phase, Phase::Settled | Phase::Void));
+                verdict.expect(over, "slots are freed by durable ends", || {
+                    format!("{call} ended, but it is open in the log")
+                });
+            }
+            _ => {}
         }
     }
 }

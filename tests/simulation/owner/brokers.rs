@@ -20,6 +20,7 @@ const LOOK_MS: u64 = 1_000;
 /// Who has written an Epoch and waits for its offset.
 pub(super) struct Taking {
     number: u32,
+    pub(super) router: usize,
     claim: Claim,
 }
 
@@ -214,6 +215,9 @@ impl Place {
     pub(super) fn claim(&mut self, a: &mut Around<'_>) {
         let Some(partition) = self.log.partition.as_deref().filter(|_| self.taking.is_none()) else { return };
         let log_id = partition.log_id();
+        let Some(router) = self.any_router(a) else {
+            return a.s.after(200, Event::Restart { shard: self.no });
+        };
         if self.log.is_empty() {
             let record = Record::Genesis(self.genesis.clone());
             let genesis = Entry { at_ms: a.s.now().wall_ms, records: vec![AnyRecord { record: Some(record) }] };
@@ -240,13 +244,13 @@ impl Place {
                 sent(0, Report::Unknown)
             }
         };
-        self.taking = Some(Taking { number, claim });
+        self.taking = Some(Taking { number, router, claim });
         a.s.at(arrives, arrive(no, vec![first]));
     }
 
     /// The Epoch is reported: what stands before it is read and served. `None`: nobody knows where it stands.
     fn taken(&mut self, a: &mut Around<'_>, offset: Option<u64>) {
-        let Some(Taking { number, claim }) = self.taking.take() else { return };
+        let Some(Taking { number, router, claim }) = self.taking.take() else { return };
         let no = self.no;
         let Some(offset) = offset else {
             let ms = a.s.rng.range(1, 500);
@@ -271,7 +275,7 @@ impl Place {
         }
         self.number = number;
         let shard = Shard::recover_behind_epoch(self.settings.clone(), state, a.s.now());
-        self.owners.push(Owner { rule: Some(rule), ..Owner::new(number, shard, end) });
+        self.owners.push(Owner { rule: Some(rule), ..Owner::new(number, router, shard, end) });
         self.drain(a, number);
         self.tell_keepers(a, number);
         self.let_in(a);

@@ -53,6 +53,8 @@ struct Said {
 /// The machine of one handle; it lives across reconnects.
 pub struct Agent {
     name: AgentName,
+    /// One run of one router: no other machine of this handle has it.
+    id: Arc<str>,
     settings: Arc<Settings>,
     now_ms: u64,
     link: Option<Link>,
@@ -86,6 +88,7 @@ impl Agent {
         let aimd = Aimd::new(settings.flow.aimd_base);
         Self {
             name,
+            id: "".into(),
             settings,
             now_ms: now.mono_ms,
             link: None,
@@ -107,6 +110,12 @@ impl Agent {
             window_due: None,
             effects: VecDeque::new(),
         }
+    }
+
+    /// Of several machines of a handle, one at each router: what no other one is called, now or later.
+    #[must_use]
+    pub fn called(self, id: Arc<str>) -> Self {
+        Self { id, ..self }
     }
 
     /// Takes new settings; a lower cap counts at once.
@@ -178,6 +187,7 @@ impl Agent {
                 let error = error.fatal(atp_proto::code::Fatal::Connection);
                 self.effects.push_back(AgentEffect::Close { conn: link.conn, error });
             }
+            self.lent_falls();
             if other {
                 self.incarnation_lost();
             }
@@ -190,6 +200,10 @@ impl Agent {
             self.note_stop();
         }
         self.link = Some(Link { conn, capabilities: capabilities.clone(), alive_at: now, up: true, told: None });
+        // Its calls may be of owners that this machine has not heard of; what their predecessors say is fenced from now on.
+        for call in &capabilities.calls {
+            self.fence(call.shard, call.epoch);
+        }
         for call in capabilities.calls.iter().filter(|c| !c.done) {
             self.listed(call.call_id, call.shard, call.epoch);
         }

@@ -8,10 +8,15 @@
 //!                     v                              v
 //!                   (gone)                         (gone)      Dispatch without a live slot -> Unsent, remembered
 //! ```
+//!
+//! Only the machine that lent a slot sends the plain dispatch of it, so its word that it didn't proves that nobody did. Anywhere else,
+//! at another router or after a restart, the dispatch becomes a question: its agent knows whether it runs the call.
 
 use super::Agent;
 use super::queue::Wish;
 use crate::message::{AgentEffect, FromAgent, Outcome, ToAgent};
+use atp_proto::content::Dispatch;
+use atp_proto::frame::kind;
 use atp_proto::{Amount, CallId, Frame, Qos};
 use std::sync::Arc;
 
@@ -122,7 +127,8 @@ impl Agent {
     }
 
     fn lent(&mut self, shard: u32, call: CallId, epoch: u64) {
-        let message = FromAgent::Lent { agent: self.name.clone(), incarnation: self.incarnation(), call, epoch };
+        let (agent, incarnation, keeper) = (self.name.clone(), self.incarnation(), self.id.clone());
+        let message = FromAgent::Lent { agent, incarnation, call, epoch, keeper };
         self.effects.push_back(AgentEffect::ToShard { shard: Some(shard), message });
     }
 
@@ -131,6 +137,14 @@ impl Agent {
         self.used.free(held);
         self.used.lent -= u32::from(lent);
         self.breaker.freed(call);
+    }
+
+    /// The agent has another connection, and may have been at another router meanwhile, where it said what it doesn't run: what was
+    /// lent before isn't used any more.
+    pub(super) fn lent_falls(&mut self) {
+        let lent = self.calls.iter().filter(|(_, (_, slot))| matches!(slot, Slot::Lent { .. }));
+        let lent: Vec<CallId> = lent.map(|(id, _)| *id).collect();
+        lent.into_iter().for_each(|call| self.drop_slot(call));
     }
 
     /// The process behind the handle is another: its slots fall with the calls that it ran.
@@ -158,7 +172,7 @@ impl Agent {
     }
 
     /// Notes the epoch; false where a higher one was seen of that shard.
-    fn fence(&mut self, shard: u32, epoch: u64) -> bool {
+    pub(super) fn fence(&mut self, shard: u32, epoch: u64) -> bool {
         let highest = self.epochs.entry(shard).or_insert(epoch);
         if epoch < *highest {
             return false;
@@ -220,7 +234,7 @@ impl Agent {
                     self.lend();
                 }
             }
-            ToAgent::Dispatch { shard, epoch, call, incarnation, go_on, frame } => {
+            ToAgent::Dispatch { shard, epoch, call, incarnation, go_on, keeper, frame } => {
                 let live = self.fence(shard, epoch);
                 // What one incarnation says proves nothing of another.
                 let here = self.is_here(&incarnation);
@@ -229,6 +243,8 @@ impl Agent {
                     true => {}
                     // The slot that is wanted or lent is for a later dispatch of this call.
                     false if !here && self.holds_place(&call) => {}
+                    false if keeper != self.id && live && here => self.go_on(shard, epoch, call, question(&frame)),
+                    false if keeper != self.id => {}
                     false => self.dispatch(shard, epoch, call, frame, live && here),
                 }
             }
@@ -430,4 +446,11 @@ impl Agent {
     pub(super) fn incarnation(&self) -> Arc<str> {
         self.link.as_ref().map_or_else(|| "".into(), |l| l.capabilities.incarnation.as_str().into())
     }
+}
+
+/// The same dispatch as a question: an agent that doesn't run the call says so, and doesn't begin it.
+fn question(frame: &Frame) -> Frame {
+    let Ok(dispatch) = frame.read::<Dispatch>() else { return frame.clone() };
+    let dispatch = Dispatch { go_on: true, ..dispatch };
+    Frame::json(&*frame.stream_id, frame.msg_seq, frame.flags, kind::DISPATCH, &dispatch)
 }

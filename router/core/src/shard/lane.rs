@@ -36,6 +36,8 @@ pub(super) struct LiveCall {
     pub(super) lane: u32,
     pub(super) inbound: Inbound,
     pub(super) handing: Handing,
+    /// The machine that lent its slot.
+    pub(super) keeper: Arc<str>,
     pub(super) expires_at: u64,
     /// Its agent is away: until then it may come back.
     pub(super) lost_at: Option<u64>,
@@ -63,6 +65,7 @@ impl LiveCall {
             lane,
             inbound: Inbound::default(),
             handing: Handing::Over(false),
+            keeper: "".into(),
             expires_at,
             lost_at: None,
             wants_slot: false,
@@ -116,7 +119,7 @@ impl Shard {
     // ---- dispatch ---------------------------------------------------------------------------------------------------
 
     /// A slot is here: Intent, and behind it the dispatch.
-    pub(super) fn intend(&mut self, no: u64, lane: u32, agent: &AgentName) {
+    pub(super) fn intend(&mut self, no: u64, lane: u32, agent: &AgentName, keeper: Arc<str>) {
         let Some(seat) = self.seats.get(agent) else { return };
         let (c, incarnation) = (seat.capabilities.clone(), seat.incarnation.clone());
         let Some(stream) = self.state.stream(no) else { return };
@@ -143,7 +146,8 @@ impl Shard {
         self.acks.remove(&id);
         self.acks_held.1.remove(&id);
         let time = self.time_left(no, lane);
-        let call = LiveCall::new(no, lane, agent.clone(), self.now_ms + time + OWNER_LATER_MS);
+        let expires_at = self.now_ms + time + OWNER_LATER_MS;
+        let call = LiveCall { keeper, ..LiveCall::new(no, lane, agent.clone(), expires_at) };
         self.calls.insert(id, call);
         self.call_timer(id, self.now_ms + REPEAT_MS);
         self.flies(id, true);
@@ -159,7 +163,7 @@ impl Shard {
     /// Sends `agent.dispatch` to the agent's router; `go_on` asks an agent that may run the call.
     pub(super) fn hand_over(&mut self, id: CallId, go_on: bool) {
         let Some(live) = self.calls.get(&id) else { return };
-        let (no, lane, agent) = (live.no, live.lane, live.agent.clone());
+        let (no, lane, agent, keeper) = (live.no, live.lane, live.agent.clone(), live.keeper.clone());
         let Some(stream) = self.state.stream(no) else { return };
         let Some(call) = stream.call(lane) else { return };
         let Some(intent) = &call.intent else { return };
@@ -195,8 +199,8 @@ impl Shard {
         };
         let frame = Frame::json(id.to_string(), 1, Flags::SYN, kind::DISPATCH, &dispatch);
         let incarnation = intent.incarnation.as_str().into();
-        let message =
-            ToAgent::Dispatch { shard: self.settings.shard, epoch: self.epoch, call: id, incarnation, go_on, frame };
+        let (shard, epoch) = (self.settings.shard, self.epoch);
+        let message = ToAgent::Dispatch { shard, epoch, call: id, incarnation, go_on, keeper, frame };
         self.tell_agent(&agent, message);
     }
 

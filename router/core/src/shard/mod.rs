@@ -443,7 +443,9 @@ impl Shard {
             FromAgent::Flow { agent, flow } => self.agent_flow(&agent, flow),
             FromAgent::Down { agent, incarnation } => self.agent_down(&agent, &incarnation),
             FromAgent::Status { agent, status } => self.agent_status(&agent, status),
-            FromAgent::Lent { agent, incarnation, call, epoch } => self.slot_lent(agent, incarnation, call, epoch),
+            FromAgent::Lent { agent, incarnation, call, epoch, keeper } => {
+                self.slot_lent(agent, &incarnation, call, epoch, keeper);
+            }
             FromAgent::Sent { call, epoch, .. } => self.dispatch_sent(call, epoch),
             FromAgent::Unsent { call, epoch, .. } => self.dispatch_unsent(call, epoch),
             FromAgent::Frame { agent, incarnation, received } => self.agent_frame(&agent, &incarnation, received),

@@ -24,7 +24,7 @@ pub(super) struct Bid {
     /// True: one lane, several agents asked for it.
     either: bool,
     /// The best slot so far, while one of a better rank may still come: which offer, of which process.
-    lent: Option<(usize, Arc<str>)>,
+    lent: Option<(usize, Arc<str>, Arc<str>)>,
 }
 
 impl Shard {
@@ -209,11 +209,18 @@ impl Shard {
         self.seats.get(agent).is_some_and(|s| s.up && s.incarnation == *incarnation && s.may_begin(passes))
     }
 
-    pub(super) fn slot_lent(&mut self, agent: AgentName, incarnation: Arc<str>, call: CallId, epoch: u64) {
+    pub(super) fn slot_lent(
+        &mut self,
+        agent: AgentName,
+        incarnation: &Arc<str>,
+        call: CallId,
+        epoch: u64,
+        keeper: Arc<str>,
+    ) {
         if epoch != self.epoch {
             return;
         }
-        let here = self.may_begin(&agent, &incarnation);
+        let here = self.may_begin(&agent, incarnation);
         if let Some((no, lane)) = self.state.call(&call) {
             let reserved = self.state.stream(no).and_then(|s| s.call(lane));
             let ours = reserved.is_some_and(|c| c.reserve.agent == agent.as_str());
@@ -222,7 +229,7 @@ impl Shard {
             let again = young && self.calls.get(&call).is_some_and(|c| c.wants_slot);
             let stopping = self.live.get(&no).is_none_or(|l| l.stopping.is_some());
             match ours && here && (first || again) && !stopping && self.room == LogRoom::Enough {
-                true => self.intend(no, lane, &agent),
+                true => self.intend(no, lane, &agent, keeper),
                 // A repeat of a slot that is in use already is not given back.
                 false if ours && self.calls.get(&call).is_some_and(|c| c.in_flight) => {}
                 false => self.give_back(&agent, call),
@@ -231,15 +238,15 @@ impl Shard {
         }
         let no = self.bids.get(&call).copied().filter(|_| here && self.room == LogRoom::Enough);
         match no {
-            Some(no) if self.a_better_one_may_lend(no, &agent, &incarnation) => {}
-            Some(no) => self.purchase(no, &agent, call),
+            Some(no) if self.a_better_one_may_lend(no, &agent, incarnation, &keeper) => {}
+            Some(no) => self.purchase(no, &agent, call, keeper),
             None => self.give_back(&agent, call),
         }
     }
 
     /// Several agents were asked for one lane: a slot of one that isn't the best waits a moment for those before it in rank
     /// that have room, so that the score decides and not who answers first.
-    fn a_better_one_may_lend(&mut self, no: u64, agent: &AgentName, incarnation: &Arc<str>) -> bool {
+    fn a_better_one_may_lend(&mut self, no: u64, agent: &AgentName, incarnation: &Arc<str>, keeper: &Arc<str>) -> bool {
         let Some(bid) = self.live.get(&no).and_then(|l| l.bid.as_ref()).filter(|b| b.either) else { return false };
         let Some(at) = bid.offers.iter().position(|o| o.agent == *agent) else { return false };
         let has_room = |o: &Offer| {
@@ -252,9 +259,9 @@ impl Shard {
         let Some(bid) = self.live.get_mut(&no).and_then(|l| l.bid.as_mut()) else { return false };
         match &mut bid.lent {
             Some(best) if best.0 <= at => {}
-            Some(best) => *best = (at, incarnation.clone()),
+            Some(best) => *best = (at, incarnation.clone(), keeper.clone()),
             None => {
-                bid.lent = Some((at, incarnation.clone()));
+                bid.lent = Some((at, incarnation.clone(), keeper.clone()));
                 self.timer(self.now_ms + CHOICE_MS, Timer::Choice(no));
             }
         }
@@ -264,16 +271,16 @@ impl Shard {
     /// Nobody better lent a slot in time.
     pub(super) fn choose(&mut self, no: u64) {
         let Some(bid) = self.live.get_mut(&no).and_then(|l| l.bid.as_mut()) else { return };
-        let Some((at, incarnation)) = bid.lent.take() else { return };
+        let Some((at, incarnation, keeper)) = bid.lent.take() else { return };
         let Some(agent) = bid.offers.get(at).map(|o| o.agent.clone()) else { return };
         let Some(call) = self.state.stream(no).map(|s| s.call_id(1)) else { return };
         if self.may_begin(&agent, &incarnation) && self.room == LogRoom::Enough {
-            self.purchase(no, &agent, call);
+            self.purchase(no, &agent, call, keeper);
         }
     }
 
     /// The first slot of a task is here: one Reserve for all its lanes, and the Intent of this one.
-    pub(super) fn purchase(&mut self, no: u64, agent: &AgentName, call: CallId) {
+    pub(super) fn purchase(&mut self, no: u64, agent: &AgentName, call: CallId, keeper: Arc<str>) {
         let Some(stream) = self.state.stream(no) else { return };
         let (tenant, level) = (stream.accept.account.clone(), stream.level());
         let Some(bid) = self.live.get(&no).and_then(|l| l.bid.as_ref()) else { return self.give_back(agent, call) };
@@ -319,7 +326,7 @@ impl Shard {
             live.left_out.extend(left_out);
         }
         if (lane as usize) <= holds.len() {
-            self.intend(no, lane, agent);
+            self.intend(no, lane, agent, keeper);
         }
         self.ask(no);
     }

@@ -155,7 +155,8 @@ impl House {
         if slots.used.len() < slots.most && !slots.wanted.is_empty() {
             let (call, epoch) = slots.wanted.remove(0);
             slots.used.push(call);
-            let lent = FromAgent::Lent { agent: agent.clone(), incarnation: "p1".into(), call, epoch };
+            let lent =
+                FromAgent::Lent { agent: agent.clone(), incarnation: "p1".into(), call, epoch, keeper: "".into() };
             self.shard.handle(self.now, Input::Agent(lent));
         }
     }

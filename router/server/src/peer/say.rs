@@ -270,16 +270,17 @@ mod tests {
         for bytes in [10, 3 * FRAGMENT_BYTES + 7] {
             let frame = Frame::raw("c", 1, Flags::SYN, kind::DISPATCH, vec![b'x'; bytes].into());
             let incarnation: std::sync::Arc<str> = "i1".into();
+            let (keeper, sent): (std::sync::Arc<str>, _) = ("k".into(), frame.clone());
             let message =
-                ToAgent::Dispatch { shard: 3, epoch: 9, call: call(), incarnation, go_on: false, frame: frame.clone() };
+                ToAgent::Dispatch { shard: 3, epoch: 9, call: call(), incarnation, go_on: false, keeper, frame: sent };
             let Said::ToAgent(said) = heard_of(to_agent(&AgentName::new("a"), &message)) else { panic!() };
             assert_eq!(said.agent, "a");
-            let ToAgent::Dispatch { shard: 3, epoch: 9, call: of, incarnation, go_on: false, frame: got } =
+            let ToAgent::Dispatch { shard: 3, epoch: 9, call: of, incarnation, go_on: false, keeper, frame: got } =
                 said.message().unwrap()
             else {
                 panic!("another message")
             };
-            assert_eq!((of, &*incarnation, got), (call(), "i1", frame));
+            assert_eq!((of, &*incarnation, &*keeper, got), (call(), "i1", "k", frame));
         }
     }
 
@@ -296,7 +297,8 @@ mod tests {
 
     #[test]
     fn what_an_agent_says_reads_back() {
-        let message = FromAgent::Lent { agent: AgentName::new("a"), incarnation: "i".into(), call: call(), epoch: 4 };
+        let (agent, incarnation, keeper) = (AgentName::new("a"), "i".into(), "k".into());
+        let message = FromAgent::Lent { agent, incarnation, call: call(), epoch: 4, keeper };
         let Said::FromAgent(said) = heard_of(from_agent(Some(2), &message)) else { panic!() };
         assert_eq!(said.shard, Some(2));
         assert_eq!(format!("{:?}", said.message().unwrap()), format!("{message:?}"));
