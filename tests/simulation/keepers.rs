@@ -216,7 +216,6 @@ impl Keepers {
         };
         machine.handle(s.now(), input);
         if connects.is_some() && machine.link().map(|(conn, _)| conn) == connects {
-            check.slots.reconnected(keeper);
             listed.iter().for_each(|call| check.slots.listed(keeper, call));
         }
         if self.is_fleet() {

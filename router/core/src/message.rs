@@ -375,7 +375,7 @@ pub enum FromAgent {
         agent: AgentName,
         flow: Flow,
     },
-    /// A slot, for 2 s, lent by this machine.
+    /// A slot, for 2 s, lent by this machine on this connection.
     Lent {
         agent: AgentName,
         incarnation: Arc<str>,

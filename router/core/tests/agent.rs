@@ -77,7 +77,7 @@ impl Keeper {
             call: call(n),
             incarnation,
             go_on: false,
-            keeper: "".into(),
+            keeper: "/1".into(),
             frame,
         };
         self.take(AgentInput::Shard(message));

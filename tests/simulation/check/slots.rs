@@ -43,11 +43,6 @@ impl Slots {
         self.keepers.remove(&agent);
     }
 
-    /// The agent has another connection: what was lent before falls, if it wasn't used.
-    pub fn reconnected(&mut self, agent: usize) {
-        self.keepers.entry(agent).or_default().lent.retain(|_, slot| slot.used);
-    }
-
     /// A message of the shard is handed to the keeper. False: a higher epoch was seen, it is fenced.
     pub fn told(&mut self, agent: usize, message: &ToAgent, now_ms: u64) -> bool {
         let keeper = self.keepers.entry(agent).or_default();

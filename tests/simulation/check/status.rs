@@ -25,6 +25,8 @@ struct Keeper {
 #[derive(Debug, Default)]
 pub struct Statuses {
     keepers: BTreeMap<usize, Keeper>,
+    /// The last word of each incarnation, at whichever router.
+    words: BTreeMap<String, Status>,
 }
 
 impl Statuses {
@@ -40,7 +42,9 @@ impl Statuses {
             Some(known) if known.incarnation == incarnation => Keeper { before: None, ..known.clone() },
             Some(_) => Keeper::default(),
             None => {
-                let same = log.filter(|r| r.incarnation == incarnation);
+                // What it has said since at another router may not be logged yet.
+                let last = self.words.get(incarnation);
+                let same = log.filter(|r| r.incarnation == incarnation && last.is_none_or(|word| *word == r.status()));
                 let status = same.map_or(Status::Ready, AgentRecord::status);
                 let stopped_at = matches!(status, Status::Pause | Status::Draining).then_some(0);
                 Keeper { status, stopped_at, ..Keeper::default() }
@@ -65,6 +69,7 @@ impl Statuses {
     pub fn said(&mut self, agent: usize, conn: usize, status: &AgentStatus, now_ms: u64) {
         let Some(keeper) = self.keepers.get_mut(&agent).filter(|k| k.conn == conn) else { return };
         keeper.status = status.status;
+        self.words.insert(keeper.incarnation.clone(), status.status);
         keeper.calls_max = status.suggested_window.and_then(|w| w.max_parallel);
         let stops = matches!(status.status, Status::Pause | Status::Draining);
         keeper.stopped_at = if stops { keeper.stopped_at.or(Some(now_ms)) } else { None };

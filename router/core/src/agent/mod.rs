@@ -187,7 +187,6 @@ impl Agent {
                 let error = error.fatal(atp_proto::code::Fatal::Connection);
                 self.effects.push_back(AgentEffect::Close { conn: link.conn, error });
             }
-            self.lent_falls();
             if other {
                 self.incarnation_lost();
             }

@@ -127,7 +127,7 @@ impl Agent {
     }
 
     fn lent(&mut self, shard: u32, call: CallId, epoch: u64) {
-        let (agent, incarnation, keeper) = (self.name.clone(), self.incarnation(), self.id.clone());
+        let (agent, incarnation, keeper) = (self.name.clone(), self.incarnation(), self.lender());
         let message = FromAgent::Lent { agent, incarnation, call, epoch, keeper };
         self.effects.push_back(AgentEffect::ToShard { shard: Some(shard), message });
     }
@@ -139,12 +139,14 @@ impl Agent {
         self.breaker.freed(call);
     }
 
-    /// The agent has another connection, and may have been at another router meanwhile, where it said what it doesn't run: what was
-    /// lent before isn't used any more.
-    pub(super) fn lent_falls(&mut self) {
-        let lent = self.calls.iter().filter(|(_, (_, slot))| matches!(slot, Slot::Lent { .. }));
-        let lent: Vec<CallId> = lent.map(|(id, _)| *id).collect();
-        lent.into_iter().for_each(|call| self.drop_slot(call));
+    /// Who lends a slot: this machine, while its agent has this connection. Behind the next one the agent may have been at another
+    /// router, where it said what it doesn't run, so that what was lent before can't be used any more.
+    fn lender(&self) -> Arc<str> {
+        format!("{}/{}", self.id, self.link.as_ref().map_or(0, |l| l.conn.0)).into()
+    }
+
+    fn lent_by_me(&self, keeper: &str) -> bool {
+        keeper.rsplit_once('/').is_some_and(|(id, _)| id == &*self.id)
     }
 
     /// The process behind the handle is another: its slots fall with the calls that it ran.
@@ -243,9 +245,15 @@ impl Agent {
                     true => {}
                     // The slot that is wanted or lent is for a later dispatch of this call.
                     false if !here && self.holds_place(&call) => {}
-                    false if keeper != self.id && live && here => self.go_on(shard, epoch, call, question(&frame)),
-                    false if keeper != self.id => {}
-                    false => self.dispatch(shard, epoch, call, frame, live && here),
+                    false if !self.lent_by_me(&keeper) => {
+                        if live && here {
+                            self.go_on(shard, epoch, call, question(&frame));
+                        }
+                    }
+                    false => {
+                        let live = live && here && keeper == self.lender();
+                        self.dispatch(shard, epoch, call, frame, live);
+                    }
                 }
             }
             ToAgent::Pass { shard, epoch, incarnation, frame, .. } => {
