@@ -1,6 +1,7 @@
 //! Puts a router together: log, state, shard tasks, agents, listeners; drains and stops it. Installs no signal handler.
 
 use crate::agent_task::Agents;
+use crate::awake::Awake;
 use crate::config::{Config, LogPlace, Problem};
 use crate::connection::Shared;
 use crate::descriptors::Connections;
@@ -73,6 +74,7 @@ pub struct Router {
     report: Vec<String>,
     /// Where several routers share the log.
     ownership: Option<Handle>,
+    awake: Awake,
 }
 
 impl Router {
@@ -146,6 +148,8 @@ impl Router {
             StoreConfig::Redis(redis) => Some(redis.clone()),
             StoreConfig::Memory => None,
         };
+        let awake = Awake::new(Duration::from_millis(config.limits.lease_ms));
+        tasks.spawn(awake.clone().run(stop_shards.clone()));
         let settings = watch::Sender::new(Arc::new(config));
         let (told, ended) = oneshot::channel();
         let stopping = shared.stopping.clone();
@@ -194,6 +198,7 @@ impl Router {
             outcome: watch::Sender::new(None),
             report,
             ownership,
+            awake,
         };
         if router.ownership.is_none() {
             router.serving().await?;
@@ -345,6 +350,9 @@ impl Router {
     }
     pub(crate) fn ownership(&self) -> Option<Handle> {
         self.ownership.clone()
+    }
+    pub(crate) fn awake(&self) -> Awake {
+        self.awake.clone()
     }
     pub(crate) fn store(&self) -> watch::Receiver<StoreHealth> {
         self.store.clone()

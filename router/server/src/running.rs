@@ -61,7 +61,10 @@ impl Running {
         let (inbox, taking) = inbox(self.inbox_bytes);
         let durable = if serving { shard.state().position() } else { position };
         let (epoch, since_ms) = (shard.epoch(), self.clocks.now().wall_ms);
-        let health = Health { guarantee: self.guarantee, serving, durable, epoch, since_ms, ..Health::default() };
+        // Until the log has been asked once it is as if that had been long ago.
+        let alone_at = log.look().then(|| self.clocks.origin());
+        let (guarantee, default) = (self.guarantee, Health::default());
+        let health = Health { guarantee, serving, durable, epoch, since_ms, alone_at, ..default };
         let (sender, health) = watch::channel(health);
         self.shards.set(number, Place::Here(Here { inbox: inbox.clone(), source: source.clone(), health }));
         let stop = self.stop.child_token();

@@ -69,6 +69,14 @@ impl Fleet {
         self.shards.iter().filter(|row| row.owner.is_none()).map(|row| row.shard).collect()
     }
 
+    /// Of these shards no owner is known.
+    fn disown(&mut self, of: impl Fn(&ShardRow) -> bool) {
+        for row in self.shards.iter_mut().filter(|row| of(row)) {
+            (row.owner, row.since) = (None, None);
+        }
+        self.count();
+    }
+
     /// Of each router how many shards it owns.
     fn count(&mut self) {
         let mut owned = BTreeMap::<&str, u32>::new();

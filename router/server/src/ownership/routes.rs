@@ -22,21 +22,27 @@ async fn shards(State(site): State<Site>) -> Json<Arc<Fleet>> {
     Json(fleet(&site))
 }
 
-/// As it was seen last; a router that shares its log with nobody owns all there is.
+/// As it was seen last, but for what this router doesn't own any more, or can't be sure of; one that shares its log with nobody owns
+/// all there is.
 pub(crate) fn fleet(site: &Site) -> Arc<Fleet> {
-    let facts = site.facts();
-    if let Some(ownership) = &facts.ownership {
-        return ownership.fleet();
-    }
+    let (facts, owned) = (site.facts(), site.owned());
     let config = facts.config.borrow();
     let id = config.settings.router_id.to_string();
+    if let Some(ownership) = &facts.ownership {
+        let mut fleet = ownership.fleet();
+        let is_wrong = |row: &ShardRow| row.owner.as_ref() == Some(&id) && !owned.contains(&row.shard);
+        if fleet.shards.iter().any(is_wrong) {
+            Arc::make_mut(&mut fleet).disown(is_wrong);
+        }
+        return fleet;
+    }
     let mut rows: Vec<ShardRow> =
         (0..facts.shards.placement().shards()).map(|shard| ShardRow { shard, ..ShardRow::default() }).collect();
     for (shard, here) in facts.shards.all_here() {
         let health = here.health.borrow();
         rows[shard as usize] = ShardRow {
             shard,
-            owner: health.failed.is_none().then(|| id.clone()),
+            owner: owned.contains(&shard).then(|| id.clone()),
             epoch: health.epoch,
             position: health.durable,
             since: Some(rfc3339(health.since_ms)),
