@@ -2,7 +2,9 @@
 
 use crate::agent_task::Agents;
 use crate::awake::Awake;
-use crate::config::{Config, LogPlace, Problem};
+#[cfg(feature = "kafka")]
+use crate::config::LogPlace;
+use crate::config::{Config, Problem};
 use crate::connection::Shared;
 use crate::descriptors::Connections;
 use crate::inbox::ToShard;
@@ -17,7 +19,9 @@ use crate::ownership::{self, Ownership};
 use crate::peer::{self, Peers};
 use crate::running::Running;
 use crate::shards::{Shards, Site, Sites};
-use crate::store::{self, StoreConfig, StoreHealth};
+#[cfg(feature = "kafka")]
+use crate::store::StoreConfig;
+use crate::store::{self, StoreHealth};
 use crate::time::Clocks;
 use crate::{http, metric};
 use atp_core::placement::Placement;

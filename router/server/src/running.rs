@@ -91,6 +91,7 @@ impl Running {
     }
 
     /// Ends one shard: what is decided is written first.
+    #[cfg(feature = "kafka")]
     pub(crate) fn stop(&mut self, shard: u32) {
         self.stops.remove(&shard).inspect(CancellationToken::cancel);
     }

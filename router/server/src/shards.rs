@@ -35,6 +35,7 @@ impl Site {
         [&*self.router, &*self.incarnation, &*self.atp, &*self.http].join(" ")
     }
 
+    #[cfg(any(feature = "kafka", test))]
     pub(crate) fn read(text: &str) -> Option<Self> {
         let mut parts = text.split(' ').map(str::to_owned);
         let site = Self { router: parts.next()?, incarnation: parts.next()?, atp: parts.next()?, http: parts.next()? };
@@ -50,6 +51,7 @@ pub(crate) type Sites = Arc<Vec<Arc<Site>>>;
 pub(crate) enum Place {
     Here(Here),
     /// That router says that it owns it.
+    #[cfg_attr(not(any(feature = "kafka", test)), expect(dead_code, reason = "without Kafka nobody else owns one"))]
     At(Arc<Site>),
     /// Nobody is known to own it.
     #[default]

@@ -1,10 +1,10 @@
 //! `GET /v1/shards`, and draining a router, over HTTP.
 
-use super::{Fleet, NotDrained, RouterRow, ShardRow};
+use super::{Fleet, RouterRow, ShardRow};
 use crate::http::{Problem, Site, not_found};
 use atp_core::clock::rfc3339;
+use atp_proto::WireError;
 use atp_proto::id::is_id;
-use atp_proto::{Code, WireError};
 use axum::extract::{Path, State};
 use axum::routing::{get, post};
 use axum::{Json, Router};
@@ -79,13 +79,7 @@ async fn drain(site: &Site, id: String, drained: bool) -> Result<Json<Value>, Pr
         let message = "this router shares its log with no other, so nobody could go on; SIGTERM drains its streams";
         return Err(Problem::new(WireError::proto(message), None));
     };
-    ownership.drain(id.clone(), drained).await.map_err(|error| match error {
-        NotDrained::Unknown => not_found(&id),
-        NotDrained::Away(why) => {
-            let message = format!("the store, which tells it the routers, is away: {why}");
-            Problem::new(WireError::new(Code::Draining, message).retry_after_ms(1_000), None)
-        }
-    })?;
+    ownership.drain(&id, drained).await?;
     let fleet = ownership.fleet();
     let row = fleet.routers.iter().find(|row| row.id == id);
     let mut row = row.map(|row| json!(row)).ok_or_else(|| not_found(&id))?;

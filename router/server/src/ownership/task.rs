@@ -1,10 +1,11 @@
 //! The task that owns "which shards are here": a turn at the store each third of a lease, shards taken, run, given and lost.
 
+use super::Fleet;
 use super::asking::{Asking, lives};
 use super::following::Following;
+use super::handle::{Handle, NotDrained, Order};
 use super::plan::{self, Facts, Last, Step};
 use super::taking::{Taken, Taker};
-use super::{Fleet, Handle, NotDrained, Order};
 use crate::config::{Config, Problem};
 use crate::inbox::ToShard;
 use crate::log::LogError;
