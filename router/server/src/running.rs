@@ -12,6 +12,8 @@ use crate::shards::{Here, Place, Shards};
 use crate::time::Clocks;
 use crate::tool::Tools;
 use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::sync::atomic::AtomicUsize;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
@@ -31,6 +33,7 @@ pub(crate) struct Running {
     tools: Tools,
     lessons: Lessons,
     tasks: TaskTracker,
+    open: Arc<AtomicUsize>,
     stop: CancellationToken,
     running: JoinSet<(u32, Result<(), String>)>,
     /// By shard: what ends it alone.
@@ -52,7 +55,21 @@ impl Running {
         let agents = shared.agents.clone();
         let lessons = Lessons::start(shards.clone(), &tasks, stop.clone());
         let (running, stops) = (JoinSet::new(), BTreeMap::new());
-        Self { shards, agents, clocks, guarantee, alone, inbox_bytes, tools, lessons, tasks, stop, running, stops }
+        Self {
+            shards,
+            agents,
+            clocks,
+            guarantee,
+            alone,
+            inbox_bytes,
+            tools,
+            lessons,
+            tasks,
+            open: Arc::default(),
+            stop,
+            running,
+            stops,
+        }
     }
 
     /// Starts one shard, which is found from now on. It ends with its log, or when it is stopped with all others.
@@ -86,6 +103,7 @@ impl Running {
             tasks: self.tasks.clone(),
             tools: self.tools.clone(),
             lessons: self.lessons.clone(),
+            open: self.open.clone(),
         });
         self.running.spawn(async move { (number, task.run().await) });
     }

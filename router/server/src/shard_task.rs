@@ -22,6 +22,8 @@ use atp_proto::frame::kind;
 use atp_proto::{AgentName, Flags, Frame};
 use metrics::{Histogram, gauge, histogram};
 use std::collections::{BTreeMap, VecDeque};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 use tokio::sync::{oneshot, watch};
 use tokio::time::Instant;
@@ -79,6 +81,32 @@ pub(crate) struct Begin {
     pub(crate) tasks: TaskTracker,
     pub(crate) tools: Tools,
     pub(crate) lessons: Lessons,
+    /// Open streams of all shards that run here.
+    pub(crate) open: Arc<AtomicUsize>,
+}
+
+/// One shard's part of the streams that are open in a router; given back when the shard ends.
+struct Open {
+    all: Arc<AtomicUsize>,
+    own: usize,
+}
+
+impl Open {
+    /// Tells it, and how many others are open in the other shards.
+    fn count(&mut self, own: usize) -> usize {
+        let before = std::mem::replace(&mut self.own, own);
+        let all = match own.checked_sub(before) {
+            Some(more) => self.all.fetch_add(more, Ordering::Relaxed) + more,
+            None => self.all.fetch_sub(before - own, Ordering::Relaxed) - (before - own),
+        };
+        all.saturating_sub(own)
+    }
+}
+
+impl Drop for Open {
+    fn drop(&mut self) {
+        self.all.fetch_sub(self.own, Ordering::Relaxed);
+    }
 }
 
 pub(crate) struct ShardTask {
@@ -93,6 +121,7 @@ pub(crate) struct ShardTask {
     shards: Shards,
     tools: Tools,
     lessons: Lessons,
+    open: Open,
     clocks: Clocks,
     health: watch::Sender<Health>,
     stop: CancellationToken,
@@ -146,6 +175,7 @@ impl ShardTask {
             shards: begin.shards,
             tools: begin.tools,
             lessons: begin.lessons,
+            open: Open { all: begin.open, own: 0 },
             clocks: begin.clocks,
             health: begin.health,
             stop: begin.stop,
@@ -217,6 +247,7 @@ impl ShardTask {
     }
 
     async fn serve(&mut self) -> Result<(), String> {
+        self.open.count(self.shard.streams_open());
         // The Epoch of this owner.
         self.drain().await?;
         if self.health.borrow().serving {
@@ -239,6 +270,8 @@ impl ShardTask {
                 () = sleep_until(late), if late.is_some() => None,
                 () = &mut stopped => return self.drain().await,
             };
+            let elsewhere = self.open.count(self.shard.streams_open());
+            self.shard.set_open_elsewhere(elsewhere);
             let now = self.clocks.now();
             if let Some(event) = event {
                 self.news(now, event)?;
@@ -261,6 +294,8 @@ impl ShardTask {
                 }
                 self.taking.release(weight);
             }
+            // Before it is told what was decided: who comes next in another shard finds it counted.
+            self.open.count(self.shard.streams_open());
             self.drain().await?;
             if self.shard.streams_open() == 0 {
                 for over in self.draining.drain(..) {
