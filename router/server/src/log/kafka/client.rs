@@ -17,6 +17,10 @@ use std::time::{Duration, Instant};
 pub(super) const PATIENCE: Duration = Duration::from_secs(15);
 /// Reading without any progress for so long has failed. An election among the brokers takes less.
 const STALLED: Duration = Duration::from_secs(30);
+/// Between two questions where the brokers are not of one mind.
+const ASK_AGAIN: Duration = Duration::from_millis(50);
+/// For one of them.
+const ASK_PATIENCE: Duration = Duration::from_secs(1);
 /// The largest message: an entry with its key and headers.
 pub(super) const MESSAGE_BYTES: usize = ENTRY_BYTES_MAX + (64 << 10);
 const _: () = assert!(MESSAGE_BYTES < 100_000_000, "the client's and the brokers' limits of a request");
@@ -195,6 +199,10 @@ impl Messages {
 }
 
 /// The first offset that a partition keeps, and the one behind its last. Waits while it has no leader.
+///
+/// # Errors
+/// `NotThisLog` where the brokers don't know it, and go on so while there is patience: one that has just started says so too of
+/// what it hasn't heard of yet.
 pub(super) fn ends<C: ClientContext>(
     client: &Client<C>,
     address: &KafkaAddress,
@@ -204,20 +212,26 @@ pub(super) fn ends<C: ClientContext>(
     let end = Instant::now() + patience;
     let (low, high) = loop {
         let left = end.saturating_duration_since(Instant::now());
-        match client.fetch_watermarks(&address.topic, partition, left) {
+        // The last question has its time too.
+        match client.fetch_watermarks(&address.topic, partition, left.max(ASK_PATIENCE)) {
             Ok(ends) => break ends,
             Err(error) => match error.rdkafka_error_code() {
-                Some(RDKafkaErrorCode::NotLeaderForPartition | RDKafkaErrorCode::LeaderNotAvailable)
-                    if !left.is_zero() =>
-                {
-                    std::thread::sleep(Duration::from_millis(50));
-                }
+                // A new leader doesn't say how far it reaches before it knows what its followers have.
+                Some(
+                    RDKafkaErrorCode::NotLeaderForPartition
+                    | RDKafkaErrorCode::LeaderNotAvailable
+                    | RDKafkaErrorCode::OffsetNotAvailable,
+                ) if !left.is_zero() => std::thread::sleep(ASK_AGAIN),
                 Some(
                     RDKafkaErrorCode::UnknownTopicOrPartition
                     | RDKafkaErrorCode::UnknownTopic
                     | RDKafkaErrorCode::UnknownPartition,
                 ) => {
-                    return Err(address.refused(format!("there is no such topic, or it has no partition {partition}")));
+                    if left.is_zero() {
+                        let what = format!("there is no such topic, or it has no partition {partition}");
+                        return Err(address.refused(what));
+                    }
+                    std::thread::sleep(ASK_AGAIN);
                 }
                 _ => return Err(address.failed("read the ends of")(error)),
             },

@@ -254,6 +254,7 @@ impl KafkaShards {
             checkpoint_bytes: read.checkpoint_bytes,
             since_checkpoint: read.bytes,
             checkpoint: None,
+            missed: None,
         };
         let thread = std::thread::Builder::new().name(format!("atp-log-{shard}")).spawn(move || writer.run());
         let thread = thread.map_err(LogError::io("start a thread for", &shared.options.data_dir))?;

@@ -21,6 +21,8 @@ use tokio::sync::watch;
 const LOOK: Duration = Duration::from_secs(1);
 /// Entries that come meanwhile wait for it.
 const LOOK_PATIENCE: Duration = Duration::from_secs(1);
+/// A partition that the brokers have not known for so long is gone; less, and one of them may only have been started anew.
+const GONE: Duration = Duration::from_secs(10);
 
 pub(super) struct Writer {
     pub(super) queue: Arc<Queue>,
@@ -41,6 +43,8 @@ pub(super) struct Writer {
     pub(super) since_checkpoint: u64,
     /// A checkpoint whose pieces aren't all durable: the place before it, and its last position.
     pub(super) checkpoint: Option<(Mark, u64)>,
+    /// The brokers don't know the partition since then.
+    pub(super) missed: Option<Instant>,
 }
 
 impl Writer {
@@ -178,13 +182,18 @@ impl Writer {
                     return Ok(());
                 }
             },
-            Err(gone @ LogError::NotThisLog { .. }) => return Err(gone),
+            Err(gone @ LogError::NotThisLog { .. }) => {
+                let missed = *self.missed.get_or_insert_with(Instant::now);
+                return if missed.elapsed() < GONE { Ok(()) } else { Err(gone) };
+            }
             // The brokers may be away for a while; the next entry finds out whether they come back in time.
             Err(error) => {
                 tracing::debug!("{error}");
+                self.missed = None;
                 return Ok(());
             }
         };
+        self.missed = None;
         if end <= self.owner.last() {
             let what =
                 format!("it ends at offset {end}, but offset {} was durable: records are gone", self.owner.last());
