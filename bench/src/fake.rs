@@ -51,7 +51,7 @@ pub(crate) async fn router() -> SocketAddr {
 pub(crate) async fn agent_is_there(address: SocketAddr) {
     let mut stream = TcpStream::connect(address).await.expect("the fake listens");
     let mut out = BytesMut::new();
-    let hello = Hello { minor_max: 1, role: Role::Router, token: None };
+    let hello = Hello { minor_max: 1, role: Role::Router, token: None, redirect: false };
     codec::encode(&Frame::json("", 0, Flags::SYN, kind::HELLO, &hello), &mut out);
     stream.write_all(&out).await.expect("the fake reads");
     let answer = tokio::time::timeout(Duration::from_secs(20), stream.read_u8()).await;

@@ -31,7 +31,13 @@ impl Link {
         let stream = TcpStream::connect(address).await.with_context(|| format!("connecting to {address}"))?;
         stream.set_nodelay(true)?;
         let mut link = Self { stream, input: BytesMut::new(), out: BytesMut::new(), beat: Instant::now() + HEARTBEAT };
-        link.push(&Frame::json("", 0, Flags::SYN, kind::HELLO, &Hello { minor_max: 1, role, token: None }));
+        link.push(&Frame::json(
+            "",
+            0,
+            Flags::SYN,
+            kind::HELLO,
+            &Hello { minor_max: 1, role, token: None, redirect: false },
+        ));
         let mut greeted = false;
         let answer = async {
             while !greeted {

@@ -101,7 +101,7 @@ fn atp_5_3_an_unknown_credential_is_eauth() {
     let router = shared();
     for (token, taken) in [("atp_nobody_has_this", false), ("eyJhbGciOi.eyJzdWIi.c2ln", false), ("sk-anything", true)] {
         let mut peer = crate::dial(router.atp());
-        let hello = Hello { minor_max: 1, role: Role::Client, token: Some(token.into()) };
+        let hello = Hello { minor_max: 1, role: Role::Client, token: Some(token.into()), redirect: false };
         peer.send(&Frame::json("", 0, Flags::SYN, kind::HELLO, &hello));
         if taken {
             assert_eq!(&*peer.frame().kind, kind::HELLO);

@@ -1,6 +1,10 @@
 //! Who owns which shard: commands and pages say the same as the log does, whatever happens to routers.
 
 use crate::fleet::{Fleet, pauses};
+use atp_proto::content::{Hello, Redirect, Role};
+use atp_proto::frame::kind;
+use atp_proto::{Flags, Frame};
+use atp_tests::blackbox::peer::Peer;
 use atp_tests::blackbox::process::Asked;
 use atp_tests::blackbox::{PATIENCE, atp, wait_for};
 use serde_json::{Value, json};
@@ -44,6 +48,11 @@ fn a_router_that_joins_gets_its_part_and_one_that_is_drained_gives_it_up() {
     let drained = pauses(&fleet, &[0, 1], || has(&fleet, 0, 64));
     println!("drained; without an owner: {}", shown(&drained));
     assert!(fleet.routers[1].is_ready(), "it serves by the other's shards");
+    let mut client = Peer::dial(fleet.routers[1].atp()).expect("a router");
+    let hello = Hello { minor_max: 1, role: Role::Client, token: None, redirect: true };
+    client.send(&Frame::json("", 0, Flags::SYN, kind::HELLO, &hello));
+    let sent: Redirect = client.expect(kind::REDIRECT).read().expect("a redirect");
+    assert_eq!(sent.url, format!("atp://{}", fleet.routers[0].atp()), "a new client goes where the shards are");
     let row = atp::run_json(&["--url", &fleet.routers[1].url(), "drain", "router", "r2", "--undo"]);
     assert_eq!(row["drained"], false, "{row}");
     assert_eq!(fleet.each_has_its_part(&[0, 1]), shared, "the same part as before");

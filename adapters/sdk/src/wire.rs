@@ -21,8 +21,8 @@ use tokio_util::io::poll_read_buf;
 /// No more is put into the write buffer while it holds this much.
 pub(crate) const WRITE_BYTES: usize = 256 * 1024;
 const READ_BYTES: usize = 128 * 1024;
-/// Routers in a row that send a connection to another one.
-const REDIRECTS_MAX: u32 = 4;
+/// Routers in a row that send a connection to another one, before it asks to be forwarded.
+const REDIRECTS_MAX: u32 = 2;
 
 pub(crate) struct Wire {
     io: BoxedIo,
@@ -114,11 +114,12 @@ impl Wire {
     }
 }
 
-/// Dials and says hello; goes on to where a router sends it.
+/// Dials and says hello; a client goes on to where a router sends it, and where that leads nowhere asks to be served by
+/// forwarding.
 ///
 /// # Errors
-/// `Unreachable` for the transport and the time-out, `Auth` or `Refused` for the router's no, `Protocol` for more than
-/// `REDIRECTS_MAX` routers that send it elsewhere.
+/// `Unreachable` for the transport and the time-out, `Auth` or `Refused` for the router's no, `Protocol` for an answer that is
+/// none.
 pub(crate) async fn open(
     dialer: &Dialer,
     role: Role,
@@ -127,18 +128,31 @@ pub(crate) async fn open(
 ) -> Result<(Wire, HelloAck), Error> {
     // One that hangs must not use up the time in which others wait for this peer.
     let answer = if dialer.routers() > 1 { within.min(EACH) } else { within };
-    let mut redirected: Option<Dialer> = None;
     let attempt = async {
-        for _ in 0..=REDIRECTS_MAX {
-            match greet(redirected.as_ref().unwrap_or(dialer), role, token, answer).await? {
-                Greeted::Here(wire, answer) => return Ok((*wire, answer)),
-                Greeted::Elsewhere(url) => match parse_url(&url) {
-                    Ok(Endpoint::Atp(address)) => redirected = Some(Dialer::tcp(address)),
-                    _ => return Err(Error::Protocol(format!("control.redirect to `{url}`, which is no atp:// URL"))),
-                },
+        let hello = |redirect| Hello { minor_max: 1, role, token: token.map(str::to_owned), redirect };
+        if role == Role::Client {
+            let mut sent = greet(dialer, &hello(true), answer).await?;
+            for _ in 0..REDIRECTS_MAX {
+                let url = match sent {
+                    Greeted::Here(wire, answer) => return Ok((*wire, answer)),
+                    Greeted::Elsewhere(url) => url,
+                };
+                // An address may lead nowhere from here, or its router be gone by now.
+                let Ok(Endpoint::Atp(address)) = parse_url(&url) else { break };
+                let to = Dialer::tcp(address);
+                match timeout(EACH, greet(&to, &hello(true), EACH)).await {
+                    Ok(Ok(greeted)) => sent = greeted,
+                    Ok(Err(Error::Unreachable(_))) | Err(_) => break,
+                    Ok(Err(error)) => return Err(error),
+                }
             }
         }
-        Err(Error::Protocol(format!("more than {REDIRECTS_MAX} routers in a row sent this connection to another one")))
+        match greet(dialer, &hello(false), answer).await? {
+            Greeted::Here(wire, answer) => Ok((*wire, answer)),
+            Greeted::Elsewhere(url) => {
+                Err(Error::Protocol(format!("control.redirect to `{url}`, which wasn't asked for")))
+            }
+        }
     };
     timeout(within, attempt).await.unwrap_or_else(|_| Err(no_answer(dialer, within)))
 }
@@ -149,7 +163,7 @@ enum Greeted {
 }
 
 /// `within`: how long the answer may take once the router is reached.
-async fn greet(dialer: &Dialer, role: Role, token: Option<&str>, within: Duration) -> Result<Greeted, Error> {
+async fn greet(dialer: &Dialer, hello: &Hello, within: Duration) -> Result<Greeted, Error> {
     // Of several routers the error names each.
     let unreachable = |e| match dialer.routers() {
         1 => Error::Unreachable(format!("{dialer}: {e}")),
@@ -157,8 +171,7 @@ async fn greet(dialer: &Dialer, role: Role, token: Option<&str>, within: Duratio
     };
     let io = dialer.dial().await.map_err(unreachable)?;
     let mut wire = Wire::new(io);
-    let hello = Hello { minor_max: 1, role, token: token.map(str::to_owned) };
-    wire.push(&Frame::json("", 0, Flags::SYN, kind::HELLO, &hello));
+    wire.push(&Frame::json("", 0, Flags::SYN, kind::HELLO, hello));
     timeout(within, answer_to_hello(wire, dialer)).await.unwrap_or_else(|_| Err(no_answer(dialer, within)))
 }
 

@@ -4,7 +4,7 @@
 mod fake;
 
 use atp_proto::code::Fatal;
-use atp_proto::content::{Resume, Submit, TaskState};
+use atp_proto::content::{Hello, Redirect, Resume, Submit, TaskState};
 use atp_proto::frame::kind;
 use atp_proto::id::stream_of_key;
 use atp_proto::{Code, Flags, Frame, StreamId, WireError};
@@ -373,4 +373,45 @@ async fn without_any_router_the_error_names_each() {
     assert_eq!(error.to_string().matches("127.0.0.1:1: ").count(), 2, "{error}");
     let error = Client::connect(Dialer::any([]), ClientOptions::default()).await.unwrap_err();
     assert!(matches!(error, Error::Unreachable(_)), "{error}");
+}
+
+async fn redirect(peer: &mut Peer, url: &str) {
+    let hello = peer.expect(kind::HELLO).await.read::<Hello>().unwrap();
+    assert!(hello.redirect, "who doesn't say so isn't sent elsewhere");
+    let content = Redirect { url: url.into(), shard: 7 };
+    peer.send(&Frame::json("", 0, Flags::FIN, kind::REDIRECT, &content)).await;
+}
+
+/// ATP-4-16.
+#[tokio::test]
+async fn a_client_goes_to_where_a_router_sends_it() {
+    let there = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let url = format!("atp://{}", there.local_addr().unwrap());
+    let (dialer, mut listener) = listen();
+    let connecting = tokio::spawn(Client::connect(dialer, ClientOptions::default()));
+    redirect(&mut listener.accept_silent().await, &url).await;
+    // What comes there is handed on to a router that speaks frames by hand.
+    let (elsewhere, mut served) = listen();
+    let mut dialled = there.accept().await.unwrap().0;
+    let mut near = elsewhere.dial().await.unwrap();
+    tokio::spawn(async move { tokio::io::copy_bidirectional(&mut dialled, &mut near).await });
+    let mut peer = served.accept().await;
+    let client = connecting.await.unwrap().unwrap();
+    running(&client, &mut peer).await;
+}
+
+/// ATP-4-16: an address that leads nowhere from here, or none at all.
+#[tokio::test]
+async fn a_client_that_is_sent_nowhere_asks_to_be_forwarded() {
+    for url in ["atp://127.0.0.1:1", "https://router.example", ""] {
+        let (dialer, mut listener) = listen();
+        let connecting = tokio::spawn(Client::connect(dialer, ClientOptions::default()));
+        redirect(&mut listener.accept_silent().await, url).await;
+        let mut peer = listener.accept_silent().await;
+        let hello = peer.expect(kind::HELLO).await.read::<Hello>().unwrap();
+        assert!(!hello.redirect, "{url}");
+        fake::greet(&mut peer).await;
+        let client = connecting.await.unwrap().unwrap();
+        running(&client, &mut peer).await;
+    }
 }

@@ -18,6 +18,9 @@ pub struct Hello {
     pub role: Role,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub token: Option<String>,
+    /// The peer follows `control.redirect`; a router serves one that doesn't by forwarding.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub redirect: bool,
 }
 
 /// `SYN|ACK control.hello`: the router's answer.
@@ -30,7 +33,7 @@ pub struct HelloAck {
     pub heartbeat_ms: u64,
 }
 
-/// `control.redirect`, instead of the router's hello: another router has what this one hasn't. The connection ends behind it.
+/// `control.redirect`, instead of the router's hello: this router has no shard, and knows one that has. The connection ends behind it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Redirect {
     /// `atp://HOST:PORT`.

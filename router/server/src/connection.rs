@@ -10,9 +10,9 @@ use crate::identity::{Anonymous, identify};
 use crate::metric::{self, FrameCounts};
 use crate::outbox::{Outbox, connection_error, outbox};
 use crate::peer::{Peers, link};
-use crate::shards::{Shards, Sites};
+use crate::shards::{Place, Shards, Sites};
 use atp_proto::codec::{self, Received};
-use atp_proto::content::{Hello, HelloAck, HelloLimits, PeerHello, Role};
+use atp_proto::content::{Hello, HelloAck, HelloLimits, PeerHello, Redirect, Role};
 use atp_proto::frame::kind;
 use atp_proto::limits::{FIRST_FRAME_MS, FRAGMENT_BYTES, FRAME_BYTES_MAX, FRAME_MS, MESSAGE_BYTES_MAX};
 use atp_proto::{AgentName, Code, ConnId, Flags, Frame, WireError};
@@ -58,6 +58,8 @@ pub(crate) enum Ended {
     /// The peer closed it, or this side did after saying why.
     Closed,
     Lost,
+    /// The peer was told where it is served.
+    Redirected,
     Refused(WireError),
     Io(io::ErrorKind),
 }
@@ -67,7 +69,7 @@ impl Ended {
     pub(crate) fn refused(self) -> Option<WireError> {
         match self {
             Self::Refused(error) => Some(error),
-            Self::Closed | Self::Lost | Self::Io(_) => None,
+            Self::Closed | Self::Lost | Self::Redirected | Self::Io(_) => None,
         }
     }
 }
@@ -89,16 +91,20 @@ where
     let writing = shared.tasks.spawn(write.run(writer, shared.heartbeat));
     let mut connection = Connection::new(shared, conn, (reader, BytesMut::new()), outbox.clone(), closed);
     let ended = connection.run(loopback).await;
-    if let Ended::Refused(error) = &ended {
-        tracing::debug!(conn = conn.0, code = %error.code, message = %error.message, "connection refused");
-        outbox.close(Some(error.clone()));
-        // What the peer still sends is read, or closing the socket would take the error away from it.
-        let _ = tokio::time::timeout(Duration::from_secs(1), connection.discard()).await;
-    } else {
-        if let Ended::Io(kind) = &ended {
-            tracing::debug!(conn = conn.0, %kind, "connection broken");
+    match &ended {
+        Ended::Refused(error) => {
+            tracing::debug!(conn = conn.0, code = %error.code, message = %error.message, "connection refused");
+            outbox.close(Some(error.clone()));
         }
-        outbox.close(None);
+        Ended::Io(kind) => {
+            tracing::debug!(conn = conn.0, %kind, "connection broken");
+            outbox.close(None);
+        }
+        Ended::Closed | Ended::Lost | Ended::Redirected => outbox.close(None),
+    }
+    if matches!(ended, Ended::Refused(_) | Ended::Redirected) {
+        // What the peer still sends is read, or closing the socket would take the last word away from it.
+        let _ = tokio::time::timeout(Duration::from_secs(1), connection.discard()).await;
     }
     drop((connection, outbox));
     let _ = writing.await;
@@ -163,6 +169,10 @@ impl<R: AsyncRead + Unpin> Connection<R> {
             Role::Router => self.router(&first).await,
             Role::Client | Role::Agent => match identify(self.shared.anonymous, loopback, hello.token.as_deref()) {
                 Ok(tenant) => {
+                    if let (true, Role::Client, Some(elsewhere)) = (hello.redirect, hello.role, self.better_served()) {
+                        self.outbox.send_one(Frame::json("", 0, Flags::FIN, kind::REDIRECT, &elsewhere));
+                        return Ended::Redirected;
+                    }
                     self.answer(hello.minor_max);
                     match hello.role {
                         Role::Client => self.client(tenant, true).await,
@@ -174,6 +184,20 @@ impl<R: AsyncRead + Unpin> Connection<R> {
         };
         self.counts.flush();
         ended
+    }
+
+    /// Where a client is better served, as no shard runs here (ATP-4-16); connections in a row are spread over those who have one.
+    fn better_served(&self) -> Option<Redirect> {
+        let shards = &self.shared.shards;
+        if shards.any_here() {
+            return None;
+        }
+        let count = shards.placement().shards();
+        let first = (self.conn.0 % u64::from(count)) as u32;
+        (0..count).map(|n| (first + n) % count).find_map(|shard| match shards.place(shard) {
+            Place::At(site) => Some(Redirect { url: format!("atp://{}", site.atp), shard }),
+            Place::Here(_) | Place::Unknown => None,
+        })
     }
 
     /// Another router, once it has proved that it is one of this fleet: its link, or the frames of a client that it speaks for.

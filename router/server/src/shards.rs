@@ -116,6 +116,10 @@ impl Shards {
         Some(self.here(shard)?.inbox)
     }
 
+    pub(crate) fn any_here(&self) -> bool {
+        (0..self.0.placement.shards()).any(|shard| self.here(shard).is_some())
+    }
+
     /// Those that run here, by number.
     pub(crate) fn all_here(&self) -> Vec<(u32, Here)> {
         (0..self.0.placement.shards()).filter_map(|shard| Some((shard, self.here(shard)?))).collect()

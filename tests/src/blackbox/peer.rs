@@ -283,7 +283,7 @@ fn said(frame: &Frame) -> String {
 /// `SYN control.hello`.
 #[must_use]
 pub fn hello(role: Role, minor_max: u32) -> Frame {
-    Frame::json("", 0, Flags::SYN, kind::HELLO, &Hello { minor_max, role, token: None })
+    Frame::json("", 0, Flags::SYN, kind::HELLO, &Hello { minor_max, role, token: None, redirect: false })
 }
 
 /// `SYN task.submit`.

@@ -33,9 +33,7 @@ impl Listener {
         let mut peer = self.accept_silent().await;
         let hello = peer.expect(kind::HELLO).await;
         assert!(hello.flags.has(Flags::SYN) && hello.stream_id.is_empty());
-        let limits = HelloLimits { frame_bytes: 262_144, fragment_bytes: 1000, message_bytes: 1 << 24, streams: 1024 };
-        let answer = HelloAck { minor: 1, session_id: "s-1".into(), limits, heartbeat_ms: 1000 };
-        peer.send(&Frame::json("", 0, Flags::SYN.with(Flags::ACK), kind::HELLO, &answer)).await;
+        greet(&mut peer).await;
         peer
     }
 
@@ -50,6 +48,13 @@ impl Listener {
         let capabilities = peer.expect(kind::CAPABILITIES).await.read().unwrap();
         (peer, capabilities)
     }
+}
+
+/// The router's answer to a hello.
+pub async fn greet(peer: &mut Peer) {
+    let limits = HelloLimits { frame_bytes: 262_144, fragment_bytes: 1000, message_bytes: 1 << 24, streams: 1024 };
+    let answer = HelloAck { minor: 1, session_id: "s-1".into(), limits, heartbeat_ms: 1000 };
+    peer.send(&Frame::json("", 0, Flags::SYN.with(Flags::ACK), kind::HELLO, &answer)).await;
 }
 
 pub struct Peer {

@@ -40,7 +40,7 @@ fn connect() -> (DuplexStream, JoinHandle<Ended>, Taking) {
 
 async fn hello(io: &mut DuplexStream) {
     let mut bytes = BytesMut::new();
-    let hello = Hello { minor_max: 1, role: Role::Client, token: None };
+    let hello = Hello { minor_max: 1, role: Role::Client, token: None, redirect: false };
     codec::encode(&Frame::json("", 0, Flags::SYN, kind::HELLO, &hello), &mut bytes);
     io.write_all(&bytes).await.expect("open");
 }

@@ -91,6 +91,43 @@ async fn to_the_bill(client: &mut Peer, mut seq: u64) -> Final {
     }
 }
 
+/// ATP-4-16: who has no shard sends a client that follows to one who has; the others it serves by forwarding.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_client_is_sent_away_from_who_has_no_shard() {
+    let ((_a, r1), (_b, r2)) = (start("r1").await, start("r2").await);
+    let there = site(&r2, "r2");
+    let hello = |role| Hello { minor_max: 1, role, token: None, redirect: true };
+    let asks = async |role| {
+        let mut peer = Peer::new(&r1);
+        peer.send(Frame::json("", 0, Flags::SYN, kind::HELLO, &hello(role))).await;
+        // Frames may stand behind the hello.
+        peer.send(submit("s0", "talker")).await;
+        let answer = peer.next().await.expect("an answer");
+        (peer, answer)
+    };
+    let (_peer, answer) = asks(Role::Client).await;
+    assert_eq!(&*answer.kind, kind::HELLO, "its own shards run here");
+
+    let mut here = give(&r1, &there);
+    let (mut peer, answer) = asks(Role::Client).await;
+    assert!(answer.flags.has(Flags::FIN) && answer.stream_id.is_empty(), "{}", answer.kind);
+    let sent: Redirect = answer.read().expect("a redirect");
+    assert_eq!(&*answer.kind, kind::REDIRECT);
+    assert_eq!(sent.url, format!("atp://{}", r2.atp_addr()));
+    assert!(peer.next().await.is_none(), "closed behind it");
+    Peer::hello(&r1, Role::Client).await;
+    let (_peer, answer) = asks(Role::Agent).await;
+    assert_eq!(&*answer.kind, kind::HELLO, "agents stay");
+
+    let (shard, last) = here.pop().expect("one of them");
+    r1.shards().set(shard, Place::Here(last));
+    let (_peer, answer) = asks(Role::Client).await;
+    assert_eq!(&*answer.kind, kind::HELLO, "one shard is enough to stay");
+    (0..r1.shards().placement().shards()).for_each(|shard| r1.shards().set(shard, Place::Unknown));
+    let (_peer, answer) = asks(Role::Client).await;
+    assert_eq!(&*answer.kind, kind::HELLO, "nobody is known to be better");
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_client_is_served_by_the_owner_of_its_shard() {
     let ((_a, r1), (_b, r2)) = (start("r1").await, start("r2").await);

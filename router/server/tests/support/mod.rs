@@ -68,7 +68,14 @@ impl Peer {
 
     pub async fn hello(router: &Router, role: Role) -> (Self, HelloAck) {
         let mut peer = Self::new(router);
-        peer.send(Frame::json("", 0, Flags::SYN, kind::HELLO, &Hello { minor_max: 9, role, token: None })).await;
+        peer.send(Frame::json(
+            "",
+            0,
+            Flags::SYN,
+            kind::HELLO,
+            &Hello { minor_max: 9, role, token: None, redirect: false },
+        ))
+        .await;
         let ack = peer.expect(kind::HELLO).await.read().expect("a hello");
         (peer, ack)
     }
