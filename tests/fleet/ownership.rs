@@ -52,7 +52,7 @@ fn a_router_that_joins_gets_its_part_and_one_that_is_drained_gives_it_up() {
     let hello = Hello { minor_max: 1, role: Role::Client, token: None, redirect: true };
     client.send(&Frame::json("", 0, Flags::SYN, kind::HELLO, &hello));
     let sent: Redirect = client.expect(kind::REDIRECT).read().expect("a redirect");
-    assert_eq!(sent.url, format!("atp://{}", fleet.routers[0].atp()), "a new client goes where the shards are");
+    assert_eq!(sent.url, format!("atp://{}", fleet.wires[0].address()), "a new client goes where the shards are");
     let row = atp::run_json(&["--url", &fleet.routers[1].url(), "drain", "router", "r2", "--undo"]);
     assert_eq!(row["drained"], false, "{row}");
     assert_eq!(fleet.each_has_its_part(&[0, 1]), shared, "the same part as before");
