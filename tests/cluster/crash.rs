@@ -1,15 +1,18 @@
 //! SIGKILL at random instants of a load: first the router, then its agents. Nothing that was acknowledged is lost, nothing is
 //! called twice, and what an agent lived through ends with its answer.
 
-use atp_proto::content::{CallState, Effects, Source, Submit, TaskState};
-use atp_proto::{AgentName, Code};
+use atp_proto::content::{CallState, Effects, Resume, Source, Submit, TaskState};
+use atp_proto::frame::kind;
+use atp_proto::{AgentName, Code, Flags, Frame, WireError};
 use atp_tests::blackbox::history::{billed, true_bill};
 use atp_tests::blackbox::kafka::Brokers;
 use atp_tests::blackbox::load::{self, Told};
-use atp_tests::blackbox::process::{Router, Scripted};
+use atp_tests::blackbox::peer::{Peer, submit, task};
+use atp_tests::blackbox::process::{Asked, Router, Scripted};
 use atp_tests::blackbox::relay::Relay;
-use atp_tests::blackbox::{seed, verdict};
+use atp_tests::blackbox::{PATIENCE, seed, verdict};
 use atp_tests::simulation::rng::Rng;
+use serde_json::{Value, json};
 use std::path::Path;
 use std::slice;
 
@@ -31,6 +34,10 @@ calls:
     final: {{text: \"end\", in_tokens: 80}}
 "
     )
+}
+
+fn resume(stream: &str) -> Frame {
+    Frame::json(stream, 0, Flags::SYN, kind::RESUME, &Resume { token: None, after: 0 })
 }
 
 fn meters(agents: &[Scripted]) -> Vec<&Path> {
@@ -152,6 +159,50 @@ fn a_router_whose_shard_was_taken_over_ends_and_says_by_whom() {
     // Started again it is the one that takes over.
     first.restart();
     first.verify();
+}
+
+/// Without leases nobody knows of a successor but by the log.
+#[test]
+fn a_router_that_stood_still_denies_nothing_that_its_successor_accepted() {
+    let log = Brokers::start(1).log();
+    let mut first = Router::start(&format!("router: {{id: first}}\n{CONFIG}\n{log}"));
+    let mut client = Peer::client(first.atp());
+    client.send(&resume("nobody"));
+    assert_eq!(client.refused("nobody").code, Code::ResumeGone, "while nobody else owns anything");
+    assert_eq!(first.http("GET", "/v1/streams/nobody").0, 404);
+
+    first.signal("STOP");
+    let second = Router::start(&format!("router: {{id: second}}\n{CONFIG}\n{log}"));
+    let _agent = Scripted::start(second.dir(), "steady", second.atp(), &script(Effects::None));
+    second.has_agent("steady");
+    let mut other = Peer::client(second.atp());
+    let streams: Vec<String> = (0..16).map(|n| format!("stream-{n}")).collect();
+    for stream in &streams {
+        other.send(&submit(stream, &task("steady")));
+        other.to_the_bill(stream);
+    }
+    // It reads these before anything else when it goes on.
+    let ask = |path: &str| Asked::at(first.http_addr(), "GET", path, PATIENCE).expect("it listens");
+    let ready = ask("/readyz");
+    let rows: Vec<Asked> = streams.iter().map(|stream| ask(&format!("/v1/streams/{stream}"))).collect();
+    streams.iter().for_each(|stream| client.send(&resume(stream)));
+    first.signal("CONT");
+    if let Ok((_, body)) = ready.text() {
+        let body: Value = serde_json::from_str(&body).expect("a document");
+        assert_eq!((&body["ready"], &body["shards"]["owned"]), (&false.into(), &json!([])), "{body}");
+    }
+    for row in rows {
+        // It may end before it answers.
+        if let Ok((status, body)) = row.text() {
+            assert_ne!(status, 404, "{body}");
+        }
+    }
+    while let Ok(Some(frame)) = client.try_next(PATIENCE) {
+        let gone = frame.read::<WireError>().is_ok_and(|error| error.code == Code::ResumeGone);
+        assert!(!gone, "{} was accepted: {frame:?}", frame.stream_id);
+    }
+    assert_eq!(first.ended(), Some(1));
+    second.verify();
 }
 
 #[test]

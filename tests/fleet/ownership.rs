@@ -5,8 +5,9 @@ use atp_proto::content::{Hello, Redirect, Role};
 use atp_proto::frame::kind;
 use atp_proto::{Flags, Frame};
 use atp_tests::blackbox::peer::Peer;
-use atp_tests::blackbox::{atp, wait_for};
-use serde_json::Value;
+use atp_tests::blackbox::process::Asked;
+use atp_tests::blackbox::{PATIENCE, atp, wait_for};
+use serde_json::{Value, json};
 use std::time::Duration;
 
 /// Whether a router owns as many.
@@ -67,6 +68,39 @@ fn a_router_that_joins_gets_its_part_and_one_that_is_drained_gives_it_up() {
     let log = fleet.routers[2].log();
     let verified = atp::run_json(&["verify", "--log", &log]);
     assert_eq!(verified["ok"], true, "{verified:#}");
+}
+
+#[test]
+fn a_router_that_stood_still_past_its_lease_claims_nothing_that_others_took() {
+    let fleet = Fleet::start(1, 64, 2);
+    let former = fleet.each_has_its_part(&[0, 1])[&0];
+    fleet.routers[0].signal("STOP");
+    assert_eq!(fleet.shared_by(&[1])[&1], 64);
+    // It reads these before anything else when it goes on.
+    let first = fleet.routers[0].http_addr();
+    let ask = |path: &str| Asked::at(first, "GET", path, PATIENCE).expect("it listens");
+    let (ready, shards) = (ask("/readyz"), ask("/v1/shards"));
+    let told = |asked: Asked| -> (u16, Value) {
+        let (status, body) = asked.text().expect("it answers");
+        (status, serde_json::from_str(&body).expect("a document"))
+    };
+    fleet.routers[0].signal("CONT");
+    let ((status, ready), (_, shards)) = (told(ready), told(shards));
+    assert_eq!((status, &ready["shards"]["owned"]), (503, &json!([])), "{ready}");
+    let rows = shards["shards"].as_array().expect("rows");
+    assert_eq!(rows.len(), 64);
+    assert!(rows.iter().all(|row| row["owner"] != "r1"), "{shards}");
+    let finds_out = || fleet.routers[0].stderr().matches("owned here no longer").count() == former;
+    wait_for("it to find out of each", || {
+        let owned = fleet.owned(0);
+        // Asked first: what is found out of the last one is told before it gets one back.
+        if finds_out() {
+            return Some(());
+        }
+        assert!(owned.is_empty(), "{owned:?}");
+        None
+    });
+    assert_eq!(fleet.each_has_its_part(&[0, 1])[&0], former);
 }
 
 #[test]

@@ -291,6 +291,9 @@ impl World {
         if !self.places[shard].is_up() {
             return;
         }
+        if let Some(owner) = self.places[shard].newest() {
+            self.check.live(shard as u32, owner.shard.state());
+        }
         let owner = self.places[shard].number;
         let (all, max) = (self.check.shards[shard].shown.is_new(owner), if end { usize::MAX } else { 2 });
         let (place, mut around) = self.at(shard);

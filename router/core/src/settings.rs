@@ -119,7 +119,7 @@ impl Default for FlowSettings {
 /// Bounds of a shard's memory, each with its code.
 #[derive(Clone, Copy, Debug)]
 pub struct Limits {
-    /// Open streams (ELIMIT).
+    /// Open streams, those of the router's other shards counted (ELIMIT).
     pub streams_open_max: usize,
     /// Lanes of one stream, retries included (no further retry).
     pub lanes_max: u32,

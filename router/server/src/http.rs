@@ -1,6 +1,7 @@
 //! The HTTP surface: reads for the commands, `verify`, cancel, metrics and health. Asks the shard, never changes state itself.
 
 use crate::agent_task::Agents;
+use crate::awake::Awake;
 use crate::config::Config;
 use crate::identity;
 use crate::listen::Peer;
@@ -30,6 +31,7 @@ use axum::{Extension, Json, Router};
 use metrics_exporter_prometheus::PrometheusHandle;
 use serde::Deserialize;
 use serde_json::{Value, json};
+use std::collections::BTreeSet;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use tokio::sync::watch;
@@ -52,6 +54,7 @@ pub(crate) struct Inner {
     pub(crate) incarnation: String,
     /// Where several routers share the log.
     pub(crate) ownership: Option<Handle>,
+    awake: Awake,
 }
 
 impl Site {
@@ -66,6 +69,7 @@ impl Site {
             http: router.http_addr(),
             incarnation: router.incarnation(),
             ownership: router.ownership(),
+            awake: router.awake(),
         }))
     }
 
@@ -100,6 +104,13 @@ impl Site {
             Answer::Stream(Some(answer)) => Ok((stream, answer)),
             _ => Err(not_found(id)),
         }
+    }
+
+    /// The shards that this router serves and owns, as far as the log has told it since it last stood still.
+    pub(crate) fn owned(&self) -> BTreeSet<u32> {
+        let woke = self.0.awake.since();
+        let is_owned = |here: &Here| here.health.borrow().is_owned(woke);
+        self.0.shards.all_here().into_iter().filter(|(_, here)| is_owned(here)).map(|(shard, _)| shard).collect()
     }
 
     fn healths(&self) -> Vec<Health> {
@@ -451,19 +462,14 @@ async fn metrics(State(site): State<Site>) -> impl IntoResponse {
     ([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], site.0.prometheus.render())
 }
 
-fn serves(here: &Here) -> bool {
-    let health = here.health.borrow();
-    health.serving && health.failed.is_none()
-}
-
 async fn readyz(State(site): State<Site>) -> impl IntoResponse {
     let all = site.healths();
     let count = site.0.shards.placement().shards();
-    let serving = all.iter().filter(|h| h.serving).count();
     let room = all.iter().map(|h| h.room).max().unwrap_or_default();
     let failed = all.iter().find_map(|h| h.failed.as_ref());
     let fleet = ownership::fleet(&site);
-    let owned: Vec<u32> = site.0.shards.all_here().into_iter().filter(|(_, h)| serves(h)).map(|(n, _)| n).collect();
+    let owned = site.owned();
+    let serving = owned.len();
     // One that others share the log with may own nothing, and serves by them.
     let enough = serving > 0 || site.0.ownership.is_some();
     let ready = fleet.complete && serving == all.len() && enough && failed.is_none() && room == LogRoom::Enough;

@@ -4,11 +4,13 @@
 extern crate self as atp_router;
 
 mod agent_task;
+mod awake;
 mod call_routes;
 mod catch_up;
 mod clients;
 pub mod config;
 mod connection;
+mod denials;
 mod descriptors;
 mod http;
 mod identity;

@@ -1,7 +1,10 @@
 //! Puts a router together: log, state, shard tasks, agents, listeners; drains and stops it. Installs no signal handler.
 
 use crate::agent_task::Agents;
-use crate::config::{Config, LogPlace, Problem};
+use crate::awake::Awake;
+#[cfg(feature = "kafka")]
+use crate::config::LogPlace;
+use crate::config::{Config, Problem};
 use crate::connection::Shared;
 use crate::descriptors::Connections;
 use crate::inbox::ToShard;
@@ -16,7 +19,9 @@ use crate::ownership::{self, Ownership};
 use crate::peer::{self, Peers};
 use crate::running::Running;
 use crate::shards::{Shards, Site, Sites};
-use crate::store::{self, StoreConfig, StoreHealth};
+#[cfg(feature = "kafka")]
+use crate::store::StoreConfig;
+use crate::store::{self, StoreHealth};
 use crate::time::Clocks;
 use crate::{http, metric};
 use atp_core::placement::Placement;
@@ -73,6 +78,7 @@ pub struct Router {
     report: Vec<String>,
     /// Where several routers share the log.
     ownership: Option<Handle>,
+    awake: Awake,
 }
 
 impl Router {
@@ -146,6 +152,8 @@ impl Router {
             StoreConfig::Redis(redis) => Some(redis.clone()),
             StoreConfig::Memory => None,
         };
+        let awake = Awake::new(Duration::from_millis(config.limits.lease_ms));
+        tasks.spawn(awake.clone().run(stop_shards.clone()));
         let settings = watch::Sender::new(Arc::new(config));
         let (told, ended) = oneshot::channel();
         let stopping = shared.stopping.clone();
@@ -194,6 +202,7 @@ impl Router {
             outcome: watch::Sender::new(None),
             report,
             ownership,
+            awake,
         };
         if router.ownership.is_none() {
             router.serving().await?;
@@ -345,6 +354,9 @@ impl Router {
     }
     pub(crate) fn ownership(&self) -> Option<Handle> {
         self.ownership.clone()
+    }
+    pub(crate) fn awake(&self) -> Awake {
+        self.awake.clone()
     }
     pub(crate) fn store(&self) -> watch::Receiver<StoreHealth> {
         self.store.clone()

@@ -12,6 +12,8 @@ use crate::shards::{Here, Place, Shards};
 use crate::time::Clocks;
 use crate::tool::Tools;
 use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::sync::atomic::AtomicUsize;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
@@ -31,6 +33,7 @@ pub(crate) struct Running {
     tools: Tools,
     lessons: Lessons,
     tasks: TaskTracker,
+    open: Arc<AtomicUsize>,
     stop: CancellationToken,
     running: JoinSet<(u32, Result<(), String>)>,
     /// By shard: what ends it alone.
@@ -52,7 +55,21 @@ impl Running {
         let agents = shared.agents.clone();
         let lessons = Lessons::start(shards.clone(), &tasks, stop.clone());
         let (running, stops) = (JoinSet::new(), BTreeMap::new());
-        Self { shards, agents, clocks, guarantee, alone, inbox_bytes, tools, lessons, tasks, stop, running, stops }
+        Self {
+            shards,
+            agents,
+            clocks,
+            guarantee,
+            alone,
+            inbox_bytes,
+            tools,
+            lessons,
+            tasks,
+            open: Arc::default(),
+            stop,
+            running,
+            stops,
+        }
     }
 
     /// Starts one shard, which is found from now on. It ends with its log, or when it is stopped with all others.
@@ -61,7 +78,10 @@ impl Running {
         let (inbox, taking) = inbox(self.inbox_bytes);
         let durable = if serving { shard.state().position() } else { position };
         let (epoch, since_ms) = (shard.epoch(), self.clocks.now().wall_ms);
-        let health = Health { guarantee: self.guarantee, serving, durable, epoch, since_ms, ..Health::default() };
+        // Until the log has been asked once it is as if that had been long ago.
+        let alone_at = log.look().then(|| self.clocks.origin());
+        let (guarantee, default) = (self.guarantee, Health::default());
+        let health = Health { guarantee, serving, durable, epoch, since_ms, alone_at, ..default };
         let (sender, health) = watch::channel(health);
         self.shards.set(number, Place::Here(Here { inbox: inbox.clone(), source: source.clone(), health }));
         let stop = self.stop.child_token();
@@ -83,11 +103,13 @@ impl Running {
             tasks: self.tasks.clone(),
             tools: self.tools.clone(),
             lessons: self.lessons.clone(),
+            open: self.open.clone(),
         });
         self.running.spawn(async move { (number, task.run().await) });
     }
 
     /// Ends one shard: what is decided is written first.
+    #[cfg(feature = "kafka")]
     pub(crate) fn stop(&mut self, shard: u32) {
         self.stops.remove(&shard).inspect(CancellationToken::cancel);
     }

@@ -5,6 +5,7 @@ use crate::agent_task::{Agents, sleep_until};
 use crate::catch_up::Replay;
 use crate::clients::Clients;
 use crate::connection::not_here;
+use crate::denials::{Denial, Denials, Verdict};
 use crate::inbox::{Inbox, Taking, ToShard};
 use crate::lessons::Lessons;
 use crate::log::{Event, Events, Guarantee, Log, LogError, QueuedEntry, Source};
@@ -18,9 +19,11 @@ use atp_core::escrow::Escrow;
 use atp_core::message::{Answer, Effect, FromAgent, Input, LogRoom, Machine, ToAgent};
 use atp_core::shard::Shard;
 use atp_proto::frame::kind;
-use atp_proto::{AgentName, Code, Flags, Frame, WireError};
+use atp_proto::{AgentName, Flags, Frame};
 use metrics::{Histogram, gauge, histogram};
 use std::collections::{BTreeMap, VecDeque};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 use tokio::sync::{oneshot, watch};
 use tokio::time::Instant;
@@ -43,11 +46,21 @@ pub(crate) struct Health {
     /// The own epoch, and when this owner began, Unix milliseconds.
     pub(crate) epoch: u64,
     pub(crate) since_ms: u64,
+    /// When the log was asked last whether another router has begun to own the shard, and said no; `None`: none can.
+    pub(crate) alone_at: Option<Instant>,
     /// Why the router has stopped.
     pub(crate) failed: Option<String>,
     /// Wall clock minus logged time, and when that was looked at.
     pub(crate) clock_ms: i64,
     pub(crate) clock_at: Option<Instant>,
+}
+
+impl Health {
+    /// The shard is served, and nobody else had begun to own it since this process last stood still (`None`: it never has).
+    pub(crate) fn is_owned(&self, woke: Option<Instant>) -> bool {
+        let is_doubtful = || woke.zip(self.alone_at).is_some_and(|(woke, at)| at < woke);
+        self.serving && self.failed.is_none() && !is_doubtful()
+    }
 }
 
 /// What the task needs to begin.
@@ -68,6 +81,32 @@ pub(crate) struct Begin {
     pub(crate) tasks: TaskTracker,
     pub(crate) tools: Tools,
     pub(crate) lessons: Lessons,
+    /// Open streams of all shards that run here.
+    pub(crate) open: Arc<AtomicUsize>,
+}
+
+/// One shard's part of the streams that are open in a router; given back when the shard ends.
+struct Open {
+    all: Arc<AtomicUsize>,
+    own: usize,
+}
+
+impl Open {
+    /// Tells it, and how many others are open in the other shards.
+    fn count(&mut self, own: usize) -> usize {
+        let before = std::mem::replace(&mut self.own, own);
+        let all = match own.checked_sub(before) {
+            Some(more) => self.all.fetch_add(more, Ordering::Relaxed) + more,
+            None => self.all.fetch_sub(before - own, Ordering::Relaxed) - (before - own),
+        };
+        all.saturating_sub(own)
+    }
+}
+
+impl Drop for Open {
+    fn drop(&mut self) {
+        self.all.fetch_sub(self.own, Ordering::Relaxed);
+    }
 }
 
 pub(crate) struct ShardTask {
@@ -82,6 +121,7 @@ pub(crate) struct ShardTask {
     shards: Shards,
     tools: Tools,
     lessons: Lessons,
+    open: Open,
     clocks: Clocks,
     health: watch::Sender<Health>,
     stop: CancellationToken,
@@ -89,6 +129,7 @@ pub(crate) struct ShardTask {
     clients: Clients,
     asked: BTreeMap<u64, oneshot::Sender<Answer>>,
     next_ask: u64,
+    denials: Denials,
     /// Who waits until no stream is open.
     draining: Vec<oneshot::Sender<()>>,
     appends: Vec<QueuedEntry>,
@@ -134,12 +175,14 @@ impl ShardTask {
             shards: begin.shards,
             tools: begin.tools,
             lessons: begin.lessons,
+            open: Open { all: begin.open, own: 0 },
             clocks: begin.clocks,
             health: begin.health,
             stop: begin.stop,
             alone: begin.alone,
             asked: BTreeMap::new(),
             next_ask: 1,
+            denials: Denials::default(),
             draining: Vec::new(),
             appends: Vec::new(),
             in_flight: VecDeque::new(),
@@ -167,6 +210,10 @@ impl ShardTask {
         for message in self.taking.close().await {
             self.unread(message);
         }
+        for denial in self.denials.end() {
+            self.ask_again(denial);
+        }
+        self.clients.flush();
         self.clients.end(self.number, &not_here());
         match ended {
             Ok(()) => {
@@ -200,6 +247,7 @@ impl ShardTask {
     }
 
     async fn serve(&mut self) -> Result<(), String> {
+        self.open.count(self.shard.streams_open());
         // The Epoch of this owner.
         self.drain().await?;
         if self.health.borrow().serving {
@@ -212,20 +260,27 @@ impl ShardTask {
         loop {
             let timeout = self.shard.poll_timeout().map(|at| self.clocks.instant(at));
             let retry = (!self.to_agents.is_empty()).then(|| Instant::now() + RETRY);
+            let late = self.denials.next_late();
             let event = tokio::select! {
                 biased;
                 event = self.events.next() => Some(event.ok_or("the log was closed under the shard")?),
                 _ = self.taking.take(&mut batch, BATCH_MAX) => None,
                 () = sleep_until(timeout), if timeout.is_some() => None,
                 () = sleep_until(retry), if retry.is_some() => None,
+                () = sleep_until(late), if late.is_some() => None,
                 () = &mut stopped => return self.drain().await,
             };
+            let elsewhere = self.open.count(self.shard.streams_open());
+            self.shard.set_open_elsewhere(elsewhere);
             let now = self.clocks.now();
             if let Some(event) = event {
                 self.news(now, event)?;
                 while let Some(event) = self.events.try_next() {
                     self.news(now, event)?;
                 }
+            }
+            for denial in self.denials.late() {
+                self.ask_again(denial);
             }
             if self.shard.poll_timeout().is_some_and(|at| at <= now.mono_ms) {
                 self.shard.handle_timeout(now);
@@ -239,6 +294,8 @@ impl ShardTask {
                 }
                 self.taking.release(weight);
             }
+            // Before it is told what was decided: who comes next in another shard finds it counted.
+            self.open.count(self.shard.streams_open());
             self.drain().await?;
             if self.shard.streams_open() == 0 {
                 for over in self.draining.drain(..) {
@@ -250,6 +307,13 @@ impl ShardTask {
 
     fn news(&mut self, now: Now, event: Event) -> Result<(), String> {
         match event {
+            Event::Alone { at } => {
+                let at = Instant::from_std(at);
+                self.health.send_modify(|h| h.alone_at = Some(at));
+                for denial in self.denials.said_by(at) {
+                    self.say(denial);
+                }
+            }
             Event::Durable { position } => {
                 let at = Instant::now();
                 while self.in_flight.front().is_some_and(|(last, _)| *last <= position) {
@@ -382,32 +446,55 @@ impl ShardTask {
         id
     }
 
-    /// "No such stream" is said only while nobody else can own the shard; else its client is to ask again.
-    fn sure(&self, frame: Frame) -> Frame {
-        let denies = || frame.read::<WireError>().is_ok_and(|error| error.code == Code::ResumeGone);
-        if frame.flags.has(Flags::RST) && !self.shards.may_deny(self.number) && denies() {
-            return Frame::json(&*frame.stream_id, 0, Flags::RST, kind::ERROR, &not_here());
+    fn deny(&mut self, denial: Denial) {
+        match self.denials.judge(&*self.log, denial) {
+            Verdict::Say(denial) => self.say(denial),
+            Verdict::AskAgain(denial) => self.ask_again(denial),
+            Verdict::Wait => {}
         }
-        frame
+    }
+
+    fn say(&mut self, denial: Denial) {
+        match denial {
+            Denial::Frame(conn, frame) => self.clients.send(conn, frame),
+            Denial::Answer(id, answer) => self.answer(id, answer),
+        }
+    }
+
+    /// Nobody knows just now: who asked may find the stream elsewhere.
+    fn ask_again(&mut self, denial: Denial) {
+        match denial {
+            Denial::Frame(conn, frame) => {
+                let again = Frame::json(&*frame.stream_id, 0, Flags::RST, kind::ERROR, &not_here());
+                self.clients.send(conn, again);
+            }
+            Denial::Answer(id, _) => {
+                self.asked.remove(&id);
+            }
+        }
+    }
+
+    fn answer(&mut self, id: u64, answer: Answer) {
+        if let Some(reply) = self.asked.remove(&id) {
+            // Whoever asked may have gone; that is no fault.
+            let _ = reply.send(answer);
+        }
     }
 
     /// Carries out every effect: entries to the log in one append, frames grouped by connection, messages by agent.
     async fn drain(&mut self) -> Result<(), String> {
         while let Some(effect) = self.shard.poll_effect() {
             match effect {
-                Effect::Send { conn, frame } => self.clients.send(conn, self.sure(frame)),
+                Effect::Send { conn, frame } if Denial::is_frame(&frame) => self.deny(Denial::Frame(conn, frame)),
+                Effect::Send { conn, frame } => self.clients.send(conn, frame),
                 Effect::Append { position, entry, checkpoint } => self.appends.push((position, entry, checkpoint)),
                 Effect::ToAgent { agent, message } => self.to_agents.entry(agent).or_default().push(message),
                 Effect::Replay { conn, tenant: _, stream, from, after, upto } => {
                     self.clients.replay(conn, Replay { stream, from, after, upto });
                 }
                 Effect::Close { conn, error } => self.clients.close(conn, error),
-                Effect::Answer { id, answer } => {
-                    if let Some(reply) = self.asked.remove(&id) {
-                        // Whoever asked may have gone; that is no fault.
-                        let _ = reply.send(answer);
-                    }
-                }
+                Effect::Answer { id, answer } if Denial::is_answer(&answer) => self.deny(Denial::Answer(id, answer)),
+                Effect::Answer { id, answer } => self.answer(id, answer),
                 Effect::Tool { call, attempt, request, tool, args } => {
                     self.tools.run(self.inbox.clone(), call, attempt, request, tool, args);
                 }

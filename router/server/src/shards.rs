@@ -7,10 +7,8 @@ use crate::shard_task::Health;
 use atp_core::placement::Placement;
 use atp_proto::codec::Received;
 use atp_proto::{AgentName, StreamId, TenantId};
-use std::collections::BTreeSet;
 use std::sync::{Arc, PoisonError, RwLock};
 use tokio::sync::watch;
-use tokio::time::Instant;
 
 /// A shard whose owner task runs here.
 #[derive(Clone)]
@@ -37,6 +35,7 @@ impl Site {
         [&*self.router, &*self.incarnation, &*self.atp, &*self.http].join(" ")
     }
 
+    #[cfg(any(feature = "kafka", test))]
     pub(crate) fn read(text: &str) -> Option<Self> {
         let mut parts = text.split(' ').map(str::to_owned);
         let site = Self { router: parts.next()?, incarnation: parts.next()?, atp: parts.next()?, http: parts.next()? };
@@ -52,6 +51,7 @@ pub(crate) type Sites = Arc<Vec<Arc<Site>>>;
 pub(crate) enum Place {
     Here(Here),
     /// That router says that it owns it.
+    #[cfg_attr(not(any(feature = "kafka", test)), expect(dead_code, reason = "without Kafka nobody else owns one"))]
     At(Arc<Site>),
     /// Nobody is known to own it.
     #[default]
@@ -67,28 +67,13 @@ struct Inner {
     places: Vec<RwLock<Place>>,
     /// Rises when a shard moves.
     moves: watch::Sender<u64>,
-    /// Until when nobody else can have begun to own these; `None`: nobody else ever can.
-    sure: RwLock<Option<(Instant, BTreeSet<u32>)>>,
 }
 
 impl Shards {
     /// None of them runs here yet.
     pub(crate) fn new(placement: Placement) -> Self {
         let places = (0..placement.shards()).map(|_| RwLock::default()).collect();
-        Self(Arc::new(Inner { placement, places, moves: watch::Sender::new(0), sure: RwLock::default() }))
-    }
-
-    /// Others may own shards too; until then these are this router's alone.
-    #[cfg(any(feature = "kafka", test))]
-    pub(crate) fn be_sure_of(&self, shards: BTreeSet<u32>, until: Instant) {
-        *self.0.sure.write().unwrap_or_else(PoisonError::into_inner) = Some((until, shards));
-    }
-
-    /// Whether this router may say that a shard which runs here does not know something. Who stood still, or can't renew its
-    /// lease, may have missed that another one owns it by now and has accepted just that. What the shard does know stays true.
-    pub(crate) fn may_deny(&self, shard: u32) -> bool {
-        let sure = self.0.sure.read().unwrap_or_else(PoisonError::into_inner);
-        sure.as_ref().is_none_or(|(until, of)| of.contains(&shard) && Instant::now() < *until)
+        Self(Arc::new(Inner { placement, places, moves: watch::Sender::new(0) }))
     }
 
     pub(crate) fn placement(&self) -> &Placement {
@@ -212,17 +197,6 @@ mod tests {
         assert!(matches!(shards.place(0), Place::At(at) if *at == site));
         assert!(shards.here(0).is_none() && shards.all_here().is_empty());
         assert!(matches!(shards.place(9), Place::Unknown));
-    }
-
-    #[test]
-    fn who_shares_the_shards_denies_something_only_while_its_lease_lives() {
-        let shards = Shards::new(Placement::new(2, 0));
-        assert!(shards.may_deny(0), "nobody else can own it");
-        let now = Instant::now();
-        shards.be_sure_of([0].into(), now + std::time::Duration::from_secs(60));
-        assert!(shards.may_deny(0) && !shards.may_deny(1));
-        shards.be_sure_of([0].into(), now);
-        assert!(!shards.may_deny(0));
     }
 
     #[test]

@@ -15,6 +15,11 @@ impl Clocks {
         Self { origin: Instant::now() }
     }
 
+    /// When the process began.
+    pub(crate) const fn origin(&self) -> Instant {
+        self.origin
+    }
+
     pub(crate) fn now(&self) -> Now {
         let millis = |d: Duration| u64::try_from(d.as_millis()).unwrap_or(u64::MAX);
         let wall = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();

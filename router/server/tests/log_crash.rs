@@ -387,7 +387,7 @@ fn a_disk_that_others_fill_leaves_room_for_what_runs_then_stops_and_recovers() {
                     Event::Durable { position } => done |= position >= next,
                     Event::Room(LogRoom::Last) => last_mark = Some(next),
                     Event::Failed(_) => stopped = true,
-                    Event::Room(_) | Event::NewSegment => {}
+                    Event::Alone { .. } | Event::Room(_) | Event::NewSegment => {}
                 }
             }
             done || stopped

@@ -11,6 +11,7 @@ use bytes::Bytes;
 use kafka_support::*;
 use prost::Message;
 use std::path::Path;
+use std::time::Instant;
 
 const DAYS: &[(&str, &str)] = &[("retention.ms", "604800000")];
 
@@ -275,6 +276,29 @@ fn an_idle_owner_notices_its_successor_and_a_topic_that_is_gone() {
     delete_topic(&address);
     let error = failure(&mut owner.log.events());
     assert!(matches!(*error, LogError::NotThisLog { .. }), "{error}");
+}
+
+#[test]
+fn an_owner_that_is_asked_looks_for_a_successor() {
+    let (dir, address) = (tempfile::tempdir().unwrap(), address());
+    let log_id = begun(&address, dir.path());
+    let mut owner = open(&address, dir.path(), "r1").unwrap();
+    let mut events = owner.log.events();
+    let mut is_alone = |log: &dyn Log| {
+        let asked = Instant::now();
+        assert!(log.look());
+        until("answer", || match events.try_next() {
+            Some(Event::Alone { at }) if at >= asked => Some(true),
+            Some(Event::Failed(_)) => Some(false),
+            _ => None,
+        })
+    };
+    assert!(is_alone(&owner.log));
+    let next = owner.state.position() + 1;
+    add(&mut owner, next, &[entry(1, 10)]);
+    assert!(is_alone(&owner.log));
+    stranger(&address, Some(&header(2, 0, 0, &log_id)), &[]);
+    assert!(!is_alone(&owner.log));
 }
 
 #[test]

@@ -252,7 +252,7 @@ fn live(dir: &Path, disk: &Arc<Volatile>, rng: &mut Rng, acknowledged: u64) -> R
                 match event {
                     Event::Durable { position } => served = position,
                     Event::Failed(_) => over = true,
-                    Event::Room(_) | Event::NewSegment => {}
+                    Event::Alone { .. } | Event::Room(_) | Event::NewSegment => {}
                 }
             }
             over || served + 1 == first + n

@@ -140,6 +140,42 @@ async fn a_connection_s_streams_are_counted_over_all_shards() {
 }
 
 #[tokio::test]
+async fn a_router_s_open_streams_are_counted_over_all_shards() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let mut config = many(dir.path());
+    config.settings.limits.streams_open_max = 3;
+    let router = Router::start(config.clone()).await.expect("starts");
+    let mut greeter = agent(&router, "greeter").await;
+    let (mut client, _) = Peer::hello(&router, Role::Client).await;
+    let mut ids = ids();
+    ids.sort_by_key(|id| shard_of(id));
+    ids.dedup_by_key(|id| shard_of(id));
+    for id in &ids[..3] {
+        client.send(submit(id, "greeter")).await;
+        client.expect(kind::ACCEPTED).await;
+    }
+    let refused = async |router: &Router, id: &str| {
+        let (mut client, _) = Peer::hello(router, Role::Client).await;
+        client.send(submit(id, "greeter")).await;
+        let refused: WireError = client.expect(kind::ERROR).await.read().expect("an error");
+        assert_eq!((refused.code, refused.limit, refused.used), (Code::Limit, Some(3), Some(3)), "{refused}");
+    };
+    refused(&router, &ids[3]).await;
+    // One ends, another begins.
+    answer(&mut greeter).await;
+    bills(&mut client, 1).await;
+    client.send(submit(&ids[4], "greeter")).await;
+    while &*client.next().await.expect("open").stream_id != ids[4].as_str() {}
+    refused(&router, &ids[3]).await;
+    router.stop().await.expect("seals");
+
+    // Those that a restart finds count too.
+    let router = Router::start(config).await.expect("starts again");
+    refused(&router, &ids[3]).await;
+    router.stop().await.expect("seals");
+}
+
+#[tokio::test]
 async fn what_an_agent_says_after_a_restart_finds_the_shard_that_its_list_names() {
     let dir = tempfile::tempdir().expect("a directory");
     let router = Router::start(many(dir.path())).await.expect("starts");

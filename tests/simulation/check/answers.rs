@@ -3,6 +3,7 @@
 use super::ledger::{Ledger, Pair};
 use super::{Check, Verdict};
 use atp_core::message::Answer;
+use atp_core::state::State;
 use atp_core::view::AccountView;
 use atp_proto::Amount;
 
@@ -68,6 +69,17 @@ impl Check {
             }
             Answer::Projection(projection) => self.projected(shard, projection, acked),
             Answer::Stream(None) | Answer::Bill(None) | Answer::Agents(_) => {}
+        }
+    }
+}
+
+impl Check {
+    /// The live state, where all of it is durable: what it says of its accounts is what the records say.
+    pub fn live(&mut self, shard: u32, state: &State) {
+        let ledger = &self.shards[shard as usize].ledger;
+        // Of one who was replaced the entries count no more, however many they are.
+        if state.position() == ledger.position && state.epoch() == ledger.epoch {
+            accounts(ledger, &state.account_views(), &mut self.verdict);
         }
     }
 }

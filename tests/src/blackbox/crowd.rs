@@ -6,7 +6,7 @@ use super::load::{Over, Told, follow_any};
 use super::peer::{Peer, submit_by_key};
 use super::process::{LOOK, http_at};
 use atp_proto::WireError;
-use atp_proto::content::{Bill, Role, Submit, TaskState};
+use atp_proto::content::{Bill, Submit, TaskState};
 use atp_proto::frame::kind;
 use atp_sdk::{Client, ClientOptions, Dialer, Retry, SubmitRequest};
 use std::io;
@@ -155,7 +155,7 @@ impl Crowd<'_> {
 /// Submits, and hangs up as soon as the task is accepted.
 fn accepted(router: SocketAddr, key: &str, content: &Submit) -> io::Result<String> {
     let syn = submit_by_key(key, 1, content);
-    let (mut peer, _) = Peer::hello(router, Role::Client)?;
+    let mut peer = Peer::impatient(router)?;
     peer.try_send(&syn)?;
     loop {
         let frame = peer.try_next(PATIENCE)?.ok_or(io::ErrorKind::UnexpectedEof)?;

@@ -3,7 +3,7 @@
 
 use super::PATIENCE;
 use super::peer::{Peer, submit_by_key};
-use atp_proto::content::{Bill, Final, Role, Submit};
+use atp_proto::content::{Bill, Final, Submit};
 use atp_proto::frame::kind;
 use atp_proto::{Code, Frame};
 use std::collections::BTreeMap;
@@ -112,7 +112,7 @@ pub fn follow_any(routers: &[SocketAddr], key: &str, content: &Submit) -> Told {
 }
 
 fn session(router: SocketAddr, syn: &Frame, told: &mut Told) -> io::Result<()> {
-    let (mut peer, _) = Peer::hello(router, Role::Client)?;
+    let mut peer = Peer::impatient(router)?;
     peer.try_send(syn)?;
     while !told.is_whole() {
         let frame = peer.try_next(PATIENCE)?.ok_or(io::ErrorKind::UnexpectedEof)?;

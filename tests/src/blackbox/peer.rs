@@ -18,6 +18,9 @@ use std::time::{Duration, Instant};
 /// A peer that is silent for three heartbeats is lost; this one never is.
 const BEAT: Duration = Duration::from_secs(2);
 
+/// How long an impatient one waits for the answer to its hello, as the SDK does.
+const HELLO: Duration = Duration::from_secs(2);
+
 /// The model of a test's agent.
 pub const MODEL: &str = "test-model";
 
@@ -25,6 +28,9 @@ pub struct Peer {
     io: TcpStream,
     bytes: BytesMut,
     said: Instant,
+    heard: Instant,
+    /// After so long a silence the router counts as lost; `None`: it never does.
+    lost_after: Option<Duration>,
     /// False: heartbeats are neither sent nor answered nor hidden from the test.
     pub beats: bool,
 }
@@ -37,7 +43,8 @@ impl Peer {
     pub fn dial(router: SocketAddr) -> io::Result<Self> {
         let io = TcpStream::connect(router)?;
         io.set_nodelay(true)?;
-        Ok(Self { io, bytes: BytesMut::new(), said: Instant::now(), beats: true })
+        let now = Instant::now();
+        Ok(Self { io, bytes: BytesMut::new(), said: now, heard: now, lost_after: None, beats: true })
     }
 
     /// A connection that has said hello.
@@ -45,11 +52,26 @@ impl Peer {
     /// # Errors
     /// The router is away.
     pub fn hello(router: SocketAddr, role: Role) -> io::Result<(Self, HelloAck)> {
+        Self::hello_within(router, role, PATIENCE)
+    }
+
+    fn hello_within(router: SocketAddr, role: Role, patience: Duration) -> io::Result<(Self, HelloAck)> {
         let mut peer = Self::dial(router)?;
         peer.try_send(&hello(role, 1))?;
-        let answer = peer.try_next(PATIENCE)?.ok_or(ErrorKind::UnexpectedEof)?;
+        let answer = peer.try_next(patience)?.ok_or(ErrorKind::UnexpectedEof)?;
         let ack = answer.read().map_err(|e| io::Error::other(format!("{answer:?}: {e}")))?;
         Ok((peer, ack))
+    }
+
+    /// A client that goes to another router when this one is silent, as any client of several routers has to: each reading ends
+    /// with `TimedOut` behind three heartbeats in which nothing came (ATP-4-9).
+    ///
+    /// # Errors
+    /// The router is away, or doesn't answer.
+    pub fn impatient(router: SocketAddr) -> io::Result<Self> {
+        let (mut peer, ack) = Self::hello_within(router, Role::Client, HELLO)?;
+        peer.lost_after = Some(3 * Duration::from_millis(ack.heartbeat_ms));
+        Ok(peer)
     }
 
     /// # Panics
@@ -107,6 +129,8 @@ impl Peer {
                 continue;
             }
             let now = Instant::now();
+            let lost = self.lost_after.map(|silence| self.heard + silence);
+            let end = lost.map_or(end, |lost| lost.min(end));
             if now >= end {
                 return Err(ErrorKind::TimedOut.into());
             }
@@ -118,7 +142,10 @@ impl Peer {
             let mut some = [0; 64 * 1024];
             match self.io.read(&mut some) {
                 Ok(0) => return Ok(None),
-                Ok(n) => self.bytes.extend_from_slice(&some[..n]),
+                Ok(n) => {
+                    self.heard = Instant::now();
+                    self.bytes.extend_from_slice(&some[..n]);
+                }
                 Err(e) if matches!(e.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut | ErrorKind::Interrupted) => {}
                 Err(e) => return Err(e),
             }

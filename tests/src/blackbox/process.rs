@@ -288,15 +288,34 @@ pub fn http_at(router: SocketAddr, method: &str, path: &str, patience: Duration)
 /// # Errors
 /// As `http_at`.
 pub fn http_text(router: SocketAddr, method: &str, path: &str, patience: Duration) -> io::Result<(u16, String)> {
-    let mut io = TcpStream::connect(router)?;
-    io.set_read_timeout(Some(patience))?;
-    write!(io, "{method} {path} HTTP/1.0\r\nhost: {router}\r\ncontent-length: 0\r\n\r\n")?;
-    let mut text = String::new();
-    io.read_to_string(&mut text)?;
-    let parts = text.split_once("\r\n\r\n");
-    let status = parts.and_then(|(head, _)| head.split(' ').nth(1)?.parse().ok());
-    let (Some((_, body)), Some(status)) = (parts, status) else { return Err(io::ErrorKind::InvalidData.into()) };
-    Ok((status, body.to_owned()))
+    Asked::at(router, method, path, patience)?.text()
+}
+
+/// An HTTP request that is written, whether or not somebody reads it yet.
+pub struct Asked(TcpStream);
+
+impl Asked {
+    /// # Errors
+    /// Nobody listens.
+    pub fn at(router: SocketAddr, method: &str, path: &str, patience: Duration) -> io::Result<Self> {
+        let mut io = TcpStream::connect(router)?;
+        io.set_read_timeout(Some(patience))?;
+        write!(io, "{method} {path} HTTP/1.0\r\nhost: {router}\r\ncontent-length: 0\r\n\r\n")?;
+        Ok(Self(io))
+    }
+
+    /// Status and body.
+    ///
+    /// # Errors
+    /// Nothing came for `patience`, or it isn't HTTP.
+    pub fn text(mut self) -> io::Result<(u16, String)> {
+        let mut text = String::new();
+        self.0.read_to_string(&mut text)?;
+        let parts = text.split_once("\r\n\r\n");
+        let status = parts.and_then(|(head, _)| head.split(' ').nth(1)?.parse().ok());
+        let (Some((_, body)), Some(status)) = (parts, status) else { return Err(io::ErrorKind::InvalidData.into()) };
+        Ok((status, body.to_owned()))
+    }
 }
 
 /// A port below the range that outgoing connections take theirs from, so that it is still free after a kill, and so that a

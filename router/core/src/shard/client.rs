@@ -388,7 +388,7 @@ impl Shard {
                     .retry_after_ms(5_000),
             );
         }
-        let (open, most) = (self.live.len(), self.settings.limits.streams_open_max);
+        let (open, most) = (self.live.len() + self.open_elsewhere, self.settings.limits.streams_open_max);
         if open >= most {
             return unjudged(
                 WireError::new(Code::Limit, "too many open streams")

@@ -125,6 +125,8 @@ pub struct Shard {
     epoch: u64,
     durable: Position,
     room: LogRoom,
+    /// Open streams of the other shards that share the bound.
+    open_elsewhere: usize,
     draining: bool,
     entry: Option<Vec<AnyRecord>>,
     /// Windows that this input moved.
@@ -207,6 +209,7 @@ impl Shard {
             now_ms: now.mono_ms,
             epoch,
             room: LogRoom::Enough,
+            open_elsewhere: 0,
             draining: false,
             entry: None,
             moved: Moved::default(),
@@ -298,6 +301,11 @@ impl Shard {
     #[must_use]
     pub fn streams_open(&self) -> usize {
         self.live.len()
+    }
+
+    /// How many streams are open in the other shards of the router: `streams_open_max` counts them too.
+    pub const fn set_open_elsewhere(&mut self, streams: usize) {
+        self.open_elsewhere = streams;
     }
 
     #[must_use]

@@ -135,7 +135,7 @@ pub(super) const KEYS: &[Key] = &[
     key("limits.connections", Takes::Whole(1, 1_000_000), "10000", "native connections at once"),
     key("limits.http_connections", Takes::Whole(1, 100_000), "1024", "HTTP connections at once"),
     key("limits.streams_per_connection", Takes::Whole(1, 65_536), "1024", "open streams of one connection"),
-    key("limits.streams_open", Takes::Whole(1, 10_000_000), "100000", "open streams of each shard"),
+    key("limits.streams_open", Takes::Whole(1, 10_000_000), "100000", "open streams of the router"),
     key("limits.agents", Takes::Whole(1, 65_536), "1024", "agent handles"),
     key("limits.preempt_after", Takes::Duration, "2s", "a gold task that waited this long presses on the tiers below it"),
     key("limits.aimd_base", Takes::Whole(1, 4096), "4", "calls at once of an agent whose results are not known yet"),

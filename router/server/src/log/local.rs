@@ -268,6 +268,10 @@ impl Log for LocalLog {
     fn events(&self) -> Events {
         Self::events(self)
     }
+    fn look(&self) -> bool {
+        false
+    }
+
     fn close(self: Box<Self>) -> Result<(), LogError> {
         Self::close(*self)
     }

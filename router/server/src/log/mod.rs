@@ -56,6 +56,10 @@ pub trait Log: Send + Sync {
     /// News of this shard, from its opening on. Each call gives a stream of its own.
     fn events(&self) -> Events;
 
+    /// Asks whether somebody else has begun to own the shard: [`Event::Alone`] says no, [`Event::Failed`] yes; while the log can't be
+    /// read neither comes. False: nobody else ever can, and no answer comes.
+    fn look(&self) -> bool;
+
     /// Makes durable what is queued, and gives the right back; what the shards share is closed with the last of them. Blocks
     /// until that is done.
     ///

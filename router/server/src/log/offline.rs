@@ -43,8 +43,10 @@ pub fn recover_state(source: &Source) -> Result<(State, Report), LogError> {
 /// As [`recover_state`].
 pub fn recover_all(source: &Source) -> Result<Vec<(State, Report)>, LogError> {
     let shards = source.shards()?;
-    let Source::Local { dir, .. } = source else {
-        return (0..shards).map(|shard| recover_state(&source.shard(shard))).collect();
+    let dir = match source {
+        Source::Local { dir, .. } => dir,
+        #[cfg(feature = "kafka")]
+        Source::Kafka(_) => return (0..shards).map(|shard| recover_state(&source.shard(shard))).collect(),
     };
     let reader = Reader::open(dir)?;
     let numbers: Vec<u32> = (0..shards).collect();
@@ -170,11 +172,13 @@ impl Follower {
     }
 
     /// The state at the end of `source`, which is the same log, maybe cut before its end.
+    #[cfg(feature = "kafka")]
     pub(super) fn finish(mut self, source: &Source) -> Result<(State, Report), LogError> {
         go_on(&mut self.state, source, &mut self.report)?;
         Ok((self.state, self.report))
     }
 
+    #[cfg(feature = "kafka")]
     pub(super) fn is_of(&self, log_id: &[u8]) -> bool {
         self.state.log_id()[..] == *log_id
     }

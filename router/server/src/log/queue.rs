@@ -41,6 +41,8 @@ struct State {
     /// By shard: the position that its next append must begin with.
     next: Vec<u64>,
     writer_waits: bool,
+    /// The writer is to do at once what it does when it is idle.
+    look: bool,
     closing: bool,
     stopped: Option<Arc<LogError>>,
 }
@@ -88,6 +90,7 @@ impl Queue {
             written: 0,
             next,
             writer_waits: false,
+            look: false,
             closing: false,
             stopped: None,
         };
@@ -146,6 +149,9 @@ impl Queue {
         state.written = state.taken;
         self.written.notify_all();
         loop {
+            if std::mem::take(&mut state.look) {
+                return Wake::Idle;
+            }
             if !state.entries.is_empty() {
                 std::mem::swap(&mut state.entries, batch);
                 state.taken = state.appends;
@@ -163,6 +169,13 @@ impl Queue {
             state = self.filled.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
             state.writer_waits = false;
         }
+    }
+
+    /// Wakes the writer as if it were idle, before it takes what waits.
+    #[cfg(any(feature = "kafka", test))]
+    pub(super) fn look(&self) {
+        self.lock().look = true;
+        self.filled.notify_one();
     }
 
     /// Blocks until all that was queued before is written, or never will be.
@@ -234,6 +247,19 @@ mod tests {
         assert!(matches!(gap, Err(LogError::Position { shard: 1, expected: 2, found: 3 })));
         assert!(queue.offer(0, &mut vec![entry(5, 1), entry(6, 1)]).unwrap());
         assert!(queue.offer(1, &mut vec![entry(1, 1)]).unwrap());
+    }
+
+    #[test]
+    fn a_look_comes_before_what_waits_and_once() {
+        let queue = Queue::new(vec![1]);
+        assert!(queue.offer(0, &mut vec![entry(1, 1)]).unwrap());
+        queue.look();
+        queue.look();
+        let far = Instant::now() + std::time::Duration::from_secs(60);
+        let mut batch = Vec::new();
+        assert_eq!(queue.take(&mut batch, far), Wake::Idle);
+        assert_eq!(queue.take(&mut batch, far), Wake::Entries);
+        assert_eq!(batch.len(), 1);
     }
 
     #[tokio::test]

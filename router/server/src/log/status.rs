@@ -4,11 +4,16 @@
 use super::LogError;
 use atp_core::message::LogRoom;
 use std::sync::Arc;
+use std::time::Instant;
 use tokio::sync::watch;
 
 /// News from the log, in the order in which [`Events::next`] gives them when several are due.
 #[derive(Clone, Debug)]
 pub enum Event {
+    /// At that time nobody else had begun to own the shard: the log was asked then or later.
+    Alone {
+        at: Instant,
+    },
     /// Every entry up to `position` is durable (with `async`: written). Once per block at most.
     Durable {
         position: u64,
@@ -22,6 +27,8 @@ pub enum Event {
 
 #[derive(Clone, Debug, Default)]
 pub(super) struct Status {
+    /// When the log was asked last of what it has answered; `None`: nobody else can own the shard, or it hasn't answered yet.
+    pub(super) alone: Option<Instant>,
     pub(super) durable: u64,
     pub(super) room: LogRoom,
     pub(super) checkpoints_due: u64,
@@ -56,6 +63,11 @@ impl Events {
     /// An event that is due already.
     pub fn try_next(&mut self) -> Option<Event> {
         let now = self.now.borrow_and_update();
+        // Before what became durable later: what waits for this was decided before it.
+        if let Some(at) = now.alone.filter(|_| now.alone != self.seen.alone) {
+            self.seen.alone = now.alone;
+            return Some(Event::Alone { at });
+        }
         if now.durable != self.seen.durable {
             self.seen.durable = now.durable;
             return Some(Event::Durable { position: now.durable });

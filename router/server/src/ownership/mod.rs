@@ -6,6 +6,10 @@ mod asking;
 #[cfg(feature = "kafka")]
 mod following;
 #[cfg(feature = "kafka")]
+mod handle;
+#[cfg(not(feature = "kafka"))]
+mod nobody;
+#[cfg(feature = "kafka")]
 mod plan;
 mod routes;
 #[cfg(feature = "kafka")]
@@ -15,14 +19,16 @@ mod taking;
 #[cfg(feature = "kafka")]
 mod task;
 
+#[cfg(feature = "kafka")]
+pub(crate) use handle::Handle;
+#[cfg(not(feature = "kafka"))]
+pub(crate) use nobody::Handle;
 pub(crate) use routes::{fleet, routes};
 #[cfg(feature = "kafka")]
 pub(crate) use task::{Begin, Ownership};
 
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
-use std::sync::Arc;
-use tokio::sync::{mpsc, oneshot, watch};
 
 /// A shard as this router knows it.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -69,6 +75,14 @@ impl Fleet {
         self.shards.iter().filter(|row| row.owner.is_none()).map(|row| row.shard).collect()
     }
 
+    /// Of these shards no owner is known.
+    fn disown(&mut self, of: impl Fn(&ShardRow) -> bool) {
+        for row in self.shards.iter_mut().filter(|row| of(row)) {
+            (row.owner, row.since) = (None, None);
+        }
+        self.count();
+    }
+
     /// Of each router how many shards it owns.
     fn count(&mut self) {
         let mut owned = BTreeMap::<&str, u32>::new();
@@ -78,56 +92,5 @@ impl Fleet {
         for router in &mut self.routers {
             router.shards = owned.get(&*router.id).copied().unwrap_or(0);
         }
-    }
-}
-
-/// Why a router can't be drained.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) enum NotDrained {
-    /// No such router lives.
-    Unknown,
-    /// The store, which tells it, is away.
-    Away(String),
-}
-
-/// What is asked of the owner's task.
-enum Order {
-    Drain {
-        router: String,
-        drained: bool,
-        reply: oneshot::Sender<Result<(), NotDrained>>,
-    },
-    /// Hand everything over; the reply comes when nothing is owned here any more.
-    HandOver {
-        over: oneshot::Sender<()>,
-    },
-}
-
-/// The way to the task of [`Ownership`].
-#[derive(Clone)]
-pub(crate) struct Handle {
-    orders: mpsc::Sender<Order>,
-    fleet: watch::Receiver<Arc<Fleet>>,
-}
-
-impl Handle {
-    pub(crate) fn fleet(&self) -> Arc<Fleet> {
-        self.fleet.borrow().clone()
-    }
-
-    /// Returns when this router owns nothing any more, or its task has ended.
-    pub(crate) async fn hand_over(&self) {
-        let (over, is_over) = oneshot::channel();
-        if self.orders.send(Order::HandOver { over }).await.is_ok() {
-            let _ = is_over.await;
-        }
-    }
-
-    /// Tells a router to own nothing, or that it may again. It begins with that within a third of a lease.
-    pub(crate) async fn drain(&self, router: String, drained: bool) -> Result<(), NotDrained> {
-        let (reply, answer) = oneshot::channel();
-        let stopping = || NotDrained::Away("this router is stopping".into());
-        self.orders.send(Order::Drain { router, drained, reply }).await.map_err(|_| stopping())?;
-        answer.await.unwrap_or_else(|_| Err(stopping()))
     }
 }

@@ -1,10 +1,10 @@
 //! `GET /v1/shards`, and draining a router, over HTTP.
 
-use super::{Fleet, NotDrained, RouterRow, ShardRow};
+use super::{Fleet, RouterRow, ShardRow};
 use crate::http::{Problem, Site, not_found};
 use atp_core::clock::rfc3339;
+use atp_proto::WireError;
 use atp_proto::id::is_id;
-use atp_proto::{Code, WireError};
 use axum::extract::{Path, State};
 use axum::routing::{get, post};
 use axum::{Json, Router};
@@ -22,21 +22,27 @@ async fn shards(State(site): State<Site>) -> Json<Arc<Fleet>> {
     Json(fleet(&site))
 }
 
-/// As it was seen last; a router that shares its log with nobody owns all there is.
+/// As it was seen last, but for what this router doesn't own any more, or can't be sure of; one that shares its log with nobody owns
+/// all there is.
 pub(crate) fn fleet(site: &Site) -> Arc<Fleet> {
-    let facts = site.facts();
-    if let Some(ownership) = &facts.ownership {
-        return ownership.fleet();
-    }
+    let (facts, owned) = (site.facts(), site.owned());
     let config = facts.config.borrow();
     let id = config.settings.router_id.to_string();
+    if let Some(ownership) = &facts.ownership {
+        let mut fleet = ownership.fleet();
+        let is_wrong = |row: &ShardRow| row.owner.as_ref() == Some(&id) && !owned.contains(&row.shard);
+        if fleet.shards.iter().any(is_wrong) {
+            Arc::make_mut(&mut fleet).disown(is_wrong);
+        }
+        return fleet;
+    }
     let mut rows: Vec<ShardRow> =
         (0..facts.shards.placement().shards()).map(|shard| ShardRow { shard, ..ShardRow::default() }).collect();
     for (shard, here) in facts.shards.all_here() {
         let health = here.health.borrow();
         rows[shard as usize] = ShardRow {
             shard,
-            owner: health.failed.is_none().then(|| id.clone()),
+            owner: owned.contains(&shard).then(|| id.clone()),
             epoch: health.epoch,
             position: health.durable,
             since: Some(rfc3339(health.since_ms)),
@@ -73,13 +79,7 @@ async fn drain(site: &Site, id: String, drained: bool) -> Result<Json<Value>, Pr
         let message = "this router shares its log with no other, so nobody could go on; SIGTERM drains its streams";
         return Err(Problem::new(WireError::proto(message), None));
     };
-    ownership.drain(id.clone(), drained).await.map_err(|error| match error {
-        NotDrained::Unknown => not_found(&id),
-        NotDrained::Away(why) => {
-            let message = format!("the store, which tells it the routers, is away: {why}");
-            Problem::new(WireError::new(Code::Draining, message).retry_after_ms(1_000), None)
-        }
-    })?;
+    ownership.drain(&id, drained).await?;
     let fleet = ownership.fleet();
     let row = fleet.routers.iter().find(|row| row.id == id);
     let mut row = row.map(|row| json!(row)).ok_or_else(|| not_found(&id))?;

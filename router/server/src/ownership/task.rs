@@ -1,10 +1,11 @@
 //! The task that owns "which shards are here": a turn at the store each third of a lease, shards taken, run, given and lost.
 
+use super::Fleet;
 use super::asking::{Asking, lives};
 use super::following::Following;
+use super::handle::{Handle, NotDrained, Order};
 use super::plan::{self, Facts, Last, Step};
 use super::taking::{Taken, Taker};
-use super::{Fleet, Handle, NotDrained, Order};
 use crate::config::{Config, Problem};
 use crate::inbox::ToShard;
 use crate::log::LogError;
@@ -125,7 +126,6 @@ impl Ownership {
         let handle = Handle { orders, fleet: fleet.subscribe() };
         let known = |_| Known { state: State::Idle, last: None, loose: None, seen: Seen::default() };
         let (now, ttl) = (Instant::now(), Duration::from_millis(config.borrow().limits.lease_ms));
-        shards.be_sure_of(BTreeSet::new(), now);
         let ownership = Self {
             known: (0..shards.placement().shards()).map(known).collect(),
             following: Following::new(log.kafka.source()),
@@ -249,9 +249,8 @@ impl Ownership {
         Ok(())
     }
 
-    /// Takes or keeps the leases of these shards. What it is told holds until the leases lapse, from before it was asked.
+    /// Takes or keeps the leases of these shards.
     async fn ask(&mut self, wanted: &BTreeSet<u32>) -> Result<Found, String> {
-        let begun = Instant::now();
         let followed = self.following.positions();
         let turn = Turn {
             router: &self.me.router,
@@ -262,14 +261,10 @@ impl Ownership {
             at_ms: self.clocks.now().wall_ms,
             ttl: self.ttl,
         };
-        let found = match timeout(self.ttl / TIMES, self.store.turn(&turn)).await {
-            Ok(answer) => answer.map_err(|e| e.to_string())?,
-            Err(_) => return Err("no answer".into()),
-        };
-        let mine = |seen: &Seen| matches!(&seen.lease, Lease::Of(holder) if *holder == self.holder);
-        let mine = (0..).zip(&found.shards).filter(|(_, seen)| mine(seen)).map(|(shard, _)| shard).collect();
-        self.shards.be_sure_of(mine, begun + self.ttl);
-        Ok(found)
+        match timeout(self.ttl / TIMES, self.store.turn(&turn)).await {
+            Ok(answer) => answer.map_err(|e| e.to_string()),
+            Err(_) => Err("no answer".into()),
+        }
     }
 
     fn is_away(&mut self, why: String) {

@@ -40,17 +40,13 @@ pub(crate) enum What {
 /// Shards that didn't answer, by the router that has them; "" where nobody is known to.
 pub(crate) type Missing = BTreeMap<String, Vec<u32>>;
 
-/// Asks the shards that are here; one whose answer may be wrong by now says nothing.
+/// Asks the shards that are here; one that doesn't know any more says nothing.
 pub(crate) async fn here(shards: &Shards, ask: &Ask) -> Answers {
     let all = match ask.shard {
         Some(shard) => shards.here(shard).map(|here| (shard, here)).into_iter().collect(),
         None => shards.all_here(),
     };
-    let asked = all.into_iter().map(async |(shard, here)| {
-        let answer = one(&here, &ask.what).await?;
-        let denies = matches!(answer, Answer::Stream(None) | Answer::Bill(None));
-        (!denies || shards.may_deny(shard)).then_some((shard, answer))
-    });
+    let asked = all.into_iter().map(async |(shard, here)| Some((shard, one(&here, &ask.what).await?)));
     join_all(asked).await.into_iter().flatten().collect()
 }
 

@@ -16,6 +16,7 @@ pub use redis::{RedisConfig, RedisStore};
 
 pub(crate) use open::Opened;
 pub(crate) use projector::{Identity, Projector, StoreHealth};
+#[cfg(feature = "kafka")]
 pub(crate) use same_log::differs;
 
 use atp_core::projection::StreamRow;

@@ -96,7 +96,7 @@ pub fn try_add(log: &dyn Log, events: &mut Events, entries: Vec<(u64, Bytes, boo
             Event::Durable { position } => durable = position,
             Event::Failed(why) => return Err(LogError::Stopped(why)),
             Event::NewSegment => asked = true,
-            Event::Room(_) => {}
+            Event::Alone { .. } | Event::Room(_) => {}
         }
     }
     while let Some(event) = events.try_next() {

@@ -43,7 +43,7 @@ pub fn add_all(log: &LocalLog, mut entries: Vec<(u64, Bytes, bool)>) {
             match event {
                 Event::Durable { position } => durable = position,
                 Event::Failed(error) => panic!("{error}"),
-                Event::Room(_) | Event::NewSegment => {}
+                Event::Alone { .. } | Event::Room(_) | Event::NewSegment => {}
             }
         }
         durable >= last

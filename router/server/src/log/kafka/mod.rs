@@ -289,6 +289,11 @@ impl Log for KafkaLog {
         Events::new(self.status.clone(), self.durable_at_open)
     }
 
+    fn look(&self) -> bool {
+        self.queue.look();
+        true
+    }
+
     fn close(mut self: Box<Self>) -> Result<(), LogError> {
         if let Err(panic) = self.finish() {
             std::panic::resume_unwind(panic);

@@ -79,6 +79,7 @@ impl Writer {
 
     /// Hands the batch over and waits for all of its reports.
     fn commit(&mut self, batch: &[Waiting]) -> Result<(), LogError> {
+        let begun = Instant::now();
         let (first, first_n) = (self.position() + 1, self.owner.durable() + 1);
         let mut bytes = 0;
         for (index, Waiting { entry, checkpoint, .. }) in batch.iter().enumerate() {
@@ -109,7 +110,10 @@ impl Writer {
             let position = self.position();
             self.status.send_if_modified(|status| {
                 let news = status.durable != position;
-                status.durable = position;
+                if news {
+                    // What was written behind the own last message stands behind nobody else's Epoch.
+                    (status.durable, status.alone) = (position, Some(begun));
+                }
                 news
             });
         }
@@ -167,6 +171,7 @@ impl Writer {
 
     /// Nothing is in flight: is there a successor, is the log still whole?
     fn look(&mut self) -> Result<(), LogError> {
+        let begun = Instant::now();
         let end = match self.sender.ends(LOOK_PATIENCE) {
             Ok((0, end)) => end,
             Ok((low, end)) => match self.source.note(low) {
@@ -195,6 +200,7 @@ impl Writer {
             return Err(self.source.address().refused(what));
         }
         self.follow(|owner| Ok(owner.looked(end)))?;
+        self.status.send_modify(|status| status.alone = Some(begun));
         self.remember(LOOK);
         Ok(())
     }
