@@ -25,7 +25,7 @@ pub enum Between {
         to: usize,
         run: (u32, u32),
         shard: Option<u32>,
-        message: FromAgent,
+        message: Box<FromAgent>,
     },
     /// A router says which agents are there.
     Routes {
@@ -266,7 +266,7 @@ impl Keepers {
         let run = (self.generation[to], link.unwrap_or_default());
         for _ in 0..s.copies() {
             let ms = s.delay();
-            s.after(ms, event(Between::Said { from, to, run, shard: Some(shard), message: message.clone() }));
+            s.after(ms, event(Between::Said { from, to, run, shard: Some(shard), message: Box::new(message.clone()) }));
         }
     }
 
@@ -286,7 +286,7 @@ impl Keepers {
     fn push(&mut self, s: &mut Sched, from: usize, to: usize, shard: Option<u32>, message: FromAgent) {
         if let Some(link) = self.link(from, to) {
             let run = (self.generation[to], link);
-            self.pipe(s, from, to, Between::Said { from, to, run, shard, message });
+            self.pipe(s, from, to, Between::Said { from, to, run, shard, message: Box::new(message) });
         }
     }
 
@@ -335,15 +335,13 @@ impl Keepers {
     pub fn between(&mut self, s: &mut Sched, check: &mut Check, between: Between) -> News {
         let mut news = News::default();
         match between {
-            Between::Said { from, to, run, shard, message } => {
-                if self.arrives(from, to, run) && (from == to || self.counts(s, from, to, &message)) {
-                    news.told.push((to, shard, message));
-                }
+            Between::Said { from, to, run, shard, message }
+                if self.arrives(from, to, run) && (from == to || self.counts(s, from, to, &message)) =>
+            {
+                news.told.push((to, shard, *message));
             }
-            Between::Routes { from, to, run, routes } => {
-                if self.arrives(from, to, run) {
-                    self.update(s, check, (from, to), &routes, &mut news);
-                }
+            Between::Routes { from, to, run, routes } if self.arrives(from, to, run) => {
+                self.update(s, check, (from, to), &routes, &mut news);
             }
             Between::Announce { router, generation } if generation == self.generation[router] => {
                 (0..self.fleet.routers).for_each(|to| self.announce(s, router, to));
@@ -361,10 +359,10 @@ impl Keepers {
                     self.forget(at, of, &mut news);
                 }
             }
-            Between::Linked { pair: (a, b), link } => {
-                if self.fleet.links[self.fleet.pair(a, b)].no == link && self.fleet.up[a] && self.fleet.up[b] {
-                    self.links(s, a, b, &mut news);
-                }
+            Between::Linked { pair: (a, b), link }
+                if self.fleet.links[self.fleet.pair(a, b)].no == link && self.fleet.up[a] && self.fleet.up[b] =>
+            {
+                self.links(s, a, b, &mut news);
             }
             Between::Starts { router, generation } if generation == self.generation[router] => {
                 self.starts(s, router);

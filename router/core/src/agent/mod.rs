@@ -36,6 +36,9 @@ struct Link {
     up: bool,
     /// What it was told of its window.
     told: Option<Cadence>,
+    /// Who lends a slot: this machine, while its agent has this connection. Behind the next one the agent may have been at another
+    /// router, where it said what it doesn't run, so that what was lent before can't be used any more.
+    lender: Arc<str>,
 }
 
 /// What is known of an agent's own word on how it is.
@@ -198,7 +201,9 @@ impl Agent {
             self.skip_until = 0;
             self.note_stop();
         }
-        self.link = Some(Link { conn, capabilities: capabilities.clone(), alive_at: now, up: true, told: None });
+        let lender = format!("{}/{}", self.id, conn.0).into();
+        self.link =
+            Some(Link { conn, capabilities: capabilities.clone(), alive_at: now, up: true, told: None, lender });
         // Its calls may be of owners that this machine has not heard of; what their predecessors say is fenced from now on.
         for call in &capabilities.calls {
             self.fence(call.shard, call.epoch);

@@ -139,10 +139,8 @@ impl Agent {
         self.breaker.freed(call);
     }
 
-    /// Who lends a slot: this machine, while its agent has this connection. Behind the next one the agent may have been at another
-    /// router, where it said what it doesn't run, so that what was lent before can't be used any more.
     fn lender(&self) -> Arc<str> {
-        format!("{}/{}", self.id, self.link.as_ref().map_or(0, |l| l.conn.0)).into()
+        self.link.as_ref().map_or_else(|| "".into(), |l| l.lender.clone())
     }
 
     fn lent_by_me(&self, keeper: &str) -> bool {
