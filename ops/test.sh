@@ -171,6 +171,6 @@ if [ -n "$all" ] || [[ " ${only[*]:-} " == *" helm "* ]]; then
     part helm 600 helm
 fi
 if [ -n "$all" ] || [[ " ${only[*]:-} " == *" mutants "* ]]; then
-    part mutants 2400 tests/simulation/mutants/run.sh
+    part mutants 3000 tests/simulation/mutants/run.sh
 fi
 finish
