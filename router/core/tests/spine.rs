@@ -379,6 +379,27 @@ fn a_lost_agent_settles_at_hold_and_reach_and_is_replaced() {
 }
 
 #[test]
+fn what_an_agent_s_end_decides_is_an_entry_for_each_of_its_calls() {
+    let mut house = House::with(Settings { retries: 0, ..Settings::default() });
+    house.connect(vec![]);
+    for id in ["s1", "s2"] {
+        house.submit(id, &task("hi"));
+    }
+    for _ in 0..2 {
+        let call = house.dispatched();
+        house.says(partial(&call, 1, &"word ".repeat(10_000), 10));
+    }
+    house.agent.handle(house.now, AgentInput::Disconnected { conn: AGENT });
+    house.run();
+    // Another process has its name: what the first one ran is lost, all at once.
+    house.connect_as("p2", ConnId(9), vec![]);
+    house.run();
+    let closes = |entry: &Entry| entry.records.iter().filter(|r| matches!(r.record, Some(Record::Close(_)))).count();
+    let closes: Vec<usize> = house.log.iter().map(closes).filter(|n| *n > 0).collect();
+    assert_eq!(closes, [1, 1], "the answers of all its calls may be more than an entry takes");
+}
+
+#[test]
 fn statistics_take_over_and_underestimation_lowers_a_tier() {
     let mut house = House::new();
     house.connect(vec![]);

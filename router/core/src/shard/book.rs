@@ -2,7 +2,7 @@
 
 use super::offer::stream_qos;
 use super::windows::Followers;
-use super::{Shard, Timer};
+use super::{REPEAT_MS, Shard, Timer};
 use crate::account::{AccountWindow, Level, window_at};
 use crate::message::LogRoom;
 use crate::record::{Record, Window, WindowRef};
@@ -18,8 +18,8 @@ const WOKEN_BY_SHARE_MAX: usize = 256;
 /// Who waits for an account's money.
 #[derive(Default)]
 pub(super) struct Book {
-    /// Running calls that wait for a slice, oldest first.
-    pub(super) starved: BTreeSet<(u64, u32)>,
+    /// Running calls that wait for a slice, oldest first, and what each lacks.
+    pub(super) starved: BTreeMap<(u64, u32), Amount>,
     /// Tasks that had a slot and no money, and what they need: gold first, then silver, oldest first.
     waiting: BTreeMap<(u32, u64), Amount>,
     /// Running calls whose hold is below their guarded estimate, and by how much.
@@ -29,6 +29,8 @@ pub(super) struct Book {
     /// Who is told what is left of the account.
     pub(super) followers: Followers,
     roll_at: u64,
+    /// When running calls that wait for a slice ask again.
+    starved_at: u64,
     /// When the account's pace is looked at again.
     pace_at: u64,
 }
@@ -113,6 +115,23 @@ impl Shard {
         }
     }
 
+    /// A running call that waits for a slice says nothing more by itself: what it asked for, or the answer, may be lost or forgotten.
+    pub(super) fn starved_again_later(&mut self, account: &str) {
+        if self.settings.placement.shards() == 1 {
+            return;
+        }
+        let (now, at) = (self.now_ms, self.now_ms + REPEAT_MS);
+        let book = self.books.entry(account.into()).or_default();
+        if book.starved_at <= now {
+            book.starved_at = at;
+            self.timer(at, Timer::Sought(account.into()));
+        }
+    }
+
+    pub(super) fn starved_are_due(&self, account: &str) -> bool {
+        self.books.get(account).is_some_and(|b| !b.starved.is_empty() && b.starved_at <= self.now_ms)
+    }
+
     /// An account's window has ended: the next one begins, and who waited for money is asked again.
     pub(super) fn rolled(&mut self, account: &str) {
         if let (_, _, Some(window)) = self.window_now(account)
@@ -148,7 +167,7 @@ impl Shard {
 
     /// Gives money that came back: first to running calls, oldest first, then to waiting tasks.
     pub(super) fn money_returned(&mut self, account: &str) {
-        let starved = self.books.get(account).map(|b| b.starved.iter().copied().collect::<Vec<_>>());
+        let starved = self.books.get(account).map(|b| b.starved.keys().copied().collect::<Vec<_>>());
         for (no, lane) in starved.into_iter().flatten() {
             self.extend(no, lane);
         }

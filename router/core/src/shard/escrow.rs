@@ -177,11 +177,12 @@ impl Shard {
         for (conn, tenant, submit) in self.escrows.parked.remove(account).unwrap_or_default() {
             let id = StreamId::new(&submit.frame.stream_id);
             self.submit(conn, &tenant, &id, submit);
+            self.commit();
         }
         self.money_returned(account);
     }
 
-    /// Nobody answered in time.
+    /// Nobody answered in time, or running calls ask again.
     pub(super) fn sought(&mut self, account: &str) {
         let now = self.now_ms;
         // What an answer said is over too.
@@ -200,7 +201,7 @@ impl Shard {
             self.timer(now + PATIENCE_MS, Timer::Sought(account.into()));
         }
         self.recall_ends(account);
-        if late {
+        if late || self.starved_are_due(account) {
             self.found(account);
         }
     }

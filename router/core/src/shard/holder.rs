@@ -16,7 +16,7 @@ const IDLE_MS: u64 = 10_000;
 const KEPT_MS: u64 = 250;
 /// A recall holds for this long: what falls idle meanwhile goes back too.
 const RECALL_MS: u64 = 2_000;
-/// Waiting tasks that a wish speaks for.
+/// Waiting tasks, or running calls, that a wish speaks for.
 const WAITING_MAX: usize = 256;
 
 /// What the home last said of an account.
@@ -102,15 +102,32 @@ impl Shard {
                 (wish.qos, wish.least, wish.need) = (*qos, (*first).into(), all.into());
                 wish.calls = u32::try_from(waiting.len() + 1).unwrap_or(u32::MAX);
             }
+            // What running calls have a claim on isn't theirs.
+            let (claims, free) = (self.claimed(account), self.purse_now(account).0.level().free());
+            let beside = |need: Amount| need.add(claims.less(free)).unwrap_or(need);
+            (wish.least, wish.need) = (beside(wish.least.into()).into(), beside(wish.need.into()).into());
             if let Some(most) = self.calls_max(account) {
                 let open = self.books.get(account).map_or(0, |b| u32::try_from(b.open.len()).unwrap_or(u32::MAX));
                 wish.calls = wish.calls.saturating_sub(most.saturating_sub(open));
             }
         } else {
+            // All that wait for a slice: asked for one by one, they would wait for each other, and new tasks for them.
+            wish.need = need.max(self.starved_of(account, window)).into();
             // A slice helps, however small.
             wish.least = Amount::new(need.tokens.0.min(1), need.usd_micros.0.min(1)).into();
         }
         self.say(home, Say::Wish(wish));
+    }
+
+    /// What running calls of a window lack that wait for a slice.
+    fn starved_of(&self, account: &str, window: &str) -> Amount {
+        let is_of = |no: u64, lane: u32| {
+            let call = self.state.stream(no).and_then(|s| s.call(lane));
+            call.is_some_and(|c| c.reserve.windows.iter().any(|w| w.shared && w.window == window))
+        };
+        let starved = self.books.get(account).into_iter().flat_map(|b| &b.starved).take(WAITING_MAX);
+        let lacks = starved.filter(|((no, lane), _)| is_of(*no, *lane)).map(|(_, lacks)| *lacks);
+        lacks.fold(Amount::ZERO, |sum, lacks| sum.add(lacks).unwrap_or(sum))
     }
 
     /// A share comes: the next number is taken, a known one is answered by what the log has of it.
@@ -183,6 +200,12 @@ impl Shard {
         self.return_idle(account, false);
     }
 
+    /// What running calls still need by their statistics.
+    fn claimed(&self, account: &str) -> Amount {
+        let short = self.books.get(account).into_iter().flat_map(|b| b.short.values());
+        short.fold(Amount::ZERO, |sum, claim| sum.add(*claim).unwrap_or(sum))
+    }
+
     /// Gives back every share that its purse can do without; `all`: also of the window in which new calls begin.
     fn return_idle(&mut self, account: &str, all: bool) {
         let home = self.settings.placement.home_of(account);
@@ -197,10 +220,15 @@ impl Shard {
             .filter(|(_, no)| !kept(no))
             .collect();
         let before = self.state.holding().get(&home).map_or(0, |line| line.open.len());
+        let (current, claims) = (known.current.clone(), self.claimed(account));
         for (window, no) in candidates {
             let known = self.state.accounts.get(account).and_then(|a| a.windows.get(&window));
-            let Some(out) = known.and_then(|w| w.gives_back(no)) else { continue };
+            let Some((out, free)) = known.and_then(|w| Some((w.gives_back(no)?, w.level().free()))) else { continue };
             let (settled, unused) = (out.settled, out.unused);
+            // A share that left without what is claimed would be wished for again, by the next task.
+            if window == current && !claims.is_zero() && !claims.fits(free.less(unused.into())) {
+                continue;
+            }
             self.record(Record::ShareOut(ShareOut { home, no, settled, unused }));
             self.escrows.came.remove(&(home, no));
             self.say(home, Say::Back(Back { no, settled, unused }));

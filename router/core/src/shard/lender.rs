@@ -167,12 +167,22 @@ impl Shard {
         let part = SPARE_PART * u64::from(self.settings.placement.shards());
         let spare = |given: u64, free: u64| (given.saturating_mul(SPARE_TIMES)).min((free - given) / part);
         let spare = Amount::new(spare(given.tokens.0, free.tokens.0), spare(given.usd_micros.0, free.usd_micros.0));
-        let rest = room.zip(calls).map(|(room, calls)| u64::from(room - calls) / part);
-        if fresh && least.fits(spare) && rest != Some(0) {
-            let calls = rest.map(|rest| u32::try_from(rest).unwrap_or(u32::MAX));
+        // Who runs on comes back for the next slices; in a window that is over nothing else begins.
+        let (worth, calls) = if fresh {
+            let rest = room.zip(calls).map(|(room, calls)| u64::from(room - calls) / part);
+            (least, rest.map(|rest| u32::try_from(rest).unwrap_or(u32::MAX)))
+        } else {
+            (given, most.map(|_| 0))
+        };
+        let goes_on = if fresh { calls != Some(0) } else { self.is_current(account, &id) };
+        if goes_on && worth.fits(spare) {
             self.lend_share(holder, account, &id, &window, spare, calls);
         }
         true
+    }
+
+    fn is_current(&self, account: &str, window: &str) -> bool {
+        self.state.accounts.get(account).is_some_and(|a| a.current == window)
     }
 
     fn lend_share(
@@ -189,7 +199,7 @@ impl Shard {
             window: id.into(),
             ends_ms: window.ends_ms,
             per: self.account_settings(account).per.as_str().into(),
-            current: self.state.accounts.get(account).is_some_and(|a| a.current == id),
+            current: self.is_current(account, id),
             amount: amount.into(),
             calls,
         };

@@ -345,7 +345,8 @@ impl Shard {
         }
     }
 
-    /// What one input decided becomes one entry; what it reveals waits for it.
+    /// What one input decided becomes one entry; what it reveals waits for it. An input that bears on many tasks, each by itself,
+    /// makes an entry for each: all of their answers together may be more than an entry takes.
     fn commit(&mut self) {
         if let Some(records) = self.entry.take() {
             let checkpoint =
@@ -464,7 +465,10 @@ impl Shard {
         self.room = room;
         if room == LogRoom::Last {
             let running: Vec<u64> = self.live.keys().copied().filter(|no| self.is_running(*no)).collect();
-            running.into_iter().for_each(|no| self.stop(no, Stopping::log(self.now_ms)));
+            for no in running {
+                self.stop(no, Stopping::log(self.now_ms));
+                self.commit();
+            }
         }
     }
 

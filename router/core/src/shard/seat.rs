@@ -100,6 +100,7 @@ impl Shard {
         let calls: Vec<CallId> = self.calls.iter().filter(|(_, c)| c.agent == agent).map(|(id, _)| *id).collect();
         for call in calls {
             self.agent_back(call, &incarnation);
+            self.commit();
         }
         for listed in &capabilities.calls {
             self.answer_listed(&agent, &incarnation, listed);

@@ -51,17 +51,22 @@ impl Shard {
         let purse = call.reserve.windows.iter().find(|w| w.shared).map(|w| w.window.clone());
         let shared = purse.is_some() || self.has_lent(&account);
         let (key, id, counting) = (stream.accept.key.clone(), stream.call_id(lane), margin_ppm(call));
-        let older = self.books.get(&account).is_some_and(|b| b.starved.first().is_some_and(|first| *first < at));
+        let older =
+            self.books.get(&account).is_some_and(|b| b.starved.first_key_value().is_some_and(|(first, _)| *first < at));
         let free = levels.iter().map(crate::account::Level::free).reduce(Amount::min).unwrap_or_default();
         let blocked = older || self.room > LogRoom::Enough;
         let given = if blocked { Amount::ZERO } else { useful.min(free) };
         let book = self.books.entry(account.clone()).or_default();
-        match useful.fits(given) {
+        let lacks = useful.less(given);
+        match lacks.is_zero() {
             true => book.starved.remove(&at),
-            false => book.starved.insert(at),
+            false => book.starved.insert(at, lacks),
         };
-        if !useful.fits(given) && !blocked {
-            self.seeks(&account, purse.as_deref().unwrap_or_default(), useful.less(given));
+        if !lacks.is_zero() {
+            self.starved_again_later(&account);
+        }
+        if !lacks.is_zero() && !blocked {
+            self.seeks(&account, purse.as_deref().unwrap_or_default(), lacks);
         }
         let Ok(total) = hold.add(given) else { return };
         if given.is_zero() {

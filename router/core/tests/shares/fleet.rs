@@ -128,7 +128,8 @@ impl Fleet {
     }
 
     pub(crate) fn run(&mut self) {
-        loop {
+        // Far more than any answer takes: who talks on without time passing does so for ever.
+        for _ in 0..3_000 {
             let mut moved = false;
             for n in 0..SHARDS {
                 while let Some(effect) = self.shards[n as usize].poll_effect() {
@@ -158,6 +159,7 @@ impl Fleet {
                 return;
             }
         }
+        panic!("they never stop talking");
     }
 
     pub(crate) fn carry_out(&mut self, from: u32, effect: Effect) {
@@ -213,6 +215,17 @@ impl Fleet {
         let shard = self.settings.placement.shard_of(&TenantId::new(TENANT), &StreamId::new(id)) as usize;
         let tenant = TenantId::new(TENANT);
         self.shards[shard].handle(self.now, Input::Client { conn: CLIENT, tenant, received: received(frame) });
+        self.run();
+    }
+
+    /// A running call says message `msg_seq`, and has cost so much until then.
+    pub(crate) fn say(&mut self, call: &str, msg_seq: u64, usd_micros: u64) {
+        let cost = Cost { in_tokens: Tokens(50), out_tokens: Tokens(40), usd_micros: UsdMicros(usd_micros) };
+        let part = AgentPartial { text: Some("so far".into()), cost, ..AgentPartial::default() };
+        let frame = Frame::json(call, msg_seq, Flags::NONE, kind::RESULT_PARTIAL, &part);
+        let (agent, incarnation) = (AgentName::new("a"), "p1".into());
+        let message = FromAgent::Frame { agent, incarnation, received: received(frame) };
+        self.shards[self.calls[call] as usize].handle(self.now, Input::Agent(message));
         self.run();
     }
 

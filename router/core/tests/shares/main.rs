@@ -113,6 +113,103 @@ fn a_shard_that_is_cut_off_spends_what_it_holds_and_no_more() {
 }
 
 #[test]
+fn calls_that_run_on_are_lent_to_together_and_keep_no_new_task_waiting() {
+    const CALLS: usize = 30;
+    let mut fleet = Fleet::new(settings(10_000_000, None));
+    let (home, away) = (fleet.home(), fleet.away(1));
+    let ids: Vec<String> = fleet.stream_on(away).take(CALLS + 1).collect();
+    let (last, ids) = ids.split_last().unwrap();
+    ids.iter().for_each(|id| fleet.submit(id, true));
+    assert_eq!(fleet.calls.len(), CALLS);
+    let calls: Vec<String> = fleet.calls.keys().cloned().collect();
+    // Each asks for slices until nothing is left of the shares, and then at a time when the home hears nothing.
+    fleet.cut.extend([(home, away), (away, home)]);
+    let (mut cost, mut seq) = (10, 0);
+    while fleet.account(away).2 + 2 < fleet.account(away).0 || seq == 0 {
+        (cost, seq) = (cost + 2, seq + 1);
+        calls.iter().for_each(|call| fleet.say(call, seq, cost));
+        assert!(seq < 1_000, "{:?}", fleet.account(away));
+    }
+    fleet.submit(last, true);
+    assert_eq!(fleet.calls.len(), CALLS, "running calls come first");
+    fleet.cut.clear();
+    let before = fleet.records(home, "share");
+    fleet.wait(2_500);
+    let shares = fleet.records(home, "share") - before;
+    assert!(shares <= 4, "all that wait are one wish: {shares} shares");
+    assert_eq!(fleet.calls.len(), CALLS + 1, "the new task found money");
+    // They go on, for as much again, out of what there was to spare.
+    let (before, slices) = (fleet.records(home, "share"), fleet.records(away, "extend"));
+    for _ in 0..40 {
+        (cost, seq) = (cost + 2, seq + 1);
+        calls.iter().for_each(|call| fleet.say(call, seq, cost));
+    }
+    let (shares, slices) = (fleet.records(home, "share") - before, fleet.records(away, "extend") - slices);
+    assert!(slices >= CALLS && shares <= slices / 4, "{shares} shares for {slices} slices");
+}
+
+#[test]
+fn what_running_calls_have_a_claim_on_does_not_go_to_and_fro() {
+    let mut fleet = Fleet::new(settings(1_000, None));
+    let (home, away) = (fleet.home(), fleet.away(2));
+    let id = fleet.stream_on(fleet.away(1)).next().unwrap();
+    fleet.submit(&id, true);
+    // More than there is money for; what is left of it some are entitled to that run.
+    fleet.stream_on(away).take(200).for_each(|id| fleet.submit(&id, true));
+    let runs = fleet.calls.len();
+    assert!(runs > 70, "{runs}");
+    let before = fleet.records(home, "share");
+    fleet.wait(10_000);
+    let (shares, backs) = (fleet.records(home, "share") - before, fleet.records(away, "share_out"));
+    assert!(shares <= 10 && backs <= 40, "{shares} shares, {backs} given back");
+    assert!(fleet.calls.len() >= runs);
+    for _ in 0..40 {
+        fleet.finish_all(5);
+        fleet.wait(1_000);
+    }
+    assert_eq!(fleet.runs, 200, "{:?}", fleet.account(home));
+}
+
+#[test]
+fn a_call_that_waits_for_a_slice_gets_it_however_late_the_money_is_back() {
+    let mut fleet = Fleet::new(settings(1_000, None));
+    let (home, away) = (fleet.home(), fleet.away(1));
+    let id = fleet.stream_on(away).next().unwrap();
+    fleet.submit(&id, true);
+    let call = fleet.calls.keys().next().unwrap().clone();
+    // The rest of the money is used elsewhere.
+    for id in fleet.stream_on(fleet.away(2)) {
+        let before = fleet.calls.len();
+        fleet.submit(&id, true);
+        if fleet.calls.len() == before {
+            break;
+        }
+    }
+    let (mut cost, mut seq) = (0, 0);
+    while fleet.account(away).0 > fleet.account(away).2 || fleet.account(home).0 > fleet.account(home).3 {
+        (cost, seq) = (cost + 2, seq + 1);
+        fleet.say(&call, seq, cost);
+        fleet.wait(300);
+        assert!(seq < 500, "{:?} {:?}", fleet.account(away), fleet.account(home));
+    }
+    while cost < fleet.account(away).0 {
+        (cost, seq) = (cost + 2, seq + 1);
+        fleet.say(&call, seq, cost);
+    }
+    let before = fleet.records(away, "extend");
+    // Nobody says anything for so long that its home has forgotten who asked.
+    fleet.wait(8_000);
+    assert_eq!(fleet.records(away, "extend"), before, "there is no money");
+    fleet.cut.extend([(home, away), (away, home)]);
+    let rest: Vec<String> = fleet.calls.keys().filter(|c| **c != call).cloned().collect();
+    rest.iter().for_each(|call| fleet.finish(call, 1, Finish::Complete));
+    fleet.wait(8_000);
+    fleet.cut.clear();
+    fleet.wait(2_000);
+    assert!(fleet.records(away, "extend") > before, "{:?} {:?}", fleet.account(away), fleet.account(home));
+}
+
+#[test]
 fn owners_die_between_any_two_messages() {
     for n in 0..12 {
         let mut fleet = Fleet::new(settings(1_000, None));
