@@ -81,9 +81,14 @@ pub(crate) fn run_id() -> String {
     format!("b{:x}-{:x}", std::process::id(), since.as_nanos())
 }
 
-/// The number at the end of a stream id of this bench: `run.17` is 17.
+/// The id of a stream of this bench. What stands before a `.` says which shard has a stream, so there is none: they spread.
+pub(crate) fn stream_id(prefix: &str, number: impl std::fmt::Display) -> String {
+    format!("{prefix}-{number}")
+}
+
+/// The number at the end of a stream id of this bench: `run-17` is 17.
 pub(crate) fn number(stream_id: &[u8]) -> Option<usize> {
-    let digits = stream_id.rsplit(|b| *b == b'.').next()?;
+    let digits = stream_id.rsplit(|b| *b == b'-').next()?;
     std::str::from_utf8(digits).ok()?.parse().ok()
 }
 
@@ -97,7 +102,7 @@ pub(crate) async fn run(
 ) -> anyhow::Result<()> {
     let mut link = Link::open(address, Role::Client).await?;
     for n in 0..streams {
-        link.push(&submit(&format!("{prefix}.{n}"), agent, None));
+        link.push(&submit(&stream_id(&prefix, n), agent, None));
     }
     let mut last = vec![0_u64; streams];
     let mut flowing = vec![false; streams];
@@ -175,7 +180,7 @@ mod tests {
     #[test]
     fn streams_are_numbered() {
         assert_eq!(
-            (number(b"b1-2.0.17"), number(b"17"), number(b"a.b"), number(b"")),
+            (number(stream_id("b1-2-0", 17).as_bytes()), number(b"17"), number(b"a-b"), number(b"")),
             (Some(17), Some(17), None, None)
         );
     }

@@ -76,7 +76,7 @@ async fn measure(args: &BenchArgs, routers: u64, time: Duration) -> anyhow::Resu
     let run = client::run_id();
     for n in 0..args.connections {
         let share = args.streams() / args.connections + u64::from(n < args.streams() % args.connections);
-        let (prefix, share) = (format!("{run}.{n}"), usize::try_from(share)?);
+        let (prefix, share) = (format!("{run}-{n}"), usize::try_from(share)?);
         ends.spawn(client::run(at(n), prefix, share, n, Arc::clone(&received)));
     }
     let sample = tokio::select! {

@@ -42,7 +42,7 @@ pub(crate) async fn run(args: &BenchArgs) -> anyhow::Result<Report> {
                     let agent = opened / STREAMS_PER_AGENT;
                     let room = (agent + 1) * STREAMS_PER_AGENT - opened;
                     let share = (upto - opened).min(STREAMS_PER_CONNECTION).min(room);
-                    let prefix = format!("{}.{opened}", client::run_id());
+                    let prefix = format!("{}-{opened}", client::run_id());
                     ends.spawn(client::run(target.address, prefix, share, agent as u64, Arc::clone(&received)));
                     opened += share;
                 }

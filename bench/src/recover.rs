@@ -106,7 +106,7 @@ async fn fill(args: &BenchArgs, target: &Target, checkpoints: bool) -> anyhow::R
     while opened < streams {
         let agent = opened / STREAMS_PER_AGENT;
         let share = (streams - opened).min(STREAMS_PER_CONNECTION).min((agent + 1) * STREAMS_PER_AGENT - opened);
-        let prefix = format!("{}.{opened}", client::run_id());
+        let prefix = format!("{}-{opened}", client::run_id());
         ends.spawn(client::run(target.address, prefix, share, agent as u64, Arc::clone(&received)));
         opened += share;
     }

@@ -72,7 +72,7 @@ async fn measure(args: &BenchArgs, line: Line, time: Duration) -> anyhow::Result
     let run = client::run_id();
     for n in 0..args.connections {
         let share = args.streams() / args.connections + u64::from(n < args.streams() % args.connections);
-        let (prefix, share) = (format!("{run}.{n}"), usize::try_from(share)?);
+        let (prefix, share) = (format!("{run}-{n}"), usize::try_from(share)?);
         ends.spawn(client::run(target.address, prefix, share, n, Arc::clone(&received)));
     }
     let sample = tokio::select! {

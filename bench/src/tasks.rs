@@ -125,7 +125,7 @@ impl Plan {
 
 async fn submit(address: SocketAddr, prefix: String, plan: Plan) -> anyhow::Result<Tally> {
     let mut link = Link::open(address, Role::Client).await?;
-    let prefix = format!("{prefix}.{}", plan.first);
+    let prefix = format!("{prefix}-{}", plan.first);
     let mut tally =
         Tally { latencies: histogram()?, done: 0, other: 0, first_other: None, submitted: 0, finished: plan.start };
     let mut open = 0_usize;
@@ -141,7 +141,7 @@ async fn submit(address: SocketAddr, prefix: String, plan: Plan) -> anyhow::Resu
                 wake = due.max(now + Duration::from_millis(1));
                 break;
             }
-            link.push(&client::submit(&format!("{prefix}.{}", tally.submitted), plan.first, Some(60_000)));
+            link.push(&client::submit(&client::stream_id(&prefix, tally.submitted), plan.first, Some(60_000)));
             finals.push(false);
             tally.submitted += 1;
             open += 1;

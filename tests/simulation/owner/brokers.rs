@@ -107,7 +107,7 @@ impl Place {
             }
         }
         for (owner, reports) in reports {
-            let long = !a.s.healed && a.s.rng.percent(20);
+            let long = !a.s.healed && !a.check.balance.calm && a.s.rng.percent(20);
             let most = if long { 1_500 } else { a.s.faults.commit_max_ms.min(3) };
             let ms = a.s.rng.range(0, most);
             a.s.after(ms, Event::Reports { shard: self.no, owner, reports });
