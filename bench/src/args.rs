@@ -15,7 +15,14 @@ pub struct BenchArgs {
     #[arg(value_enum, value_name = "SCENARIO")]
     pub scenario: Scenario,
     /// Settings of the router to measure
-    #[arg(long, value_enum, value_delimiter = ',', value_name = "LINES", default_value = "off,on,durable")]
+    #[arg(
+        long,
+        value_enum,
+        conflicts_with = "router",
+        value_delimiter = ',',
+        value_name = "LINES",
+        default_value = "off,on,durable"
+    )]
     pub lines: Vec<Line>,
     /// Seconds of measuring per line (tasks: per line and rate)
     #[arg(long, value_name = "S", default_value_t = 10, value_parser = clap::value_parser!(u64).range(1..=600))]
@@ -113,6 +120,9 @@ pub enum Line {
     On,
     /// Limits; log `fsync`
     Durable,
+    /// Of the router at `--router`
+    #[value(skip)]
+    Own,
 }
 
 impl Line {
@@ -121,6 +131,7 @@ impl Line {
             Self::Off => "limits off",
             Self::On => "reservations on",
             Self::Durable => "durable",
+            Self::Own => "as configured",
         }
     }
 
@@ -131,7 +142,7 @@ impl Line {
     pub(crate) const fn durability(self) -> &'static str {
         match self {
             Self::Off | Self::On => "async",
-            Self::Durable => "fsync",
+            Self::Durable | Self::Own => "fsync",
         }
     }
 }
@@ -160,6 +171,11 @@ impl BenchArgs {
             crate::client::STREAMS_PER_CONNECTION
         );
         Ok(())
+    }
+
+    /// A router that runs already is measured once a round: as it is configured.
+    pub(crate) fn lines(&self) -> &[Line] {
+        if self.router.is_some() { &[Line::Own] } else { &self.lines }
     }
 
     pub(crate) fn streams(&self) -> u64 {
@@ -200,6 +216,9 @@ mod tests {
     #[test]
     fn lists_are_split_at_commas() {
         let args = parsed(&["tasks", "--lines", "off,durable", "--rates", "1,20"]).expect("parses");
-        assert_eq!((args.lines, args.rates), (vec![Line::Off, Line::Durable], vec![1, 20]));
+        assert_eq!((args.lines(), &args.rates[..]), (&[Line::Off, Line::Durable][..], &[1, 20][..]));
+        let own = ["relay", "--router", "127.0.0.1:1"];
+        assert_eq!(parsed(&own).expect("parses").lines(), [Line::Own]);
+        assert!(parsed(&[&own[..], &["--lines", "off"]].concat()).is_err(), "it has settings of its own");
     }
 }

@@ -23,7 +23,7 @@ const QUIET: Duration = Duration::from_secs(2);
 
 pub(crate) async fn run(args: &BenchArgs) -> anyhow::Result<Report> {
     let mut rows = Vec::new();
-    for line in &args.lines {
+    for line in args.lines() {
         for (state, agent_is_there) in [("waiting", false), ("running", true)] {
             eprintln!("{}: {} streams {state}", line.name(), args.streams());
             let target = Target::start(args, *line).await?;

@@ -36,7 +36,7 @@ pub(crate) async fn run(args: &BenchArgs) -> anyhow::Result<Report> {
     let time = Duration::from_secs(args.seconds) / u32::try_from(args.rounds)?;
     let chunk_bytes = usize::try_from(args.chunk_bytes)?;
     let mut bare_samples = Vec::new();
-    let mut samples = vec![Vec::new(); args.lines.len()];
+    let mut samples = vec![Vec::new(); args.lines().len()];
     for round in 1..=args.rounds {
         let bare = bare::measure(args.connections, args.streams(), chunk_bytes, WARM_UP, time).await?;
         eprintln!("round {round}: bare relay {:.0}/s", bare.frames_per_second);
@@ -50,14 +50,14 @@ pub(crate) async fn run(args: &BenchArgs) -> anyhow::Result<Report> {
             ends_cpu_seconds: bare.ends_cpu_seconds,
             ..Sample::default()
         });
-        for (line, samples) in args.lines.iter().zip(&mut samples) {
+        for (line, samples) in args.lines().iter().zip(&mut samples) {
             let sample = measure(args, *line, time).await?;
             eprintln!("round {round}: {} {:.0}/s", line.name(), sample.frames_per_second);
             samples.push(Sample { ratio: sample.frames_per_second / bare.frames_per_second, ..sample });
         }
     }
     let mut rows = vec![row("bare relay", &bare_samples)];
-    rows.extend(args.lines.iter().zip(&samples).map(|(line, samples)| row(line.name(), samples)));
+    rows.extend(args.lines().iter().zip(&samples).map(|(line, samples)| row(line.name(), samples)));
     Ok(Report::new(args, Rows::Relay(rows)))
 }
 

@@ -26,7 +26,7 @@ const LATENCY_MAX_US: u64 = 60_000_000;
 
 pub(crate) async fn run(args: &BenchArgs) -> anyhow::Result<Report> {
     let mut rows = Vec::new();
-    for line in &args.lines {
+    for line in args.lines() {
         let target = Target::start(args, *line).await?;
         let sent = Arc::new(Sent::default());
         let mut agents = JoinSet::new();
