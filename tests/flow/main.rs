@@ -1,6 +1,7 @@
 //! A router with more work than its agents can do, and with agents that come and go by their own word. One test at a time:
 //! these measure how long things wait.
 
+mod flat_out;
 mod flips;
 mod overload;
 mod sender;

@@ -114,14 +114,10 @@ async fn one_connection_has_streams_in_every_shard_and_views_show_them_together(
     assert!(problems[0].message.contains("made with 5"), "{problems:?}");
 }
 
-#[tokio::test]
-async fn a_connection_s_streams_are_counted_over_all_shards() {
-    let dir = tempfile::tempdir().expect("a directory");
-    let mut config = many(dir.path());
-    config.limits.streams_per_connection = 3;
-    let router = Router::start(config).await.expect("starts");
-    let mut greeter = agent(&router, "greeter").await;
-    let (mut client, _) = Peer::hello(&router, Role::Client).await;
+/// An agent, and a client with an open stream in each of three shards: of the ids, each of another shard, the first three.
+async fn three_open(router: &Router) -> (Peer, Peer, Vec<String>) {
+    let greeter = agent(router, "greeter").await;
+    let (mut client, _) = Peer::hello(router, Role::Client).await;
     let mut ids = ids();
     ids.sort_by_key(|id| shard_of(id));
     ids.dedup_by_key(|id| shard_of(id));
@@ -129,6 +125,16 @@ async fn a_connection_s_streams_are_counted_over_all_shards() {
         client.send(submit(id, "greeter")).await;
         client.expect(kind::ACCEPTED).await;
     }
+    (greeter, client, ids)
+}
+
+#[tokio::test]
+async fn a_connection_s_streams_are_counted_over_all_shards() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let mut config = many(dir.path());
+    config.limits.streams_per_connection = 3;
+    let router = Router::start(config).await.expect("starts");
+    let (mut greeter, mut client, ids) = three_open(&router).await;
     client.send(submit(&ids[3], "greeter")).await;
     let refused: WireError = client.expect(kind::ERROR).await.read().expect("an error");
     assert_eq!((refused.code, refused.limit, refused.used), (Code::Limit, Some(3), Some(3)), "{refused}");
@@ -145,15 +151,7 @@ async fn a_router_s_open_streams_are_counted_over_all_shards() {
     let mut config = many(dir.path());
     config.settings.limits.streams_open_max = 3;
     let router = Router::start(config.clone()).await.expect("starts");
-    let mut greeter = agent(&router, "greeter").await;
-    let (mut client, _) = Peer::hello(&router, Role::Client).await;
-    let mut ids = ids();
-    ids.sort_by_key(|id| shard_of(id));
-    ids.dedup_by_key(|id| shard_of(id));
-    for id in &ids[..3] {
-        client.send(submit(id, "greeter")).await;
-        client.expect(kind::ACCEPTED).await;
-    }
+    let (mut greeter, mut client, ids) = three_open(&router).await;
     let refused = async |router: &Router, id: &str| {
         let (mut client, _) = Peer::hello(router, Role::Client).await;
         client.send(submit(id, "greeter")).await;
