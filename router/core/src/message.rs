@@ -417,6 +417,11 @@ pub enum AgentInput {
         conn: ConnId,
         status: AgentStatus,
     },
+    /// It said so at another router, where it is connected.
+    SaidElsewhere {
+        incarnation: Arc<str>,
+        status: AgentStatus,
+    },
     /// Any frame or heartbeat answer from the loop that takes dispatches.
     Alive {
         conn: ConnId,

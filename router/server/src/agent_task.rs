@@ -42,6 +42,10 @@ pub(crate) enum AgentMessage {
         conn: ConnId,
         status: AgentStatus,
     },
+    SaidElsewhere {
+        incarnation: Arc<str>,
+        status: AgentStatus,
+    },
     Alive {
         conn: ConnId,
     },
@@ -291,6 +295,9 @@ impl AgentTask {
                     }
                     AgentMessage::Status { conn, status } => {
                         self.machine.handle(now, AgentInput::Status { conn, status });
+                    }
+                    AgentMessage::SaidElsewhere { incarnation, status } => {
+                        self.machine.handle(now, AgentInput::SaidElsewhere { incarnation, status });
                     }
                     AgentMessage::Alive { conn } => {
                         self.alive(now.wall_ms);

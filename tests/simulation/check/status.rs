@@ -22,6 +22,15 @@ struct Keeper {
     before: Option<Box<Keeper>>,
 }
 
+impl Keeper {
+    fn hears(&mut self, status: &AgentStatus, now_ms: u64) {
+        self.status = status.status;
+        self.calls_max = status.suggested_window.and_then(|w| w.max_parallel);
+        let stops = matches!(status.status, Status::Pause | Status::Draining);
+        self.stopped_at = if stops { self.stopped_at.or(Some(now_ms)) } else { None };
+    }
+}
+
 #[derive(Debug, Default)]
 pub struct Statuses {
     keepers: BTreeMap<usize, Keeper>,
@@ -68,11 +77,15 @@ impl Statuses {
     /// `control.status` is read.
     pub fn said(&mut self, agent: usize, conn: usize, status: &AgentStatus, now_ms: u64) {
         let Some(keeper) = self.keepers.get_mut(&agent).filter(|k| k.conn == conn) else { return };
-        keeper.status = status.status;
         self.words.insert(keeper.incarnation.clone(), status.status);
-        keeper.calls_max = status.suggested_window.and_then(|w| w.max_parallel);
-        let stops = matches!(status.status, Status::Pause | Status::Draining);
-        keeper.stopped_at = if stops { keeper.stopped_at.or(Some(now_ms)) } else { None };
+        keeper.hears(status, now_ms);
+    }
+
+    /// `control.status` was read at another router, and this keeper hears of it.
+    pub fn said_elsewhere(&mut self, agent: usize, incarnation: &str, status: &AgentStatus, now_ms: u64) {
+        let keeper = self.keepers.entry(agent).or_default();
+        (keeper.incarnation, keeper.before) = (incarnation.into(), None);
+        keeper.hears(status, now_ms);
     }
 
     /// A dispatch leaves.

@@ -8,7 +8,7 @@ use crate::simulation::plan::{Plan, times};
 use crate::simulation::process::Process;
 use crate::simulation::rng::Rng;
 use crate::simulation::sched::{Event, Sched};
-use atp_core::message::{FromAgent, ToAgent};
+use atp_core::message::{AgentInput, FromAgent, ToAgent};
 use atp_proto::{AgentName, ConnId};
 
 /// An agent that was heard within this long keeps its handle.
@@ -338,6 +338,9 @@ impl Keepers {
             Between::Said { from, to, run, shard, message }
                 if self.arrives(from, to, run) && (from == to || self.counts(s, from, to, &message)) =>
             {
+                if from != to {
+                    self.said_elsewhere(s, check, to, &message);
+                }
                 news.told.push((to, shard, *message));
             }
             Between::Routes { from, to, run, routes } if self.arrives(from, to, run) => {
@@ -403,6 +406,25 @@ impl Keepers {
             FromAgent::Lent { .. } | FromAgent::Sent { .. } | FromAgent::Unsent { .. } | FromAgent::Frame { .. } => {
                 true
             }
+        }
+    }
+
+    /// A keeper that an agent had here hears what it says to another one.
+    fn said_elsewhere(&mut self, s: &mut Sched, check: &mut Check, to: usize, message: &FromAgent) {
+        let (agent, incarnation, status) = match message {
+            FromAgent::Up { agent, capabilities, status: Some(status), .. } => {
+                (agent, capabilities.incarnation.clone(), status.clone())
+            }
+            FromAgent::Status { agent, status } => {
+                let far = self.fleet.far[self.at(to, self.agent(agent))].as_ref();
+                (agent, far.map_or_else(String::new, |far| far.incarnation.clone()), status.clone())
+            }
+            _ => return,
+        };
+        let keeper = self.at(to, self.agent(agent));
+        if self.machines[keeper].is_some() && self.fleet.here[keeper].is_none() {
+            check.statuses.said_elsewhere(keeper, &incarnation, &status, s.now_ms);
+            self.machine(s, check, keeper, AgentInput::SaidElsewhere { incarnation: incarnation.into(), status });
         }
     }
 

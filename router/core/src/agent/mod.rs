@@ -47,7 +47,7 @@ struct Said {
     status: AgentStatus,
     /// The incarnation whose word it is.
     of: Arc<str>,
-    /// It said so to this machine; else the log says it.
+    /// It said so to this machine, or to that of another router; else the log says it.
     here: bool,
     /// When a pause may be over at the earliest.
     retry_at: Option<u64>,
@@ -271,6 +271,14 @@ impl Agent {
         self.lend();
     }
 
+    /// Its newest word counts, wherever it said it: it may come back without saying it again.
+    fn said_elsewhere(&mut self, incarnation: Arc<str>, status: AgentStatus) {
+        if !self.is_connected() {
+            self.said.of = incarnation;
+            self.hear(status, true);
+        }
+    }
+
     fn hear(&mut self, status: AgentStatus, here: bool) {
         self.said.retry_at = status.retry_after_ms.map(|ms| self.now_ms.saturating_add(ms));
         self.said.status = status;
@@ -444,6 +452,7 @@ impl Machine for Agent {
         match input {
             AgentInput::Connected { conn, capabilities } => self.connected(conn, *capabilities),
             AgentInput::Status { conn, status } => self.status(conn, status),
+            AgentInput::SaidElsewhere { incarnation, status } => self.said_elsewhere(incarnation, status),
             AgentInput::Alive { conn } => self.alive(conn),
             AgentInput::Disconnected { conn } => self.disconnected(conn),
             AgentInput::Shard(message) => self.shard(message),

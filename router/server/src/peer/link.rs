@@ -12,7 +12,7 @@ use crate::metric;
 use crate::outbox::{Outbox, outbox};
 use crate::shards::Site;
 use atp_core::message::FromAgent;
-use atp_proto::content::RouteUpdate;
+use atp_proto::content::{AgentStatus, RouteUpdate};
 use atp_proto::{AgentName, ConnId, WireError};
 use bytes::BytesMut;
 use std::collections::BTreeMap;
@@ -265,23 +265,38 @@ async fn withdraw(shared: &Shared, gone: Vec<(AgentName, String)>) {
     }
 }
 
+/// An agent that was here hears its own newest word, should it come back.
+async fn said_elsewhere(shared: &Shared, agent: &AgentName, incarnation: &str, status: &AgentStatus) {
+    if let Some(known) = shared.agents.known(agent) {
+        let said = AgentMessage::SaidElsewhere { incarnation: incarnation.into(), status: status.clone() };
+        let _ = known.queue.send(said).await;
+    }
+}
+
 async fn from_agent(shared: &Shared, router: &str, shard: Option<u32>, message: FromAgent) {
     match &message {
-        FromAgent::Up { agent, capabilities, .. } => {
+        FromAgent::Up { agent, capabilities, status, .. } => {
             let own = shared.agents.here().into_iter().find(|own| own.agent_prefix == *agent);
             // Another process under the same handle: the first one that answers keeps it.
             if own.is_some_and(|own| own.incarnation != capabilities.incarnation) {
                 return;
             }
             shared.peers.is_at(agent, router, &capabilities.incarnation);
+            if let Some(status) = status {
+                said_elsewhere(shared, agent, &capabilities.incarnation, status).await;
+            }
         }
         FromAgent::Down { agent, .. } => {
             if !shared.peers.left(agent, router) {
                 return;
             }
         }
-        FromAgent::Status { agent, .. } | FromAgent::Flow { agent, .. } => {
-            if !shared.peers.speaks_for(agent, router) {
+        FromAgent::Status { agent, status } => {
+            let Some(incarnation) = shared.peers.spoken_for(agent, router) else { return };
+            said_elsewhere(shared, agent, &incarnation, status).await;
+        }
+        FromAgent::Flow { agent, .. } => {
+            if shared.peers.spoken_for(agent, router).is_none() {
                 return;
             }
         }

@@ -245,9 +245,9 @@ impl Peers {
         self.known().far.insert(agent.clone(), Far { router, incarnation, since: now, heard: now });
     }
 
-    /// True where that router is the one that speaks for the agent.
-    fn speaks_for(&self, agent: &AgentName, router: &str) -> bool {
-        self.known().far.get(agent).is_some_and(|far| far.router == router)
+    /// The process of an agent, where that router is the one that speaks for it.
+    fn spoken_for(&self, agent: &AgentName, router: &str) -> Option<String> {
+        self.known().far.get(agent).filter(|far| far.router == router).map(|far| far.incarnation.clone())
     }
 
     /// That router's agent is gone, unless it has come to another one meanwhile.
