@@ -12,6 +12,7 @@ use atp_proto::frame::kind;
 use atp_proto::{AgentName, CallId, Code, Cost, Flags, Frame, TenantId, Tokens, UsdMicros, WireError, pb};
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 use support::{Peer, agent, config, http, submit};
 use tempfile::TempDir;
 use tokio_util::sync::{CancellationToken, DropGuard};
@@ -301,7 +302,7 @@ async fn atp_13_3_a_handle_has_one_live_incarnation_in_the_fleet() {
     let mut first = agent(&r1, "talker").await;
     let name = AgentName::new("talker");
     while !r2.shared().peers.is_far(&name) {
-        tokio::time::sleep(std::time::Duration::from_millis(10)).await;
+        tokio::time::sleep(Duration::from_millis(10)).await;
     }
     // Another process under that name is refused while the first one answers.
     let (mut other, _) = Peer::hello(&r2, Role::Agent).await;
@@ -317,6 +318,45 @@ async fn atp_13_3_a_handle_has_one_live_incarnation_in_the_fleet() {
     client.expect(kind::ACCEPTED).await;
     let call = call_of(&mut again).await;
     again.send(last(call, 1)).await;
+    assert_eq!(to_the_bill(&mut client, 1).await.state, TaskState::Done);
+    r1.stop().await.expect("seals");
+    r2.stop().await.expect("seals");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn atp_8_11_what_an_agent_says_at_one_router_counts_when_it_comes_back_to_another() {
+    let ((_a, r1), (_b, r2)) = (start("r1").await, start("r2").await);
+    let _links = (dial(&r1, &site(&r2, "r2")), dial(&r2, &site(&r1, "r1")));
+    let say = |status| {
+        let content = AgentStatus { status, ..AgentStatus::default() };
+        Frame::json("", 0, Flags::NONE, kind::STATUS, &content)
+    };
+    let stands = async |wanted: &str| {
+        let seen = async {
+            while http(&r2, "GET /v1/agents").await.1["agents"][0]["status"] != *wanted {
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+        };
+        tokio::time::timeout(Duration::from_secs(10), seen).await.expect(wanted);
+    };
+    let mut first = agent(&r2, "talker").await;
+    first.send(say(Status::Busy)).await;
+    stands("BUSY").await;
+    let mut second = agent(&r1, "talker").await;
+    assert_eq!(first.refused().await.code, Code::AgentDown);
+    second.send(say(Status::Pause)).await;
+    stands("PAUSE").await;
+    drop(second);
+    stands("GONE").await;
+    // It is the same process, and says nothing new.
+    let mut third = agent(&r2, "talker").await;
+    stands("PAUSE").await;
+    let (mut client, _) = Peer::hello(&r2, Role::Client).await;
+    client.send(submit("s1", "talker")).await;
+    client.expect(kind::ACCEPTED).await;
+    third.send(say(Status::Ready)).await;
+    let call = call_of(&mut third).await;
+    third.send(last(call, 1)).await;
     assert_eq!(to_the_bill(&mut client, 1).await.state, TaskState::Done);
     r1.stop().await.expect("seals");
     r2.stop().await.expect("seals");
