@@ -226,7 +226,7 @@ impl Shard {
             let Some((out, free)) = known.and_then(|w| Some((w.gives_back(no)?, w.level().free()))) else { continue };
             let (settled, unused) = (out.settled, out.unused);
             // A share that left without what is claimed would be wished for again, by the next task.
-            if window == current && !claims.is_zero() && !claims.fits(free.less(unused.into())) {
+            if window == current && !claims.fits(free.less(unused.into())) {
                 continue;
             }
             self.record(Record::ShareOut(ShareOut { home, no, settled, unused }));

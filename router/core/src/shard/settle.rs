@@ -64,9 +64,9 @@ impl Shard {
         };
         if !lacks.is_zero() {
             self.starved_again_later(&account);
-        }
-        if !lacks.is_zero() && !blocked {
-            self.seeks(&account, purse.as_deref().unwrap_or_default(), lacks);
+            if !blocked {
+                self.seeks(&account, purse.as_deref().unwrap_or_default(), lacks);
+            }
         }
         let Ok(total) = hold.add(given) else { return };
         if given.is_zero() {
