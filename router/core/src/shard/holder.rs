@@ -85,6 +85,10 @@ impl Shard {
 
     /// Tells the home what is needed: for running calls of a window, or for all new ones that wait.
     pub(super) fn wish(&mut self, account: &str, window: &str, need: Amount) {
+        if window.is_empty() {
+            // What goes home in the same breath is counted there.
+            self.return_wanted(account);
+        }
         let home = self.settings.placement.home_of(account);
         let mut wish = Wish {
             account: account.into(),
@@ -102,7 +106,7 @@ impl Shard {
                 (wish.qos, wish.least, wish.need) = (*qos, (*first).into(), all.into());
                 wish.calls = u32::try_from(waiting.len() + 1).unwrap_or(u32::MAX);
             }
-            // What running calls have a claim on isn't theirs.
+            // What running calls have a claim on isn't theirs: a share that only covers the claims would go back and come again.
             let (claims, free) = (self.claimed(account), self.purse_now(account).0.level().free());
             let beside = |need: Amount| need.add(claims.less(free)).unwrap_or(need);
             (wish.least, wish.need) = (beside(wish.least.into()).into(), beside(wish.need.into()).into());
@@ -220,15 +224,10 @@ impl Shard {
             .filter(|(_, no)| !kept(no))
             .collect();
         let before = self.state.holding().get(&home).map_or(0, |line| line.open.len());
-        let (current, claims) = (known.current.clone(), self.claimed(account));
         for (window, no) in candidates {
             let known = self.state.accounts.get(account).and_then(|a| a.windows.get(&window));
-            let Some((out, free)) = known.and_then(|w| Some((w.gives_back(no)?, w.level().free()))) else { continue };
+            let Some(out) = known.and_then(|w| w.gives_back(no)) else { continue };
             let (settled, unused) = (out.settled, out.unused);
-            // A share that left without what is claimed would be wished for again, by the next task.
-            if window == current && !claims.fits(free.less(unused.into())) {
-                continue;
-            }
             self.record(Record::ShareOut(ShareOut { home, no, settled, unused }));
             self.escrows.came.remove(&(home, no));
             self.say(home, Say::Back(Back { no, settled, unused }));
