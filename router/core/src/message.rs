@@ -18,7 +18,7 @@ use std::sync::Arc;
 /// The number of an entry in its log, from 1. Epochs are positions.
 pub type Position = u64;
 
-/// One fact for a shard. What one input decides is one entry of the log.
+/// One fact for a shard. What one input decides of one task is one entry of the log.
 #[derive(Clone, Debug)]
 pub enum Input {
     /// A frame of a client's stream (never of stream ""), from a connection of `tenant`.

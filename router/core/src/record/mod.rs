@@ -17,7 +17,7 @@ pub use escrow::{Late, Share, ShareBack, ShareIn, ShareLate, ShareOut, Shared};
 use prost::Message;
 pub use tool::{Tool, ToolVerdict};
 
-/// What one input decided.
+/// What one input decided of one task, or of what belongs to none.
 #[derive(Clone, PartialEq, Message)]
 pub struct Entry {
     /// Logged time, Unix milliseconds.
