@@ -35,7 +35,7 @@ pub enum Say {
     Stands(Stands),
     /// Home: what is idle is wanted back. Answered by `Recalled`.
     #[prost(message, tag = "7")]
-    Recall(OfAccount),
+    Recall(Wanted),
     /// Holder: nothing more is idle.
     #[prost(message, tag = "8")]
     Recalled(Recalled),
@@ -63,7 +63,7 @@ pub struct Wish {
     /// The window of running calls that need more; empty: new calls, whatever window is current.
     #[prost(string, tag = "2")]
     pub window: String,
-    /// What all who wait here need.
+    /// What all who wait here need; zero: no running call does any more.
     #[prost(message, required, tag = "3")]
     pub need: AmountPb,
     /// What the first of them needs: less helps nobody.
@@ -126,12 +126,18 @@ pub struct Stands {
     /// True: the wish was granted.
     #[prost(bool, tag = "8")]
     pub given: bool,
+    /// True: a running call of another shard waits for a slice.
+    #[prost(bool, tag = "9")]
+    pub running: bool,
 }
 
 #[derive(Clone, PartialEq, Eq, Message)]
-pub struct OfAccount {
+pub struct Wanted {
     #[prost(string, tag = "1")]
     pub account: String,
+    /// True: for a running call, before which no new one is reserved.
+    #[prost(bool, tag = "2")]
+    pub running: bool,
 }
 
 /// What was idle comes in the same message: a home that heard first that nothing more comes would decide without it.

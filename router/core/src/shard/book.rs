@@ -173,8 +173,9 @@ impl Shard {
         }
         if self.settings.placement.shards() > 1 {
             self.serve(account);
+            self.no_longer_short(account);
         }
-        if let Some(book) = self.books.get(account).filter(|b| b.starved.is_empty()) {
+        if let Some(book) = self.books.get(account).filter(|_| !self.runs_short(account)) {
             let most = if self.is_home(account) { WOKEN_MAX } else { WOKEN_BY_SHARE_MAX };
             let woken: Vec<u64> = book.waiting.keys().map(|(_, no)| *no).take(most).collect();
             woken.into_iter().for_each(|no| self.ask(no));

@@ -4,7 +4,7 @@
 use super::holder::Told;
 use super::lender::{Recall, Wished};
 use super::{REPEAT_MS, Shard, Timer};
-use crate::escrow::{Back, Escrow, LateSaid, Number, Numbered, OfAccount, Recalled, Say};
+use crate::escrow::{Back, Escrow, LateSaid, Number, Numbered, Recalled, Say, Wanted};
 use crate::message::{Effect, Position};
 use atp_proto::reassembly::Message;
 use atp_proto::{Amount, ConnId, StreamId, TenantId};
@@ -32,6 +32,10 @@ pub(super) struct Escrows {
     pub(super) told: BTreeMap<String, Told>,
     /// As holder: until when the home wants back what is idle, by account.
     pub(super) recalled: BTreeMap<String, u64>,
+    /// As holder: until when running calls of other shards go before new ones here, by account.
+    pub(super) stands_back: BTreeMap<String, u64>,
+    /// As holder: windows whose running calls the home knows to wait, by account.
+    pub(super) slices: BTreeSet<(String, String)>,
     /// As holder: when a share came.
     pub(super) came: BTreeMap<(u32, u64), u64>,
     /// As holder: when to look whether an account's shares are idle.
@@ -87,7 +91,7 @@ impl Shard {
             Say::Back(back) => self.share_is_back(from, back),
             Say::BackTaken(Number { no }) => self.home_knows(from, no),
             Say::Stands(stands) => self.stands_so(from, stands),
-            Say::Recall(OfAccount { account }) => self.recalled(from, account),
+            Say::Recall(Wanted { account, running }) => self.recalled(from, account, running),
             Say::Recalled(Recalled { account, backs, waits }) => {
                 if !waits && let Some(wishes) = self.escrows.wishes.get_mut(&account) {
                     wishes.remove(&(from, String::new()));
@@ -161,6 +165,13 @@ impl Shard {
     pub(super) fn parks(&mut self, tenant: &TenantId, need: Amount) -> bool {
         let room = self.escrows.parked.get(tenant.as_str()).is_none_or(|p| p.len() < PARKED_MAX);
         room && self.seeks(tenant.as_str(), "", need)
+    }
+
+    /// True while running calls of an account wait for a slice, in whatever shard: no new call is reserved.
+    pub(super) fn runs_short(&self, account: &str) -> bool {
+        let here = self.books.get(account).is_some_and(|b| !b.starved.is_empty());
+        let stands_back = || self.escrows.stands_back.get(account).is_some_and(|until| self.now_ms < *until);
+        here || self.others_run_short(account, self.settings.shard) || stands_back()
     }
 
     /// True while tasks here lack money of an account.

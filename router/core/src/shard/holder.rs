@@ -16,6 +16,8 @@ const IDLE_MS: u64 = 10_000;
 const KEPT_MS: u64 = 250;
 /// A recall holds for this long: what falls idle meanwhile goes back too.
 const RECALL_MS: u64 = 2_000;
+/// So long a running call of another shard goes before new ones here; while it waits it asks once a second.
+const STANDS_BACK_MS: u64 = 1_500;
 /// Waiting tasks, or running calls, that a wish speaks for.
 const WAITING_MAX: usize = 256;
 
@@ -89,16 +91,7 @@ impl Shard {
             // What goes home in the same breath is counted there.
             self.return_wanted(account);
         }
-        let home = self.settings.placement.home_of(account);
-        let mut wish = Wish {
-            account: account.into(),
-            window: window.into(),
-            need: need.into(),
-            least: need.into(),
-            qos: 1,
-            calls: 1,
-            last: self.state.holding().get(&home).map_or(0, |line| line.last),
-        };
+        let mut wish = self.a_wish(account, window, need);
         if window.is_empty() {
             let waiting = self.waiting_for_money(account, WAITING_MAX);
             if let Some((qos, first)) = waiting.first() {
@@ -115,12 +108,40 @@ impl Shard {
                 wish.calls = wish.calls.saturating_sub(most.saturating_sub(open));
             }
         } else {
+            self.escrows.slices.insert((account.into(), window.into()));
             // All that wait for a slice: asked for one by one, they would wait for each other, and new tasks for them.
             wish.need = need.max(self.starved_of(account, window)).into();
             // A slice helps, however small.
             wish.least = Amount::new(need.tokens.0.min(1), need.usd_micros.0.min(1)).into();
         }
-        self.say(home, Say::Wish(wish));
+        self.say(self.settings.placement.home_of(account), Say::Wish(wish));
+    }
+
+    fn a_wish(&self, account: &str, window: &str, need: Amount) -> Wish {
+        let home = self.settings.placement.home_of(account);
+        Wish {
+            account: account.into(),
+            window: window.into(),
+            need: need.into(),
+            least: need.into(),
+            qos: 1,
+            calls: 1,
+            last: self.state.holding().get(&home).map_or(0, |line| line.last),
+        }
+    }
+
+    /// Tells the home that no running call waits here any more: new ones of all shards wait for that.
+    pub(super) fn no_longer_short(&mut self, account: &str) {
+        if self.escrows.slices.is_empty() || self.books.get(account).is_some_and(|b| !b.starved.is_empty()) {
+            return;
+        }
+        let of = (account.to_owned(), String::new())..;
+        let windows = self.escrows.slices.range(of).take_while(|(a, _)| a == account).cloned().collect::<Vec<_>>();
+        for (account, window) in windows {
+            let wish = self.a_wish(&account, &window, Amount::ZERO);
+            self.say(self.settings.placement.home_of(&account), Say::Wish(wish));
+            self.escrows.slices.remove(&(account, window));
+        }
     }
 
     /// What running calls of a window lack that wait for a slice.
@@ -168,6 +189,7 @@ impl Shard {
         if self.settings.placement.home_of(&account) != home {
             return;
         }
+        self.stands_back(&account, stands.running);
         self.escrows.told.insert(account.clone(), Told { stands });
         // What was given is known when it is here.
         if !given {
@@ -179,18 +201,26 @@ impl Shard {
 
     // ---- giving back ------------------------------------------------------------------------------------------------
 
-    /// The home wants back what is idle.
-    pub(super) fn recalled(&mut self, home: u32, account: String) {
+    /// The home wants back what is idle; `running`: for a running call.
+    pub(super) fn recalled(&mut self, home: u32, account: String, running: bool) {
         if self.settings.placement.home_of(&account) != home {
             return;
         }
         self.escrows.recalled.insert(account.clone(), self.now_ms + RECALL_MS);
+        self.stands_back(&account, running);
         self.return_idle(&account, true);
         let out = self.state.holding().get(&home).into_iter().flat_map(|line| &line.out);
         let back = |(no, out): (&u64, &Out)| Back { no: *no, settled: out.settled, unused: out.unused };
         let backs = out.take(AGAIN_MAX).map(back).collect();
         let waits = self.lacks_money(&account);
         self.say(home, Say::Recalled(Recalled { account, backs, waits }));
+    }
+
+    fn stands_back(&mut self, account: &str, running: bool) {
+        match running {
+            true => self.escrows.stands_back.insert(account.into(), self.now_ms + STANDS_BACK_MS),
+            false => self.escrows.stands_back.remove(account),
+        };
     }
 
     /// What is idle goes back, if the home wants it or its window is over.
@@ -215,7 +245,7 @@ impl Shard {
         let home = self.settings.placement.home_of(account);
         let (now, at) = (self.clock.logged_ms(), self.now_ms);
         let Some(known) = self.state.accounts.get(account).filter(|a| a.shared) else { return };
-        let bids = self.bids_for(account);
+        let bids = self.bids_for(account) && !self.runs_short(account);
         let kept = |no: &u64| bids && self.escrows.came.get(&(home, *no)).is_some_and(|came| at < came + KEPT_MS);
         let over = |id: &str, w: &AccountWindow| id != known.current || w.ends_ms.is_some_and(|ends| now >= ends);
         let windows = known.windows.iter().filter(|(id, w)| all || (w.open == 0 && over(id, w)));
@@ -266,6 +296,7 @@ impl Shard {
         } else {
             self.escrows.told.remove(account);
             self.escrows.recalled.remove(account);
+            self.escrows.stands_back.remove(account);
         }
     }
 

@@ -3,9 +3,9 @@
 
 use super::{Shard, Timer};
 use crate::account::AccountWindow;
-use crate::escrow::{Back, LateSaid, Number, Numbered, OfAccount, Say, Stands, Wish};
+use crate::escrow::{Back, LateSaid, Number, Numbered, Say, Stands, Wanted, Wish};
 use crate::message::LogRoom;
-use crate::record::{Late, Record, Share, ShareBack, ShareLate, Shared};
+use crate::record::{AmountPb, Late, Record, Share, ShareBack, ShareLate, Shared};
 use atp_proto::Amount;
 use std::collections::BTreeSet;
 
@@ -33,6 +33,8 @@ pub(super) struct Wished {
 #[derive(Default)]
 pub(super) struct Recall {
     at: u64,
+    /// For a running call.
+    running: bool,
     /// Holders that haven't answered.
     waits_for: BTreeSet<u32>,
     done_at: Option<u64>,
@@ -57,12 +59,26 @@ impl Shard {
         before.fold(Amount::ZERO, |sum, w| sum.add(w.wish.least.into()).unwrap_or(sum))
     }
 
+    /// As home: true while running calls of holders, of `but` apart, wait for a slice.
+    pub(super) fn others_run_short(&self, account: &str, but: u32) -> bool {
+        let wishes = self.escrows.wishes.get(account).into_iter().flatten();
+        let alive = |at: u64| self.now_ms < at + WISH_MS;
+        wishes.into_iter().any(|((holder, window), w)| *holder != but && !window.is_empty() && alive(w.at))
+    }
+
     pub(super) fn wished(&mut self, holder: u32, wish: Wish) {
         if !self.is_home(&wish.account) {
             return;
         }
         let (now, logged, account) = (self.now_ms, self.clock.logged_ms(), wish.account.clone());
         self.escrows.unsaid.retain(|(h, no)| *h != holder || *no > wish.last);
+        if !wish.window.is_empty() && wish.need == AmountPb::default() {
+            let wishes = self.escrows.wishes.get_mut(&account);
+            if wishes.is_some_and(|wishes| wishes.remove(&(holder, wish.window)).is_some()) {
+                self.money_returned(&account);
+            }
+            return;
+        }
         // It asks again if what is on its way isn't enough. Else a share that got lost would be lent again and again.
         let on_its_way = self.unsaid_of(holder, &account);
         if !on_its_way.is_empty() {
@@ -111,7 +127,7 @@ impl Shard {
                 false => wishes.get_mut(&at).is_none_or(|w| std::mem::replace(&mut w.answered, true)),
             };
             if !answered {
-                let stands = self.stands_now(account, given);
+                let stands = self.stands_now(account, at.0, given);
                 self.say(at.0, Say::Stands(stands));
             }
         }
@@ -125,8 +141,8 @@ impl Shard {
         let account = wish.account.as_str();
         let (need, least) = (Amount::from(wish.need), Amount::from(wish.least));
         let fresh = wish.window.is_empty();
-        let book = self.books.get(account);
-        if book.is_some_and(|b| !b.starved.is_empty()) || (fresh && self.is_held_back(account)) {
+        let starved = self.books.get(account).is_some_and(|b| !b.starved.is_empty());
+        if starved || (fresh && (self.runs_short(account) || self.is_held_back(account))) {
             return false;
         }
         let (window, id) = if fresh {
@@ -212,9 +228,10 @@ impl Shard {
     }
 
     /// How the account stands, for a holder to decide with.
-    fn stands_now(&self, account: &str, given: bool) -> Stands {
+    fn stands_now(&self, account: &str, holder: u32, given: bool) -> Stands {
         let (window, ..) = self.window_now(account);
         let held_back = self.pace(account).filter(|_| self.is_held_back(account));
+        let starved = self.books.get(account).is_some_and(|b| !b.starved.is_empty());
         Stands {
             account: account.into(),
             limit: window.limit,
@@ -223,6 +240,7 @@ impl Shard {
             lent: window.lent,
             ends_ms: window.ends_ms,
             given,
+            running: starved || self.others_run_short(account, holder),
             resumes_ms: held_back.map_or(0, |(_, pace)| pace.resumes_ms(self.clock.logged_ms())),
         }
     }
@@ -231,8 +249,9 @@ impl Shard {
 
     /// Wants idle shares back from all who hold some, but `but`. True while they may still come.
     pub(super) fn recall(&mut self, account: &str, but: Option<u32>) -> bool {
-        let now = self.now_ms;
-        if let Some(recall) = self.escrows.recalls.get(account) {
+        let (now, running) = (self.now_ms, self.runs_short(account));
+        // What was asked for new calls is asked again, and with more weight, for a running one.
+        if let Some(recall) = self.escrows.recalls.get(account).filter(|recall| recall.running || !running) {
             match recall.done_at {
                 None if now < recall.at + RECALL_MS => return true,
                 Some(done) if now < done + RECALLED_MS => return false,
@@ -245,9 +264,9 @@ impl Shard {
             return false;
         }
         for holder in &waits_for {
-            self.say(*holder, Say::Recall(OfAccount { account: account.into() }));
+            self.say(*holder, Say::Recall(Wanted { account: account.into(), running }));
         }
-        self.escrows.recalls.insert(account.into(), Recall { at: now, waits_for, done_at: None });
+        self.escrows.recalls.insert(account.into(), Recall { at: now, running, waits_for, done_at: None });
         self.timer(now + RECALL_MS, Timer::Sought(account.into()));
         true
     }

@@ -155,7 +155,7 @@ impl Shard {
         let (left, free) = self.money(tenant, no, stream);
         let book = self.books.get(tenant);
         // Running calls go first; an account ahead of its pace begins nothing.
-        let starved = book.is_some_and(|b| !b.starved.is_empty()) || self.is_held_back(tenant);
+        let held_back = self.runs_short(tenant) || self.is_held_back(tenant);
         let room = |most: Option<u32>, open: usize| most.map_or(usize::MAX, |m| (m as usize).saturating_sub(open));
         let in_account = room(self.calls_max(tenant), book.map_or(0, |b| b.open.len()));
         let room = room(self.settings.stream_window.max_parallel, open_lanes as usize).min(in_account);
@@ -170,7 +170,7 @@ impl Shard {
                 || !first_grant_suffices(offer, need)
                 || (offer.capabilities.stop == Stop::None && need != e.guarded);
             let sum = used.add(need);
-            let fits = n < room && !starved && sum.is_ok_and(|sum| sum.fits(free));
+            let fits = n < room && !held_back && sum.is_ok_and(|sum| sum.fits(free));
             if never || !fits {
                 return match holds.is_empty() {
                     false => Fit::Lanes(holds),

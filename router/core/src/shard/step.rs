@@ -55,7 +55,7 @@ impl Shard {
             return offers;
         }
         let (left, free) = self.money(tenant, no, stream);
-        let free = if self.books.get(tenant).is_some_and(|b| !b.starved.is_empty()) { Amount::ZERO } else { free };
+        let free = if self.runs_short(tenant) { Amount::ZERO } else { free };
         let rung = |offer: &Offer, allowed| Rung {
             mean: offer.estimate.mean,
             guarded: offer.estimate.guarded,

@@ -33,6 +33,8 @@ pub(crate) struct Fleet {
     pub(crate) to_agent: Vec<Frame>,
     /// The shard of each call that was dispatched.
     pub(crate) calls: BTreeMap<String, u32>,
+    /// The last that a call said.
+    said: BTreeMap<String, u64>,
     /// Messages between shards that don't arrive: (from, to).
     pub(crate) cut: BTreeSet<(u32, u32)>,
     pub(crate) runs: u64,
@@ -81,6 +83,7 @@ impl Fleet {
             to_client: Vec::new(),
             to_agent: Vec::new(),
             calls: BTreeMap::new(),
+            said: BTreeMap::new(),
             cut: BTreeSet::new(),
             runs: 0,
             learned: Statistics::default(),
@@ -218,8 +221,11 @@ impl Fleet {
         self.run();
     }
 
-    /// A running call says message `msg_seq`, and has cost so much until then.
-    pub(crate) fn say(&mut self, call: &str, msg_seq: u64, usd_micros: u64) {
+    /// A running call says its next message, and has cost so much until then.
+    pub(crate) fn say(&mut self, call: &str, usd_micros: u64) {
+        let msg_seq = self.said.entry(call.into()).or_default();
+        *msg_seq += 1;
+        let msg_seq = *msg_seq;
         let cost = Cost { in_tokens: Tokens(50), out_tokens: Tokens(40), usd_micros: UsdMicros(usd_micros) };
         let part = AgentPartial { text: Some("so far".into()), cost, ..AgentPartial::default() };
         let frame = Frame::json(call, msg_seq, Flags::NONE, kind::RESULT_PARTIAL, &part);
@@ -240,7 +246,8 @@ impl Fleet {
         let Some(shard) = self.calls.remove(call) else { panic!("{call} doesn't run") };
         let cost = Cost { in_tokens: Tokens(50), out_tokens: Tokens(40), usd_micros: UsdMicros(usd_micros) };
         let last = AgentFinal { text: Some("ok".into()), cost, finish, ..AgentFinal::default() };
-        let frame = Frame::json(call, 1, Flags::FIN, kind::RESULT_FINAL, &last);
+        let msg_seq = self.said.remove(call).unwrap_or(0) + 1;
+        let frame = Frame::json(call, msg_seq, Flags::FIN, kind::RESULT_FINAL, &last);
         let (agent, incarnation) = (AgentName::new("a"), "p1".into());
         let message = FromAgent::Frame { agent, incarnation, received: received(frame) };
         self.shards[shard as usize].handle(self.now, Input::Agent(message));

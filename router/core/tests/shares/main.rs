@@ -124,11 +124,12 @@ fn calls_that_run_on_are_lent_to_together_and_keep_no_new_task_waiting() {
     let calls: Vec<String> = fleet.calls.keys().cloned().collect();
     // Each asks for slices until nothing is left of the shares, and then at a time when the home hears nothing.
     fleet.cut.extend([(home, away), (away, home)]);
-    let (mut cost, mut seq) = (10, 0);
-    while fleet.account(away).2 + 2 < fleet.account(away).0 || seq == 0 {
-        (cost, seq) = (cost + 2, seq + 1);
-        calls.iter().for_each(|call| fleet.say(call, seq, cost));
-        assert!(seq < 1_000, "{:?}", fleet.account(away));
+    let mut cost = 12;
+    calls.iter().for_each(|call| fleet.say(call, cost));
+    while fleet.account(away).2 + 2 < fleet.account(away).0 {
+        cost += 2;
+        calls.iter().for_each(|call| fleet.say(call, cost));
+        assert!(cost < 1_000, "{:?}", fleet.account(away));
     }
     fleet.submit(last, true);
     assert_eq!(fleet.calls.len(), CALLS, "running calls come first");
@@ -141,11 +142,50 @@ fn calls_that_run_on_are_lent_to_together_and_keep_no_new_task_waiting() {
     // They go on, for as much again, out of what there was to spare.
     let (before, slices) = (fleet.records(home, "share"), fleet.records(away, "extend"));
     for _ in 0..40 {
-        (cost, seq) = (cost + 2, seq + 1);
-        calls.iter().for_each(|call| fleet.say(call, seq, cost));
+        cost += 2;
+        calls.iter().for_each(|call| fleet.say(call, cost));
     }
     let (shares, slices) = (fleet.records(home, "share") - before, fleet.records(away, "extend") - slices);
     assert!(slices >= CALLS && shares <= slices / 4, "{shares} shares for {slices} slices");
+}
+
+#[test]
+fn a_running_call_of_one_shard_goes_before_new_ones_of_all_others() {
+    let mut fleet = Fleet::new(settings(2_000, None));
+    let (home, away, other) = (fleet.home(), fleet.away(1), fleet.away(2));
+    let ids: Vec<String> = fleet.stream_on(other).take(14).collect();
+    let (first, rest) = ids.split_at(9);
+    first.iter().for_each(|id| fleet.submit(id, true));
+    assert_eq!((fleet.calls.len(), fleet.records(home, "share")), (9, 2), "one share for nearly all");
+    let id = fleet.stream_on(away).next().unwrap();
+    fleet.submit(&id, true);
+    let runs_on = fleet.calls.iter().find(|(_, shard)| **shard == away).unwrap().0.clone();
+    // It takes what there is, and waits for more.
+    let mut cost = 10;
+    while cost <= fleet.account(away).2 {
+        cost += 1;
+        fleet.say(&runs_on, cost);
+    }
+    rest.iter().for_each(|id| fleet.submit(id, true));
+    fleet.stream_on(home).take(5).for_each(|id| fleet.submit(&id, true));
+    fleet.wait(3_000);
+    let (slices, runs) = (fleet.records(away, "extend"), fleet.calls.len());
+    let calls: Vec<String> = fleet.calls.keys().filter(|call| **call != runs_on).cloned().collect();
+    for (n, call) in calls.iter().enumerate() {
+        fleet.finish(call, 4, Finish::Complete);
+        fleet.wait(200);
+        if fleet.records(away, "extend") > slices {
+            break;
+        }
+        assert_eq!(fleet.calls.len(), runs - n - 1, "a new call began with what a running one waits for");
+    }
+    assert!(fleet.records(away, "extend") > slices, "it has its slice");
+    fleet.finish(&runs_on, cost, Finish::Complete);
+    for _ in 0..5 {
+        fleet.wait(1_000);
+        fleet.finish_all(4);
+    }
+    assert_eq!(fleet.runs, 20, "{:?}", fleet.account(home));
 }
 
 #[test]
@@ -185,16 +225,16 @@ fn a_call_that_waits_for_a_slice_gets_it_however_late_the_money_is_back() {
             break;
         }
     }
-    let (mut cost, mut seq) = (0, 0);
+    let mut cost = 0;
     while fleet.account(away).0 > fleet.account(away).2 || fleet.account(home).0 > fleet.account(home).3 {
-        (cost, seq) = (cost + 2, seq + 1);
-        fleet.say(&call, seq, cost);
+        cost += 2;
+        fleet.say(&call, cost);
         fleet.wait(300);
-        assert!(seq < 500, "{:?} {:?}", fleet.account(away), fleet.account(home));
+        assert!(cost < 1_000, "{:?} {:?}", fleet.account(away), fleet.account(home));
     }
     while cost < fleet.account(away).0 {
-        (cost, seq) = (cost + 2, seq + 1);
-        fleet.say(&call, seq, cost);
+        cost += 2;
+        fleet.say(&call, cost);
     }
     let before = fleet.records(away, "extend");
     // Nobody says anything for so long that its home has forgotten who asked.
