@@ -7,6 +7,9 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 const USAGE: &str = "sim [--seed N] [--schedules N] [--from N] [--threads N] [--trace] [--keep-going]
   --seed N       run the one schedule of this seed and print its trace
   --schedules N  run this many (20000), seeds from --from (1) on, the corpus first
