@@ -26,4 +26,5 @@ pub mod stream;
 pub mod tier;
 pub mod tool;
 pub mod view;
+pub mod whereabouts;
 pub mod window;

@@ -209,8 +209,7 @@ impl Agents {
 
     /// Unix milliseconds of the agent's last sign of life.
     pub(crate) fn last_heartbeat_ms(&self, name: &AgentName) -> Option<u64> {
-        if let Some(heard) = self.peers.heard(name) {
-            let ago = u64::try_from(heard.elapsed().as_millis()).unwrap_or(u64::MAX);
+        if let Some(ago) = self.peers.unheard_ms(name) {
             return Some(self.clocks.now().wall_ms.saturating_sub(ago));
         }
         let list = self.list.lock().unwrap_or_else(PoisonError::into_inner);

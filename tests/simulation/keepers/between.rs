@@ -1,4 +1,4 @@
-//! Several routers, simulated as the server has it: each knows from the others which agents are where and reaches them over a link,
+//! Several routers, as the server has them: each knows from the others which agents are where and reaches them over a link,
 //! which may break; the same process counts where it connected last, of two the first that answers keeps its handle.
 
 use super::Keepers;
@@ -9,10 +9,10 @@ use crate::simulation::process::Process;
 use crate::simulation::rng::Rng;
 use crate::simulation::sched::{Event, Sched};
 use atp_core::message::{AgentInput, FromAgent, ToAgent};
+use atp_core::whereabouts::{Whereabouts, Word};
+use atp_proto::content::{AgentRoute, RouteUpdate};
 use atp_proto::{AgentName, ConnId};
 
-/// An agent that was heard within this long keeps its handle.
-const LIVE_MS: u64 = 15_000;
 /// Agents are announced when they change, and this often.
 const ANNOUNCE_MS: u64 = 5_000;
 
@@ -32,7 +32,7 @@ pub enum Between {
         from: usize,
         to: usize,
         run: (u32, u32),
-        routes: Vec<Route>,
+        update: RouteUpdate,
     },
     Announce {
         router: usize,
@@ -67,30 +67,12 @@ pub enum Between {
     },
 }
 
-/// One agent of an announcement.
-#[derive(Clone, Debug)]
-pub struct Route {
-    agent: usize,
-    incarnation: String,
-    connected_ms: u64,
-    heard_ms: u64,
-}
-
 /// What the shards at a router hear.
 #[derive(Default)]
 pub struct News {
     pub told: Vec<(usize, Option<u32>, FromAgent)>,
     /// Agents that they shall introduce themselves to.
     pub come: Vec<(usize, usize)>,
-}
-
-/// An agent of another router.
-#[derive(Clone)]
-struct Far {
-    router: usize,
-    incarnation: String,
-    since: u64,
-    heard: u64,
 }
 
 struct Here {
@@ -111,8 +93,9 @@ type Way = Option<(u64, usize, u32)>;
 pub(super) struct Fleet {
     routers: usize,
     up: Vec<bool>,
+    /// By router.
+    far: Vec<Whereabouts>,
     /// By keeper.
-    far: Vec<Option<Far>>,
     here: Vec<Option<Here>>,
     pub(super) heard: Vec<u64>,
     /// By keeper and shard.
@@ -127,7 +110,7 @@ impl Fleet {
         Self {
             routers,
             up: vec![true; routers],
-            far: vec![None; routers * agents],
+            far: (0..routers).map(whereabouts).collect(),
             here: (0..routers * agents).map(|_| None).collect(),
             heard: vec![0; routers * agents],
             ways: vec![None; routers * agents * shards],
@@ -139,6 +122,14 @@ impl Fleet {
     fn pair(&self, a: usize, b: usize) -> usize {
         a.min(b) * self.routers + a.max(b)
     }
+}
+
+fn name(router: usize) -> String {
+    router.to_string()
+}
+
+fn whereabouts(router: usize) -> Whereabouts {
+    Whereabouts::new(&name(router))
 }
 
 /// Of a fifth of the schedules several routers share the work. Agents connect to one after the other; links between routers break.
@@ -213,8 +204,13 @@ impl Keepers {
     /// The keeper that a router takes an agent's messages to: its own, if it can't reach another.
     pub(super) fn where_is(&self, router: usize, agent: usize) -> usize {
         let keeper = self.at(router, agent);
-        let far = self.fleet.far[keeper].as_ref().filter(|far| self.link(router, far.router).is_some());
-        far.map_or(keeper, |far| self.at(far.router, agent))
+        let far = self.far(router, agent).filter(|far| self.link(router, *far).is_some());
+        far.map_or(keeper, |far| self.at(far, agent))
+    }
+
+    /// The other router that speaks for an agent.
+    fn far(&self, router: usize, agent: usize) -> Option<usize> {
+        self.fleet.far[router].of(&self.names[agent])?.router.parse().ok()
     }
 
     pub(super) fn note_way(&mut self, keeper: usize, message: &ToAgent, from: usize, link: u32) {
@@ -239,15 +235,15 @@ impl Keepers {
     pub fn known_at(&self, router: usize) -> Vec<usize> {
         let known = |agent: &usize| {
             let keeper = self.at(router, *agent);
-            !self.is_fleet() || self.machines[keeper].is_some() || self.fleet.far[keeper].is_some()
+            !self.is_fleet() || self.machines[keeper].is_some() || self.far(router, *agent).is_some()
         };
         (0..self.names.len()).filter(known).collect()
     }
 
     /// Of one handle one incarnation, in the whole fleet, as far as this router knows.
     pub(super) fn may_connect(&self, s: &Sched, keeper: usize, incarnation: &str) -> bool {
-        let other = self.fleet.far[keeper].as_ref().filter(|far| far.incarnation != incarnation);
-        other.is_none_or(|far| s.now_ms >= far.heard + LIVE_MS)
+        let (router, agent) = self.of(keeper);
+        self.fleet.far[router].may_connect(&self.names[agent], incarnation, s.now_ms).is_ok()
     }
 
     // ---- from keepers to shards -------------------------------------------------------------------------------------
@@ -272,11 +268,11 @@ impl Keepers {
 
     /// To every shard, wherever it is.
     pub(super) fn tell_all(&mut self, s: &mut Sched, keeper: usize, message: &FromAgent) {
+        let (from, agent) = self.of(keeper);
         // It left here, and is connected elsewhere.
-        if matches!(message, FromAgent::Down { .. }) && self.fleet.far[keeper].is_some() {
+        if matches!(message, FromAgent::Down { .. }) && self.far(from, agent).is_some() {
             return;
         }
-        let (from, _) = self.of(keeper);
         s.note(&keeper, || format!("keeper {keeper} tells all {message:?}"));
         for to in 0..self.fleet.routers {
             self.push(s, from, to, None, message.clone());
@@ -300,14 +296,14 @@ impl Keepers {
 
     /// After each input of a machine: whether its agent came or went.
     pub(super) fn note_presence(&mut self, s: &mut Sched, keeper: usize) {
-        let (router, _) = self.of(keeper);
+        let (router, agent) = self.of(keeper);
         let link = self.machines[keeper].as_ref().and_then(|machine| machine.link());
         if self.fleet.here[keeper].as_ref().map(|here| (here.conn, &*here.incarnation)) == link {
             return;
         }
         let here = link.map(|(conn, of)| Here { conn, incarnation: of.into(), since: s.now_ms });
         if here.is_some() {
-            self.fleet.far[keeper] = None;
+            self.fleet.far[router].is_here(&self.names[agent]);
         }
         self.fleet.here[keeper] = here;
         (0..self.fleet.routers).for_each(|to| self.announce(s, router, to));
@@ -315,17 +311,18 @@ impl Keepers {
 
     fn announce(&mut self, s: &mut Sched, from: usize, to: usize) {
         let Some(link) = self.link(from, to).filter(|_| from != to) else { return };
-        let routes = self.routes(s, from);
+        let update = RouteUpdate { router_id: name(from), agents: self.routes(s, from) };
         let run = (self.generation[to], link);
-        self.pipe(s, from, to, Between::Routes { from, to, run, routes });
+        self.pipe(s, from, to, Between::Routes { from, to, run, update });
     }
 
-    fn routes(&self, s: &Sched, router: usize) -> Vec<Route> {
+    fn routes(&self, s: &Sched, router: usize) -> Vec<AgentRoute> {
         let of = |agent: usize| {
             let keeper = self.at(router, agent);
             let here = self.fleet.here[keeper].as_ref()?;
             let (connected_ms, heard_ms) = (s.now_ms - here.since, s.now_ms - self.fleet.heard[keeper]);
-            Some(Route { agent, incarnation: here.incarnation.clone(), connected_ms, heard_ms })
+            let (agent_prefix, incarnation) = (self.names[agent].clone(), here.incarnation.clone());
+            Some(AgentRoute { agent_prefix, incarnation, connected_ms, heard_ms })
         };
         (0..self.names.len()).filter_map(of).collect()
     }
@@ -336,15 +333,12 @@ impl Keepers {
         let mut news = News::default();
         match between {
             Between::Said { from, to, run, shard, message }
-                if self.arrives(from, to, run) && (from == to || self.counts(s, from, to, &message)) =>
+                if self.arrives(from, to, run) && (from == to || self.hears(s, check, (from, to), &message)) =>
             {
-                if from != to {
-                    self.said_elsewhere(s, check, to, &message);
-                }
                 news.told.push((to, shard, *message));
             }
-            Between::Routes { from, to, run, routes } if self.arrives(from, to, run) => {
-                self.update(s, check, (from, to), &routes, &mut news);
+            Between::Routes { from, to, run, update } if self.arrives(from, to, run) => {
+                self.update(s, check, (from, to), &update, &mut news);
             }
             Between::Announce { router, generation } if generation == self.generation[router] => {
                 (0..self.fleet.routers).for_each(|to| self.announce(s, router, to));
@@ -384,84 +378,38 @@ impl Keepers {
     }
 
     /// Whether a router believes what another one says of an agent.
-    fn counts(&mut self, s: &Sched, from: usize, to: usize, message: &FromAgent) -> bool {
-        match message {
-            FromAgent::Up { agent, capabilities, .. } => {
-                let keeper = self.at(to, self.agent(agent));
-                let incarnation = capabilities.incarnation.clone();
-                // Another process under the same handle: the first one that answers keeps it.
-                if self.fleet.here[keeper].as_ref().is_some_and(|own| own.incarnation != incarnation) {
-                    return false;
-                }
-                self.fleet.far[keeper] = Some(Far { router: from, incarnation, since: s.now_ms, heard: s.now_ms });
-                true
-            }
-            FromAgent::Down { agent, .. } => {
-                let keeper = self.at(to, self.agent(agent));
-                self.fleet.far[keeper].take_if(|far| far.router == from).is_some()
-            }
-            FromAgent::Status { agent, .. } | FromAgent::Flow { agent, .. } => {
-                self.fleet.far[self.at(to, self.agent(agent))].as_ref().is_some_and(|far| far.router == from)
-            }
-            FromAgent::Lent { .. } | FromAgent::Sent { .. } | FromAgent::Unsent { .. } | FromAgent::Frame { .. } => {
-                true
-            }
-        }
-    }
-
-    /// A keeper that an agent had here hears what it says to another one.
-    fn said_elsewhere(&mut self, s: &mut Sched, check: &mut Check, to: usize, message: &FromAgent) {
-        let (agent, incarnation, status) = match message {
-            FromAgent::Up { agent, capabilities, status: Some(status), .. } => {
-                (agent, capabilities.incarnation.clone(), status.clone())
-            }
-            FromAgent::Status { agent, status } => {
-                let far = self.fleet.far[self.at(to, self.agent(agent))].as_ref();
-                (agent, far.map_or_else(String::new, |far| far.incarnation.clone()), status.clone())
-            }
-            _ => return,
+    fn hears(&mut self, s: &mut Sched, check: &mut Check, pair: (usize, usize), message: &FromAgent) -> bool {
+        let (from, to) = pair;
+        let here = match message {
+            FromAgent::Up { agent, .. } => self.fleet.here[self.at(to, self.agent(agent))].as_ref(),
+            _ => None,
         };
-        let keeper = self.at(to, self.agent(agent));
-        if self.machines[keeper].is_some() && self.fleet.here[keeper].is_none() {
-            check.statuses.said_elsewhere(keeper, &incarnation, &status, s.now_ms);
-            self.machine(s, check, keeper, AgentInput::SaidElsewhere { incarnation: incarnation.into(), status });
+        let here = here.map(|own| &*own.incarnation);
+        match self.fleet.far[to].hears(&name(from), message, here, s.now_ms) {
+            Word::Void => return false,
+            Word::Counts => {}
+            // A keeper that an agent had here hears what it says to another one.
+            Word::Status { agent, incarnation, status } => {
+                let keeper = self.at(to, self.agent(&agent));
+                if self.machines[keeper].is_some() && self.fleet.here[keeper].is_none() {
+                    check.statuses.said_elsewhere(keeper, &incarnation, &status, s.now_ms);
+                    self.machine(s, check, keeper, AgentInput::SaidElsewhere { incarnation, status });
+                }
+            }
         }
+        true
     }
 
     /// All agents of another router.
-    fn update(&mut self, s: &mut Sched, check: &mut Check, pair: (usize, usize), routes: &[Route], news: &mut News) {
+    fn update(&mut self, s: &mut Sched, check: &mut Check, pair: (usize, usize), said: &RouteUpdate, news: &mut News) {
         let (from, to) = pair;
         let own = self.routes(s, to);
-        for route in routes {
-            let keeper = self.at(to, route.agent);
-            if let Some(own) = own.iter().find(|own| own.agent == route.agent) {
-                if !yields(own, route, (to, from)) {
-                    continue;
-                }
-                self.elsewhere(s, check, keeper);
-            }
-            let (since, heard) = (s.now_ms.saturating_sub(route.connected_ms), s.now_ms.saturating_sub(route.heard_ms));
-            match &mut self.fleet.far[keeper] {
-                Some(far) if far.router == from && far.incarnation == route.incarnation => far.heard = heard,
-                // What it says is older than what another one said.
-                Some(far) if far.router != from && far.since >= since => {}
-                far => {
-                    *far = Some(Far { router: from, incarnation: route.incarnation.clone(), since, heard });
-                    news.come.push((to, route.agent));
-                }
-            }
+        let means = self.fleet.far[to].update(&name(from), said, &own, s.now_ms);
+        for (agent, _) in means.elsewhere {
+            self.elsewhere(s, check, self.at(to, self.agent(&agent)));
         }
-        for agent in (0..self.names.len()).filter(|agent| routes.iter().all(|route| route.agent != *agent)) {
-            self.is_gone(to, from, agent, news);
-        }
-    }
-
-    fn is_gone(&mut self, at: usize, of: usize, agent: usize, news: &mut News) {
-        let keeper = self.at(at, agent);
-        if let Some(far) = self.fleet.far[keeper].take_if(|far| far.router == of) {
-            let incarnation = far.incarnation.as_str().into();
-            news.told.push((at, None, FromAgent::Down { agent: self.names[agent].clone(), incarnation }));
-        }
+        news.come.extend(means.come.iter().map(|agent| (to, self.agent(agent))));
+        gone(to, means.gone, news);
     }
 
     /// An agent is connected to another router, and that counts.
@@ -480,7 +428,7 @@ impl Keepers {
 
     /// A router forgets the agents of another one.
     fn forget(&mut self, at: usize, of: usize, news: &mut News) {
-        (0..self.names.len()).for_each(|agent| self.is_gone(at, of, agent, news));
+        gone(at, self.fleet.far[at].lost(&name(of)), news);
     }
 
     // ---- links and routers ------------------------------------------------------------------------------------------
@@ -517,9 +465,8 @@ impl Keepers {
         self.fleet.up[router] = false;
         let keepers = self.at(router, 0)..self.at(router + 1, 0);
         self.fleet.ways[keepers.start * self.shards..keepers.end * self.shards].fill(None);
-        for keeper in keepers {
-            (self.fleet.far[keeper], self.fleet.here[keeper]) = (None, None);
-        }
+        self.fleet.here[keepers].fill_with(|| None);
+        self.fleet.far[router] = whereabouts(router);
         for other in (0..self.fleet.routers).filter(|other| *other != router) {
             self.cut(s, router, other);
         }
@@ -552,13 +499,8 @@ impl Keepers {
     }
 }
 
-/// Of one handle at two routers: whether the connection here must end.
-fn yields(own: &Route, other: &Route, routers: (usize, usize)) -> bool {
-    let younger = (own.connected_ms, routers.0) < (other.connected_ms, routers.1);
-    let live = |route: &Route| route.heard_ms < LIVE_MS;
-    match (own.incarnation == other.incarnation, younger) {
-        (true, _) => !younger,
-        (false, true) => live(other),
-        (false, false) => !live(own),
-    }
+/// The shards at a router hear that these agents are gone.
+fn gone(at: usize, agents: Vec<(AgentName, String)>, news: &mut News) {
+    let down = |(agent, incarnation): (AgentName, String)| FromAgent::Down { agent, incarnation: incarnation.into() };
+    news.told.extend(agents.into_iter().map(|gone| (at, None, down(gone))));
 }

@@ -2,8 +2,8 @@
 //! its agents. Each router dials every other one, so all shards reach all agents.
 
 use super::ask::{self, Ask};
+use super::connect;
 use super::say::{self, Assembly, Heard, Said};
-use super::{News, connect};
 use crate::agent_task::AgentMessage;
 use crate::call_routes::Via;
 use crate::connection::{Connection, Ended, Shared};
@@ -12,7 +12,8 @@ use crate::metric;
 use crate::outbox::{Outbox, outbox};
 use crate::shards::Site;
 use atp_core::message::FromAgent;
-use atp_proto::content::{AgentStatus, RouteUpdate};
+use atp_core::whereabouts::{News, Word};
+use atp_proto::content::RouteUpdate;
 use atp_proto::{AgentName, ConnId, WireError};
 use bytes::BytesMut;
 use std::collections::BTreeMap;
@@ -265,42 +266,20 @@ async fn withdraw(shared: &Shared, gone: Vec<(AgentName, String)>) {
     }
 }
 
-/// An agent that was here hears its own newest word, should it come back.
-async fn said_elsewhere(shared: &Shared, agent: &AgentName, incarnation: &str, status: &AgentStatus) {
-    if let Some(known) = shared.agents.known(agent) {
-        let said = AgentMessage::SaidElsewhere { incarnation: incarnation.into(), status: status.clone() };
-        let _ = known.queue.send(said).await;
-    }
-}
-
 async fn from_agent(shared: &Shared, router: &str, shard: Option<u32>, message: FromAgent) {
-    match &message {
-        FromAgent::Up { agent, capabilities, status, .. } => {
-            let own = shared.agents.here().into_iter().find(|own| own.agent_prefix == *agent);
-            // Another process under the same handle: the first one that answers keeps it.
-            if own.is_some_and(|own| own.incarnation != capabilities.incarnation) {
-                return;
-            }
-            shared.peers.is_at(agent, router, &capabilities.incarnation);
-            if let Some(status) = status {
-                said_elsewhere(shared, agent, &capabilities.incarnation, status).await;
-            }
-        }
-        FromAgent::Down { agent, .. } => {
-            if !shared.peers.left(agent, router) {
-                return;
+    let here = match &message {
+        FromAgent::Up { agent, .. } => shared.agents.here().into_iter().find(|own| own.agent_prefix == *agent),
+        _ => None,
+    };
+    match shared.peers.hears(router, &message, here.as_ref().map(|own| &*own.incarnation)) {
+        Word::Void => return,
+        Word::Counts => {}
+        // An agent that was here hears its own newest word, should it come back.
+        Word::Status { agent, incarnation, status } => {
+            if let Some(known) = shared.agents.known(&agent) {
+                let _ = known.queue.send(AgentMessage::SaidElsewhere { incarnation, status }).await;
             }
         }
-        FromAgent::Status { agent, status } => {
-            let Some(incarnation) = shared.peers.spoken_for(agent, router) else { return };
-            said_elsewhere(shared, agent, &incarnation, status).await;
-        }
-        FromAgent::Flow { agent, .. } => {
-            if shared.peers.spoken_for(agent, router).is_none() {
-                return;
-            }
-        }
-        FromAgent::Lent { .. } | FromAgent::Sent { .. } | FromAgent::Unsent { .. } | FromAgent::Frame { .. } => {}
     }
     let to = match shard {
         Some(shard) => shared.shards.here(shard).into_iter().collect(),

@@ -15,6 +15,7 @@ use crate::outbox::Outbox;
 use crate::shards::Site;
 use ask::Answers;
 use atp_core::message::FromAgent;
+use atp_core::whereabouts::{News, Whereabouts, Word};
 use atp_proto::codec;
 use atp_proto::content::{AgentRoute, PeerChallenge, RouteUpdate};
 use atp_proto::frame::kind;
@@ -32,9 +33,6 @@ use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::sync::{oneshot, watch};
 use tokio::time::Instant;
 
-/// An agent that was heard within this long keeps its handle.
-const LIVE: Duration = Duration::from_secs(15);
-
 /// Clones share everything.
 #[derive(Clone)]
 pub(crate) struct Peers(Arc<Inner>);
@@ -43,18 +41,18 @@ struct Inner {
     own: String,
     key: Option<PeerKey>,
     known: Mutex<Known>,
+    started: Instant,
     next: AtomicU64,
     /// Rises when an agent comes or goes here.
     agents: watch::Sender<u64>,
 }
 
-#[derive(Default)]
 struct Known {
     /// By router: the link that was dialled here.
     links: BTreeMap<String, Link>,
     /// The links that others dialled.
     taken: BTreeMap<ConnId, Outbox>,
-    far: BTreeMap<AgentName, Far>,
+    far: Whereabouts,
     asked: BTreeMap<u64, oneshot::Sender<Answers>>,
 }
 
@@ -63,45 +61,21 @@ struct Link {
     outbox: Outbox,
 }
 
-/// An agent of another router.
-struct Far {
-    router: String,
-    incarnation: String,
-    since: Instant,
-    heard: Instant,
-}
-
-/// What an update of another router's agents means here.
-#[derive(Default)]
-pub(crate) struct News {
-    /// Agents that nobody here knew to be there.
-    pub(crate) come: Vec<AgentName>,
-    /// Agents that aren't there any more, and their incarnations.
-    pub(crate) gone: Vec<(AgentName, String)>,
-    /// Agents that must leave this router, because their connection there counts.
-    pub(crate) elsewhere: Vec<(AgentName, WireError)>,
-}
-
-impl Known {
-    fn forget(&mut self, which: impl Fn(&AgentName, &Far) -> bool) -> Vec<(AgentName, String)> {
-        let (mut gone, mut stay) = (Vec::new(), BTreeMap::new());
-        for (name, far) in std::mem::take(&mut self.far) {
-            if which(&name, &far) {
-                gone.push((name, far.incarnation));
-            } else {
-                stay.insert(name, far);
-            }
-        }
-        self.far = stay;
-        gone
-    }
-}
-
 impl Peers {
     /// Without a key there are no others.
     pub(crate) fn new(own: &str, key: Option<PeerKey>) -> Self {
-        let (known, next, agents) = (Mutex::default(), AtomicU64::new(1), watch::Sender::new(0));
-        Self(Arc::new(Inner { own: own.into(), key, known, next, agents }))
+        let known = Known {
+            links: BTreeMap::new(),
+            taken: BTreeMap::new(),
+            far: Whereabouts::new(own),
+            asked: BTreeMap::new(),
+        };
+        let (known, next, agents) = (Mutex::new(known), AtomicU64::new(1), watch::Sender::new(0));
+        Self(Arc::new(Inner { own: own.into(), key, known, started: Instant::now(), next, agents }))
+    }
+
+    fn now_ms(&self) -> u64 {
+        u64::try_from(self.0.started.elapsed().as_millis()).unwrap_or(u64::MAX)
     }
 
     fn known(&self) -> MutexGuard<'_, Known> {
@@ -143,7 +117,7 @@ impl Peers {
             return Vec::new();
         }
         known.links.remove(router);
-        known.forget(|_, far| far.router == router)
+        known.far.lost(router)
     }
 
     fn taken(&self, conn: ConnId, outbox: Outbox) {
@@ -199,21 +173,21 @@ impl Peers {
     /// The link to the router of an agent; `None`: it is here, or nowhere.
     pub(crate) fn link_of(&self, agent: &AgentName) -> Option<Outbox> {
         let known = self.known();
-        let far = known.far.get(agent)?;
-        known.links.get(&far.router).map(|link| link.outbox.clone())
+        let far = known.far.of(agent)?;
+        known.links.get(&*far.router).map(|link| link.outbox.clone())
     }
 
     pub(crate) fn is_far(&self, agent: &AgentName) -> bool {
-        self.known().far.contains_key(agent)
+        self.known().far.of(agent).is_some()
     }
 
-    /// When an agent of another router was last heard there.
-    pub(crate) fn heard(&self, agent: &AgentName) -> Option<Instant> {
-        self.known().far.get(agent).map(|far| far.heard)
+    /// Milliseconds since an agent of another router was heard there.
+    pub(crate) fn unheard_ms(&self, agent: &AgentName) -> Option<u64> {
+        self.known().far.of(agent).map(|far| far.unheard_ms(self.now_ms()))
     }
 
     pub(crate) fn far_agents(&self) -> Vec<AgentName> {
-        self.known().far.keys().cloned().collect()
+        self.known().far.agents().cloned().collect()
     }
 
     /// A handle has one live incarnation, in the whole fleet.
@@ -221,17 +195,12 @@ impl Peers {
     /// # Errors
     /// ESEC: another one answers at another router.
     pub(crate) fn may_connect(&self, agent: &AgentName, incarnation: &str) -> Result<(), WireError> {
-        match self.known().far.get(agent) {
-            Some(far) if far.incarnation != incarnation && far.heard.elapsed() < LIVE => {
-                Err(taken_at(agent, &far.router))
-            }
-            _ => Ok(()),
-        }
+        self.known().far.may_connect(agent, incarnation, self.now_ms())
     }
 
     /// From now on the agent is here, whatever was said of it.
     pub(crate) fn is_here(&self, agent: &AgentName) {
-        self.known().far.remove(agent);
+        self.known().far.is_here(agent);
     }
 
     /// An agent came or went here.
@@ -239,81 +208,15 @@ impl Peers {
         self.0.agents.send_modify(|n| *n += 1);
     }
 
-    /// Another router says that the agent has connected to it.
-    fn is_at(&self, agent: &AgentName, router: &str, incarnation: &str) {
-        let (router, incarnation, now) = (router.into(), incarnation.into(), Instant::now());
-        self.known().far.insert(agent.clone(), Far { router, incarnation, since: now, heard: now });
-    }
-
-    /// The process of an agent, where that router is the one that speaks for it.
-    fn spoken_for(&self, agent: &AgentName, router: &str) -> Option<String> {
-        self.known().far.get(agent).filter(|far| far.router == router).map(|far| far.incarnation.clone())
-    }
-
-    /// That router's agent is gone, unless it has come to another one meanwhile.
-    fn left(&self, agent: &AgentName, router: &str) -> bool {
-        let mut known = self.known();
-        let left = known.far.get(agent).is_some_and(|far| far.router == router);
-        if left {
-            known.far.remove(agent);
-        }
-        left
+    /// What that router says of an agent; `here`: the incarnation that is connected to this one.
+    fn hears(&self, router: &str, message: &FromAgent, here: Option<&str>) -> Word {
+        self.known().far.hears(router, message, here, self.now_ms())
     }
 
     /// All agents of another router; `here` are those of this one.
     fn update(&self, router: &str, update: &RouteUpdate, here: &[AgentRoute]) -> News {
-        let mut known = self.known();
-        let now = Instant::now();
-        let before = |ms: u64| now.checked_sub(Duration::from_millis(ms)).unwrap_or(now);
-        let mut news = News::default();
-        for route in &update.agents {
-            let name = &route.agent_prefix;
-            if let Some(own) = here.iter().find(|own| own.agent_prefix == *name) {
-                if let Some(error) = yields(own, route, (&self.0.own, router)) {
-                    news.elsewhere.push((name.clone(), error));
-                } else {
-                    continue;
-                }
-            }
-            let (since, heard) = (before(route.connected_ms), before(route.heard_ms));
-            match known.far.get_mut(name) {
-                Some(far) if far.router == router && far.incarnation == route.incarnation => far.heard = heard,
-                // What it says is older than what another one said.
-                Some(far) if far.router != router && far.since >= since => {}
-                _ => {
-                    let (router, incarnation) = (router.into(), route.incarnation.clone());
-                    known.far.insert(name.clone(), Far { router, incarnation, since, heard });
-                    news.come.push(name.clone());
-                }
-            }
-        }
-        let named = |name: &AgentName| update.agents.iter().any(|route| route.agent_prefix == *name);
-        news.gone = known.forget(|name, far| far.router == router && !named(name));
-        news
+        self.known().far.update(router, update, here, self.now_ms())
     }
-}
-
-fn taken_at(agent: &AgentName, router: &str) -> WireError {
-    let message = format!(
-        "agent {agent} is connected to router {router} with another incarnation that answers; stop that one first"
-    );
-    WireError::new(Code::Sec, message).scope(format!("agent:{agent}"))
-}
-
-/// Of one handle at two routers: why the connection here must end, if it is this one. The same process is where it connected
-/// last; of two the first that answers keeps the handle.
-fn yields(own: &AgentRoute, other: &AgentRoute, routers: (&str, &str)) -> Option<WireError> {
-    let younger = (own.connected_ms, routers.0) < (other.connected_ms, routers.1);
-    let live = |route: &AgentRoute| Duration::from_millis(route.heard_ms) < LIVE;
-    if own.incarnation == other.incarnation {
-        let message = format!("replaced by a newer connection of this agent, to router {}", routers.1);
-        return (!younger).then(|| WireError::new(Code::AgentDown, message));
-    }
-    let keeps = match younger {
-        true => !live(other),
-        false => live(own),
-    };
-    (!keeps).then(|| taken_at(&own.agent_prefix, routers.1))
 }
 
 /// A connection to another router that has proved itself, and what was read behind its hello.
