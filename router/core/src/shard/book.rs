@@ -18,8 +18,8 @@ const WOKEN_BY_SHARE_MAX: usize = 256;
 /// Who waits for an account's money.
 #[derive(Default)]
 pub(super) struct Book {
-    /// Running calls that wait for a slice, oldest first, and what each lacks.
-    pub(super) starved: BTreeMap<(u64, u32), Amount>,
+    /// Running calls that wait for a slice, oldest first.
+    pub(super) starved: BTreeMap<(u64, u32), Starved>,
     /// Tasks that had a slot and no money, and what they need: gold first, then silver, oldest first.
     waiting: BTreeMap<(u32, u64), Amount>,
     /// Running calls whose hold is below their guarded estimate, and by how much.
@@ -33,6 +33,26 @@ pub(super) struct Book {
     starved_at: u64,
     /// When the account's pace is looked at again.
     pace_at: u64,
+}
+
+/// A running call that waits for a slice of the window that it was reserved in: no other one's money helps it.
+pub(super) struct Starved {
+    pub(super) window: String,
+    pub(super) lacks: Amount,
+}
+
+impl Book {
+    /// True while running calls of a window wait for a slice, those in front of `before` where it is given.
+    pub(super) fn starves(&self, window: &str, before: Option<(u64, u32)>) -> bool {
+        let in_front = self.starved.iter().take_while(|(at, _)| before.is_none_or(|before| **at < before));
+        in_front.into_iter().any(|(_, s)| s.window == window)
+    }
+
+    /// What the first `most` of them lack.
+    pub(super) fn starved_of(&self, window: &str, most: usize) -> Amount {
+        let of = self.starved.values().filter(|s| s.window == window).take(most);
+        of.fold(Amount::ZERO, |sum, s| sum.add(s.lacks).unwrap_or(sum))
+    }
 }
 
 impl Shard {

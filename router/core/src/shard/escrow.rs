@@ -6,6 +6,7 @@ use super::lender::{Recall, Wished};
 use super::{REPEAT_MS, Shard, Timer};
 use crate::escrow::{Back, Escrow, LateSaid, Number, Numbered, Recalled, Say, Wanted};
 use crate::message::{Effect, Position};
+use crate::record::WindowRef;
 use atp_proto::reassembly::Message;
 use atp_proto::{Amount, ConnId, StreamId, TenantId};
 use std::collections::{BTreeMap, BTreeSet};
@@ -167,11 +168,22 @@ impl Shard {
         room && self.seeks(tenant.as_str(), "", need)
     }
 
-    /// True while running calls of an account wait for a slice, in whatever shard: no new call is reserved.
+    /// True while running calls of an account's window wait for a slice, in whatever shard: no new call is reserved in it.
     pub(super) fn runs_short(&self, account: &str) -> bool {
-        let here = self.books.get(account).is_some_and(|b| !b.starved.is_empty());
-        let stands_back = || self.escrows.stands_back.get(account).is_some_and(|until| self.now_ms < *until);
-        here || self.others_run_short(account, self.settings.shard) || stands_back()
+        self.escrows.stands_back.get(account).is_some_and(|until| self.now_ms < *until)
+            || self.runs_short_but(account, self.settings.shard)
+    }
+
+    /// The same as the home knows it, whatever a holder's own calls do.
+    pub(super) fn runs_short_but(&self, account: &str, holder: u32) -> bool {
+        let book = self.books.get(account).filter(|b| !b.starved.is_empty());
+        let wishes = self.escrows.wishes.get(account);
+        if book.is_none() && wishes.is_none() {
+            return false;
+        }
+        let (_, WindowRef { window, .. }, _) = self.window_now(account);
+        let wished = || self.wishes_for(account).any(|((of, w), _)| *of != holder && *w == window);
+        book.is_some_and(|b| b.starves(&window, None)) || wished()
     }
 
     /// True while tasks here lack money of an account.

@@ -110,7 +110,8 @@ impl Shard {
         } else {
             self.escrows.slices.insert((account.into(), window.into()));
             // All that wait for a slice: asked for one by one, they would wait for each other, and new tasks for them.
-            wish.need = need.max(self.starved_of(account, window)).into();
+            wish.need =
+                need.max(self.books.get(account).map_or(Amount::ZERO, |b| b.starved_of(window, WAITING_MAX))).into();
             // A slice helps, however small.
             wish.least = Amount::new(need.tokens.0.min(1), need.usd_micros.0.min(1)).into();
         }
@@ -132,27 +133,13 @@ impl Shard {
 
     /// Tells the home that no running call waits here any more: new ones of all shards wait for that.
     pub(super) fn no_longer_short(&mut self, account: &str) {
-        if self.escrows.slices.is_empty() || self.books.get(account).is_some_and(|b| !b.starved.is_empty()) {
-            return;
+        let starves = |window: &str| self.books.get(account).is_some_and(|b| b.starves(window, None));
+        let over = self.escrows.slices.iter().filter(|(a, window)| a == account && !starves(window));
+        for of in over.cloned().collect::<Vec<_>>() {
+            let wish = self.a_wish(account, &of.1, Amount::ZERO);
+            self.say(self.settings.placement.home_of(account), Say::Wish(wish));
+            self.escrows.slices.remove(&of);
         }
-        let of = (account.to_owned(), String::new())..;
-        let windows = self.escrows.slices.range(of).take_while(|(a, _)| a == account).cloned().collect::<Vec<_>>();
-        for (account, window) in windows {
-            let wish = self.a_wish(&account, &window, Amount::ZERO);
-            self.say(self.settings.placement.home_of(&account), Say::Wish(wish));
-            self.escrows.slices.remove(&(account, window));
-        }
-    }
-
-    /// What running calls of a window lack that wait for a slice.
-    fn starved_of(&self, account: &str, window: &str) -> Amount {
-        let is_of = |no: u64, lane: u32| {
-            let call = self.state.stream(no).and_then(|s| s.call(lane));
-            call.is_some_and(|c| c.reserve.windows.iter().any(|w| w.shared && w.window == window))
-        };
-        let starved = self.books.get(account).into_iter().flat_map(|b| &b.starved).take(WAITING_MAX);
-        let lacks = starved.filter(|((no, lane), _)| is_of(*no, *lane)).map(|(_, lacks)| *lacks);
-        lacks.fold(Amount::ZERO, |sum, lacks| sum.add(lacks).unwrap_or(sum))
     }
 
     /// A share comes: the next number is taken, a known one is answered by what the log has of it.

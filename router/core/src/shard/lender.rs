@@ -53,17 +53,15 @@ impl Shard {
 
     /// What wishes of holders have a claim on before a task of this tier and age.
     pub(super) fn wishes_before(&self, account: &str, qos: u32, since: u64) -> Amount {
-        let wishes = self.escrows.wishes.get(account).into_iter().flat_map(|w| w.values());
-        let alive = wishes.filter(|w| self.now_ms < w.at + WISH_MS);
+        let alive = self.wishes_for(account).map(|(_, w)| w);
         let before = alive.filter(|w| !w.wish.window.is_empty() || (w.wish.qos, w.since) < (qos, since));
         before.fold(Amount::ZERO, |sum, w| sum.add(w.wish.least.into()).unwrap_or(sum))
     }
 
-    /// As home: true while running calls of holders, of `but` apart, wait for a slice.
-    pub(super) fn others_run_short(&self, account: &str, but: u32) -> bool {
+    /// What holders wish for, as far as it isn't forgotten.
+    pub(super) fn wishes_for(&self, account: &str) -> impl Iterator<Item = (&(u32, String), &Wished)> {
         let wishes = self.escrows.wishes.get(account).into_iter().flatten();
-        let alive = |at: u64| self.now_ms < at + WISH_MS;
-        wishes.into_iter().any(|((holder, window), w)| *holder != but && !window.is_empty() && alive(w.at))
+        wishes.filter(|(_, w)| self.now_ms < w.at + WISH_MS)
     }
 
     pub(super) fn wished(&mut self, holder: u32, wish: Wish) {
@@ -141,8 +139,11 @@ impl Shard {
         let account = wish.account.as_str();
         let (need, least) = (Amount::from(wish.need), Amount::from(wish.least));
         let fresh = wish.window.is_empty();
-        let starved = self.books.get(account).is_some_and(|b| !b.starved.is_empty());
-        if starved || (fresh && (self.runs_short(account) || self.is_held_back(account))) {
+        let waits = match fresh {
+            true => self.runs_short(account) || self.is_held_back(account),
+            false => self.books.get(account).is_some_and(|b| b.starves(&wish.window, None)),
+        };
+        if waits {
             return false;
         }
         let (window, id) = if fresh {
@@ -231,7 +232,6 @@ impl Shard {
     fn stands_now(&self, account: &str, holder: u32, given: bool) -> Stands {
         let (window, ..) = self.window_now(account);
         let held_back = self.pace(account).filter(|_| self.is_held_back(account));
-        let starved = self.books.get(account).is_some_and(|b| !b.starved.is_empty());
         Stands {
             account: account.into(),
             limit: window.limit,
@@ -240,7 +240,7 @@ impl Shard {
             lent: window.lent,
             ends_ms: window.ends_ms,
             given,
-            running: starved || self.others_run_short(account, holder),
+            running: self.runs_short_but(account, holder),
             resumes_ms: held_back.map_or(0, |(_, pace)| pace.resumes_ms(self.clock.logged_ms())),
         }
     }

@@ -1,5 +1,6 @@
 //! A call's money while it runs and when it ends: slices, settlement, void, adjust, and what is booked for which tokens.
 
+use super::book::Starved;
 use super::lane::COUNTED_UP_PPM;
 use super::{Shard, Timer};
 use crate::estimate::CALL_AMOUNT_MAX;
@@ -51,8 +52,8 @@ impl Shard {
         let purse = call.reserve.windows.iter().find(|w| w.shared).map(|w| w.window.clone());
         let shared = purse.is_some() || self.has_lent(&account);
         let (key, id, counting) = (stream.accept.key.clone(), stream.call_id(lane), margin_ppm(call));
-        let older =
-            self.books.get(&account).is_some_and(|b| b.starved.first_key_value().is_some_and(|(first, _)| *first < at));
+        let window = call.reserve.windows.first().map_or_else(String::new, |w| w.window.clone());
+        let older = self.books.get(&account).is_some_and(|b| b.starves(&window, Some(at)));
         let free = levels.iter().map(crate::account::Level::free).reduce(Amount::min).unwrap_or_default();
         let blocked = older || self.room > LogRoom::Enough;
         let given = if blocked { Amount::ZERO } else { useful.min(free) };
@@ -60,7 +61,7 @@ impl Shard {
         let lacks = useful.less(given);
         match lacks.is_zero() {
             true => book.starved.remove(&at),
-            false => book.starved.insert(at, lacks),
+            false => book.starved.insert(at, Starved { window, lacks }),
         };
         if !lacks.is_zero() {
             self.starved_again_later(&account);

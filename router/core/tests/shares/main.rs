@@ -7,9 +7,12 @@ mod pressure;
 
 use atp_core::message::{Input, Machine};
 use atp_core::record::Record;
+use atp_core::settings::Per;
 use atp_proto::AgentName;
 use atp_proto::content::*;
 use fleet::*;
+
+const HOUR_MS: u64 = 3_600_000;
 
 #[test]
 fn a_task_away_from_home_spends_a_share_that_comes_back() {
@@ -186,6 +189,36 @@ fn a_running_call_of_one_shard_goes_before_new_ones_of_all_others() {
         fleet.finish_all(4);
     }
     assert_eq!(fleet.runs, 20, "{:?}", fleet.account(home));
+}
+
+#[test]
+fn a_call_that_waits_in_a_full_window_keeps_nothing_of_the_next_one_waiting() {
+    for n in [0, 1] {
+        let mut tight = settings(40, None);
+        tight.accounts.values_mut().for_each(|account| account.per = Per::Hour);
+        let mut fleet = Fleet::new(tight);
+        let (away, other) = (fleet.away(n), fleet.away(2));
+        let to_the_end = HOUR_MS - fleet.now.wall_ms % HOUR_MS;
+        fleet.wait(to_the_end - 10_000);
+        let ids: Vec<String> = fleet.stream_on(away).take(2).collect();
+        fleet.submit(&ids[0], true);
+        let old = fleet.calls.keys().next().unwrap().clone();
+        for cost in 10..45 {
+            fleet.say(&old, cost);
+        }
+        let slices = fleet.records(away, "extend");
+        assert!(fleet.account(away).2 == 40, "all of the window: {:?}", fleet.account(away));
+        fleet.wait(15_000);
+        assert!(fleet.calls.contains_key(&old), "it still runs");
+        // In the next window calls begin, in this shard and another one, and get slices.
+        fleet.submit(&ids[1], true);
+        fleet.submit(&fleet.stream_on(other).next().unwrap(), true);
+        fleet.wait(500);
+        assert_eq!(fleet.calls.len(), 3, "{n}");
+        let new = fleet.calls.iter().find(|(call, shard)| **shard == away && **call != old).unwrap().0.clone();
+        (8..=12).for_each(|cost| fleet.say(&new, cost));
+        assert!(fleet.records(away, "extend") > slices, "{n}");
+    }
 }
 
 #[test]
