@@ -44,8 +44,8 @@ pub(super) struct Starved {
 impl Book {
     /// True while running calls of a window wait for a slice, those in front of `before` where it is given.
     pub(super) fn starves(&self, window: &str, before: Option<(u64, u32)>) -> bool {
-        let in_front = self.starved.iter().take_while(|(at, _)| before.is_none_or(|before| **at < before));
-        in_front.into_iter().any(|(_, s)| s.window == window)
+        let end = before.unwrap_or((u64::MAX, u32::MAX));
+        self.starved.range(..end).any(|(_, s)| s.window == window)
     }
 
     /// What the first `most` of them lack.

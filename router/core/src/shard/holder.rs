@@ -110,8 +110,8 @@ impl Shard {
         } else {
             self.escrows.slices.insert((account.into(), window.into()));
             // All that wait for a slice: asked for one by one, they would wait for each other, and new tasks for them.
-            wish.need =
-                need.max(self.books.get(account).map_or(Amount::ZERO, |b| b.starved_of(window, WAITING_MAX))).into();
+            let all = self.books.get(account).map_or(need, |b| need.max(b.starved_of(window, WAITING_MAX)));
+            wish.need = all.into();
             // A slice helps, however small.
             wish.least = Amount::new(need.tokens.0.min(1), need.usd_micros.0.min(1)).into();
         }
