@@ -19,11 +19,11 @@ const WOKEN_BY_SHARE_MAX: usize = 256;
 #[derive(Default)]
 pub(super) struct Book {
     /// Running calls that wait for a slice, oldest first.
-    pub(super) starved: BTreeMap<(u64, u32), Starved>,
+    pub(super) starved: Lacks,
     /// Tasks that had a slot and no money, and what they need: gold first, then silver, oldest first.
     waiting: BTreeMap<(u32, u64), Amount>,
     /// Running calls whose hold is below their guarded estimate, and by how much.
-    pub(super) short: BTreeMap<(u64, u32), Amount>,
+    short: Lacks,
     /// Calls that hold money of the account.
     pub(super) open: BTreeSet<(u64, u32)>,
     /// Who is told what is left of the account.
@@ -35,23 +35,33 @@ pub(super) struct Book {
     pace_at: u64,
 }
 
-/// A running call that waits for a slice of the window that it was reserved in: no other one's money helps it.
-pub(super) struct Starved {
-    pub(super) window: String,
-    pub(super) lacks: Amount,
+/// What running calls lack, by age, and the window that each was reserved in: no other one's money helps it.
+type Lacks = BTreeMap<(u64, u32), (String, Amount)>;
+
+/// The sum, or as much of it as can be told.
+fn sum<'a>(amounts: impl Iterator<Item = &'a Amount>) -> Amount {
+    amounts.fold(Amount::ZERO, |sum, amount| sum.add(*amount).unwrap_or(sum))
+}
+
+fn of_window<'a>(lacks: &'a Lacks, window: &str) -> impl Iterator<Item = &'a Amount> {
+    lacks.values().filter(move |(of, _)| of == window).map(|(_, lacks)| lacks)
 }
 
 impl Book {
     /// True while running calls of a window wait for a slice, those in front of `before` where it is given.
     pub(super) fn starves(&self, window: &str, before: Option<(u64, u32)>) -> bool {
         let end = before.unwrap_or((u64::MAX, u32::MAX));
-        self.starved.range(..end).any(|(_, s)| s.window == window)
+        self.starved.range(..end).any(|(_, (of, _))| of == window)
     }
 
     /// What the first `most` of them lack.
     pub(super) fn starved_of(&self, window: &str, most: usize) -> Amount {
-        let of = self.starved.values().filter(|s| s.window == window).take(most);
-        of.fold(Amount::ZERO, |sum, s| sum.add(s.lacks).unwrap_or(sum))
+        sum(of_window(&self.starved, window).take(most))
+    }
+
+    /// What running calls of a window still need by their statistics.
+    pub(super) fn claimed(&self, window: &str) -> Amount {
+        sum(of_window(&self.short, window))
     }
 }
 
@@ -72,8 +82,9 @@ impl Shard {
     }
 
     /// What others have a claim on before task `no`: those that wait in front of it, and running calls below their estimate.
-    pub(super) fn claims<'a>(&self, book: &'a Book, no: u64) -> impl Iterator<Item = &'a Amount> + use<'a> {
-        book.waiting.range(..self.place(no)).map(|(_, need)| need).chain(book.short.values())
+    pub(super) fn claims(&self, book: &Book, no: u64, window: &str) -> Amount {
+        let waiting = book.waiting.range(..self.place(no)).map(|(_, need)| need);
+        sum(waiting.chain([&book.claimed(window)]))
     }
 
     pub(super) fn account_settings(&self, tenant: &str) -> &AccountSettings {
@@ -171,11 +182,10 @@ impl Shard {
     }
 
     /// What tasks here have a claim on before a wish of this tier and age, and running calls below their estimate.
-    pub(super) fn claims_before(&self, book: &Book, qos: u32, since: u64) -> Amount {
+    pub(super) fn claims_before(&self, book: &Book, qos: u32, since: u64, window: &str) -> Amount {
         let older = |no: u64| self.state.stream(no).is_some_and(|s| s.accepted_at <= since);
         let waiting = book.waiting.iter().filter(|((q, no), _)| *q < qos || (*q == qos && older(*no)));
-        let claims = waiting.map(|(_, need)| need).chain(book.short.values());
-        claims.fold(Amount::ZERO, |sum, claim| sum.add(*claim).unwrap_or(sum))
+        sum(waiting.map(|(_, need)| need).chain([&book.claimed(window)]))
     }
 
     /// The levels of a call of this stream: its account's window in which it was reserved, and the stream.
@@ -219,6 +229,7 @@ impl Shard {
         }
         let short = short.min(room);
         let open = call.is_open();
+        let window = call.reserve.windows.first().map_or_else(String::new, |w| w.window.clone());
         let Some(account) = self.state.stream(no).map(|s| s.accept.account.clone()) else { return };
         if open {
             self.books.entry(account.clone()).or_default().open.insert((no, lane));
@@ -226,7 +237,7 @@ impl Shard {
             book.open.remove(&(no, lane));
         }
         if open && !short.is_zero() {
-            self.books.entry(account).or_default().short.insert((no, lane), short);
+            self.books.entry(account).or_default().short.insert((no, lane), (window, short));
         } else if let Some(book) = self.books.get_mut(&account) {
             book.short.remove(&(no, lane));
             if !open {

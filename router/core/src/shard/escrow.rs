@@ -174,7 +174,7 @@ impl Shard {
             || self.runs_short_but(account, self.settings.shard)
     }
 
-    /// The same as the home knows it, whatever a holder's own calls do.
+    /// The same of this shard's own calls and of what holders have wished for here, but for this one.
     pub(super) fn runs_short_but(&self, account: &str, holder: u32) -> bool {
         let book = self.books.get(account).filter(|b| !b.starved.is_empty());
         let wishes = self.escrows.wishes.get(account);

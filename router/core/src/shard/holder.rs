@@ -2,6 +2,7 @@
 //! is idle. Shares of one window are one purse.
 
 use super::escrow::AGAIN_MAX;
+use super::lender::a_bit;
 use super::{Shard, Timer};
 use crate::account::AccountWindow;
 use crate::escrow::{Back, LateSaid, Number, Recalled, Say, Stands, Wish};
@@ -16,8 +17,9 @@ const IDLE_MS: u64 = 10_000;
 const KEPT_MS: u64 = 250;
 /// A recall holds for this long: what falls idle meanwhile goes back too.
 const RECALL_MS: u64 = 2_000;
-/// So long a running call of another shard goes before new ones here; while it waits it asks once a second.
-const STANDS_BACK_MS: u64 = 1_500;
+/// So long a running call of another shard goes before new ones here; while it waits it asks once a second, or two if an answer got
+/// lost.
+const STANDS_BACK_MS: u64 = 2_500;
 /// Waiting tasks, or running calls, that a wish speaks for.
 const WAITING_MAX: usize = 256;
 
@@ -100,7 +102,9 @@ impl Shard {
                 wish.calls = u32::try_from(waiting.len() + 1).unwrap_or(u32::MAX);
             }
             // What running calls have a claim on isn't theirs: a share that only covers the claims would go back and come again.
-            let (claims, free) = (self.claimed(account), self.purse_now(account).0.level().free());
+            let (purse, at) = self.purse_now(account);
+            let claims = self.books.get(account).map_or(Amount::ZERO, |b| b.claimed(&at.window));
+            let free = purse.level().free();
             let beside = |need: Amount| need.add(claims.less(free)).unwrap_or(need);
             (wish.least, wish.need) = (beside(wish.least.into()).into(), beside(wish.need.into()).into());
             if let Some(most) = self.calls_max(account) {
@@ -108,12 +112,13 @@ impl Shard {
                 wish.calls = wish.calls.saturating_sub(most.saturating_sub(open));
             }
         } else {
-            self.escrows.slices.insert((account.into(), window.into()));
+            if self.books.get(account).is_some_and(|b| b.starves(window, None)) {
+                self.escrows.slices.insert((account.into(), window.into()));
+            }
             // All that wait for a slice: asked for one by one, they would wait for each other, and new tasks for them.
             let all = self.books.get(account).map_or(need, |b| need.max(b.starved_of(window, WAITING_MAX)));
             wish.need = all.into();
-            // A slice helps, however small.
-            wish.least = Amount::new(need.tokens.0.min(1), need.usd_micros.0.min(1)).into();
+            wish.least = a_bit(need).into();
         }
         self.say(self.settings.placement.home_of(account), Say::Wish(wish));
     }
@@ -160,6 +165,8 @@ impl Shard {
         self.granted(&account, &of.window);
         if of.current {
             self.granted(&account, "");
+            // Where the home lends, no other call waits.
+            self.stand_back(&account, false);
         }
         self.record(Record::ShareIn(ShareIn { home, no, of }));
         self.escrows.came.insert((home, no), self.now_ms);
@@ -176,7 +183,7 @@ impl Shard {
         if self.settings.placement.home_of(&account) != home {
             return;
         }
-        self.stands_back(&account, stands.running);
+        self.stand_back(&account, stands.running);
         self.escrows.told.insert(account.clone(), Told { stands });
         // What was given is known when it is here.
         if !given {
@@ -194,7 +201,7 @@ impl Shard {
             return;
         }
         self.escrows.recalled.insert(account.clone(), self.now_ms + RECALL_MS);
-        self.stands_back(&account, running);
+        self.stand_back(&account, running);
         self.return_idle(&account, true);
         let out = self.state.holding().get(&home).into_iter().flat_map(|line| &line.out);
         let back = |(no, out): (&u64, &Out)| Back { no: *no, settled: out.settled, unused: out.unused };
@@ -203,7 +210,7 @@ impl Shard {
         self.say(home, Say::Recalled(Recalled { account, backs, waits }));
     }
 
-    fn stands_back(&mut self, account: &str, running: bool) {
+    fn stand_back(&mut self, account: &str, running: bool) {
         match running {
             true => self.escrows.stands_back.insert(account.into(), self.now_ms + STANDS_BACK_MS),
             false => self.escrows.stands_back.remove(account),
@@ -219,12 +226,6 @@ impl Shard {
             return self.return_idle(account, true);
         }
         self.return_idle(account, false);
-    }
-
-    /// What running calls still need by their statistics.
-    fn claimed(&self, account: &str) -> Amount {
-        let short = self.books.get(account).into_iter().flat_map(|b| b.short.values());
-        short.fold(Amount::ZERO, |sum, claim| sum.add(*claim).unwrap_or(sum))
     }
 
     /// Gives back every share that its purse can do without; `all`: also of the window in which new calls begin.

@@ -40,6 +40,11 @@ pub(super) struct Recall {
     done_at: Option<u64>,
 }
 
+/// A slice helps, however small.
+pub(super) fn a_bit(need: Amount) -> Amount {
+    Amount::new(need.tokens.0.min(1), need.usd_micros.0.min(1))
+}
+
 impl Shard {
     pub(super) fn has_lent(&self, account: &str) -> bool {
         self.state.accounts.get(account).is_some_and(|a| !a.lent_to.is_empty())
@@ -51,10 +56,10 @@ impl Shard {
         to.into_iter().flatten().fold(0, |sum, to| sum.saturating_add(to.calls))
     }
 
-    /// What wishes of holders have a claim on before a task of this tier and age.
+    /// What wishes for new calls have a claim on before a task of this tier and age.
     pub(super) fn wishes_before(&self, account: &str, qos: u32, since: u64) -> Amount {
         let alive = self.wishes_for(account).map(|(_, w)| w);
-        let before = alive.filter(|w| !w.wish.window.is_empty() || (w.wish.qos, w.since) < (qos, since));
+        let before = alive.filter(|w| w.wish.window.is_empty() && (w.wish.qos, w.since) < (qos, since));
         before.fold(Amount::ZERO, |sum, w| sum.add(w.wish.least.into()).unwrap_or(sum))
     }
 
@@ -112,20 +117,31 @@ impl Shard {
         for (_, _, _, at) in order {
             let Some(wished) = self.escrows.wishes.get(account).and_then(|w| w.get(&at)) else { continue };
             let wish = wished.wish.clone();
-            let given = self.room == LogRoom::Enough && self.lend(at.0, &wish, ahead);
-            if !given {
+            let given = match self.room == LogRoom::Enough {
+                true => self.lend(at.0, &wish, ahead),
+                false => None,
+            };
+            // Running calls of another window take nothing from new ones, and those of this one let none begin.
+            if given.is_none() && wish.window.is_empty() {
                 ahead = ahead.add(wish.least.into()).unwrap_or(ahead);
-                if self.recall(account, Some(at.0)) {
-                    continue;
-                }
+            }
+            if given.is_none() && self.recall(account, Some(at.0)) {
+                continue;
             }
             let Some(wishes) = self.escrows.wishes.get_mut(account) else { return };
-            let answered = match given {
-                true => wishes.remove(&at).is_none(),
-                false => wishes.get_mut(&at).is_none_or(|w| std::mem::replace(&mut w.answered, true)),
+            let rest = Amount::from(wish.need).less(given.unwrap_or_default());
+            let answered = match wishes.get_mut(&at) {
+                // What a slice lacks comes before what is new, as it comes back.
+                Some(wished) if given.is_some() && !wish.window.is_empty() && !rest.is_zero() => {
+                    (wished.wish.need, wished.wish.least, wished.answered) = (rest.into(), a_bit(rest).into(), true);
+                    false
+                }
+                Some(_) if given.is_some() => wishes.remove(&at).is_none(),
+                Some(wished) => std::mem::replace(&mut wished.answered, true),
+                None => true,
             };
             if !answered {
-                let stands = self.stands_now(account, at.0, given);
+                let stands = self.stands_now(account, at.0, given.is_some());
                 self.say(at.0, Say::Stands(stands));
             }
         }
@@ -134,8 +150,9 @@ impl Shard {
         }
     }
 
-    /// Lends what a wish needs and, where there is plenty, some to spare: as a share of its own, that comes back unspent.
-    fn lend(&mut self, holder: u32, wish: &Wish, ahead: Amount) -> bool {
+    /// Lends what a wish needs and, where there is plenty, some to spare: as a share of its own, that comes back unspent. Returns
+    /// what of the need it has met.
+    fn lend(&mut self, holder: u32, wish: &Wish, ahead: Amount) -> Option<Amount> {
         let account = wish.account.as_str();
         let (need, least) = (Amount::from(wish.need), Amount::from(wish.least));
         let fresh = wish.window.is_empty();
@@ -144,7 +161,7 @@ impl Shard {
             false => self.books.get(account).is_some_and(|b| b.starves(&wish.window, None)),
         };
         if waits {
-            return false;
+            return None;
         }
         let (window, id) = if fresh {
             let (window, at, record) = self.window_now(account);
@@ -155,19 +172,18 @@ impl Shard {
             (window, at.window)
         } else {
             let known = self.state.accounts.get(account).and_then(|a| a.windows.get(&wish.window));
-            let Some(window) = known.cloned() else { return false };
-            (window, wish.window.clone())
+            (known.cloned()?, wish.window.clone())
         };
         let mut free = window.level().free();
         if fresh {
             let book = self.books.get(account);
             let wishes = self.escrows.wishes.get(account);
             let since = wishes.and_then(|w| w.get(&(holder, String::new()))).map_or(u64::MAX, |w| w.since);
-            let claims = book.map_or(Amount::ZERO, |book| self.claims_before(book, wish.qos, since));
+            let claims = book.map_or(Amount::ZERO, |book| self.claims_before(book, wish.qos, since, &id));
             free = free.less(claims).less(ahead);
         }
         if !least.fits(free) {
-            return false;
+            return None;
         }
         let open = self.books.get(account).map_or(0, |b| b.open.len());
         let most = self.account_settings(account).max_parallel;
@@ -175,7 +191,7 @@ impl Shard {
             most.saturating_sub(u32::try_from(open).unwrap_or(u32::MAX)).saturating_sub(self.calls_lent(account))
         });
         if room == Some(0) && wish.calls > 0 {
-            return false;
+            return None;
         }
         let given = need.min(free).max(least);
         // What running calls need lets no other begin.
@@ -195,7 +211,7 @@ impl Shard {
         if goes_on && worth.fits(spare) {
             self.lend_share(holder, account, &id, &window, spare, calls);
         }
-        true
+        Some(given)
     }
 
     fn is_current(&self, account: &str, window: &str) -> bool {
@@ -264,6 +280,7 @@ impl Shard {
             return false;
         }
         for holder in &waits_for {
+            let running = self.runs_short_but(account, *holder);
             self.say(*holder, Say::Recall(Wanted { account: account.into(), running }));
         }
         self.escrows.recalls.insert(account.into(), Recall { at: now, running, waits_for, done_at: None });

@@ -1,6 +1,5 @@
 //! A call's money while it runs and when it ends: slices, settlement, void, adjust, and what is booked for which tokens.
 
-use super::book::Starved;
 use super::lane::COUNTED_UP_PPM;
 use super::{Shard, Timer};
 use crate::estimate::CALL_AMOUNT_MAX;
@@ -61,7 +60,7 @@ impl Shard {
         let lacks = useful.less(given);
         match lacks.is_zero() {
             true => book.starved.remove(&at),
-            false => book.starved.insert(at, Starved { window, lacks }),
+            false => book.starved.insert(at, (window, lacks)),
         };
         if !lacks.is_zero() {
             self.starved_again_later(&account);

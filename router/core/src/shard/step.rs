@@ -17,7 +17,7 @@ use atp_proto::{Amount, Tokens};
 impl Shard {
     /// What the levels leave to this stream: limit - settled, and what of that is neither held nor claimed by who came before.
     pub(super) fn money(&self, tenant: &str, no: u64, stream: &Level) -> (Amount, Amount) {
-        let (window, ..) = self.window_now(tenant);
+        let (window, at, _) = self.window_now(tenant);
         let account = window.level();
         let mut free = account.free();
         let left = if self.is_home(tenant) {
@@ -27,9 +27,8 @@ impl Shard {
         } else {
             self.left_elsewhere(tenant)
         };
-        let book = self.books.get(tenant);
-        for claim in book.into_iter().flat_map(|b| self.claims(b, no)) {
-            free = free.less(*claim);
+        if let Some(book) = self.books.get(tenant) {
+            free = free.less(self.claims(book, no, &at.window));
         }
         (left.min(stream.left()), free.min(stream.free()))
     }

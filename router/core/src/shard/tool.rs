@@ -6,7 +6,7 @@ use super::settle::{told, with_margin};
 use crate::account::Level;
 use crate::message::{Effect, LogRoom, Metric, ToolDone};
 use crate::policy::Facts;
-use crate::record::{Extend, FrameRecord, Record, Tool, ToolVerdict, hex};
+use crate::record::{Extend, FrameRecord, Record, Tool, ToolVerdict, WindowRef, hex};
 use crate::stream::{Call, Phase, Stream};
 use crate::tool::{CallTools, OTHER};
 use atp_proto::content::{BudgetUpdate, Capabilities, Submit, ToolRequest, ToolResult, ToolSpent};
@@ -184,7 +184,11 @@ impl Shard {
         let label: Arc<str> = if named { request.tool.as_str().into() } else { OTHER.into() };
         let attempt = call.intents;
         let cost = self.settings.tools.mediated.get(&request.tool).copied().unwrap_or(request.budget);
-        let leave = match purse {
+        let free = |at: &WindowRef| {
+            let window = self.state.accounts.get(&at.account).and_then(|a| a.windows.get(&at.window));
+            window.map(|w| w.level().free()).unwrap_or_default()
+        };
+        let leave = match purse.filter(|at| !cost.fits(free(at))) {
             Some(at) if self.seeks(&at.account, &at.window, cost) => {
                 let message = "the account's money is on its way to this shard; ask again".to_owned();
                 Err(refusal(&request.tool, Code::Window, message).retry_after_ms(100))
