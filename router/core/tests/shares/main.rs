@@ -192,6 +192,38 @@ fn a_running_call_of_one_shard_goes_before_new_ones_of_all_others() {
 }
 
 #[test]
+fn a_running_call_goes_before_new_ones_until_its_slice_is_whole() {
+    let mut fleet = Fleet::new(settings(200, None));
+    let (home, away, other, third) = (fleet.home(), fleet.away(1), fleet.away(2), fleet.away(3));
+    // A share for each of these calls.
+    for id in fleet.stream_on(other).take(6).collect::<Vec<_>>() {
+        fleet.submit(&id, true);
+        fleet.wait(300);
+    }
+    let calls: Vec<String> = fleet.calls.keys().cloned().collect();
+    let id = fleet.stream_on(away).next().unwrap();
+    fleet.submit(&id, true);
+    let runs_on = fleet.calls.iter().find(|(_, shard)| **shard == away).unwrap().0.clone();
+    let mut cost = 10;
+    while cost <= fleet.account(away).2 {
+        cost += 20;
+        fleet.say(&runs_on, cost);
+    }
+    fleet.stream_on(third).take(5).for_each(|id| fleet.submit(&id, true));
+    fleet.wait(3_000);
+    // All of them come back in one breath.
+    let begun = fleet.account(third).0;
+    fleet.cut.insert((other, home));
+    calls.iter().for_each(|call| fleet.finish(call, 1, Finish::Complete));
+    let out = fleet.records(other, "share_out");
+    assert!(out >= 5, "{out} of {} shares were idle", fleet.records(other, "share_in"));
+    fleet.cut.clear();
+    fleet.wait(1_100);
+    assert_eq!(fleet.account(third).0, begun, "nothing is lent for new calls");
+    assert_eq!(fleet.account(away).2, 200 - 6, "all that is left");
+}
+
+#[test]
 fn a_call_that_waits_in_a_full_window_keeps_nothing_of_the_next_one_waiting() {
     for n in [0, 1] {
         let mut tight = settings(40, None);
