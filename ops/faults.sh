@@ -11,7 +11,21 @@ table=tests/cluster/FAULTS.md
 case ${1:-} in -h|--help) sed -n '2,8s/^# \{0,1\}//p' "$0"; exit 0 ;; esac
 
 log=$(mktemp) results=$(mktemp)
-trap 'rm -f "$log" "$results"' EXIT
+
+# Writes what is known by now into the table, also when the run is interrupted.
+fill() {
+    [ -s "$results" ] || { rm -f "$log" "$results"; return 0; }
+    awk -F'\t' 'NR == FNR { result[$1] = $2; next }
+        match($0, /`[^`]*` \|[^|]*\|$/) {
+            split(substr($0, RSTART), part, "`")
+            if (part[2] in result) $0 = substr($0, 1, RSTART - 1) "`" part[2] "` | " result[part[2]] " |"
+        } { print }' "$results" "$table" >"$log"
+    cat "$log" >"$table"
+    rm -f "$log" "$results"
+}
+trap fill EXIT
+trap 'exit 130' INT TERM
+
 mapfile -t commands < <(grep -F -- "${1:-}" "$table" | sed -n 's/^|.*| `\(.*\)` |[^|]*|$/\1/p' | awk '!seen[$0]++')
 [ ${#commands[@]} -gt 0 ] || { echo "no row holds '${1:-}'" >&2; exit 2; }
 
@@ -30,11 +44,5 @@ for command in "${commands[@]}"; do
     printf '%s\t%s\n' "$command" "$result" >>"$results"
 done
 
-awk -F'\t' 'NR == FNR { result[$1] = $2; next }
-    match($0, /`[^`]*` \|[^|]*\|$/) {
-        split(substr($0, RSTART), part, "`")
-        if (part[2] in result) $0 = substr($0, 1, RSTART - 1) "`" part[2] "` | " result[part[2]] " |"
-    } { print }' "$results" "$table" >"$log"
-cat "$log" >"$table"
 [ $failed = 0 ] || { echo "$failed of ${#commands[@]} failed"; exit 1; }
 echo "all ${#commands[@]} hold"
