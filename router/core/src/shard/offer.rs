@@ -189,6 +189,25 @@ impl Shard {
         }
     }
 
+    /// What these offers need together, where not all that the account can pay may begin on the money that is here.
+    pub(super) fn short_of(&self, tenant: &str, no: u64, stream: &Level, offers: &[Offer]) -> Option<Amount> {
+        let (left, free) = self.money(tenant, no, stream);
+        let mut sum = Amount::ZERO;
+        for offer in offers {
+            let rest = left.less(sum);
+            let need = offer.estimate.guarded.min(rest);
+            if !offer.estimate.mean.fits(rest) || !first_grant_suffices(offer, need) {
+                break;
+            }
+            sum = sum.add(need).ok()?;
+        }
+        match self.fit(tenant, no, stream, 0, &offers[..1]) {
+            _ if !sum.fits(free) => Some(sum),
+            Fit::Wait(need) => Some(need),
+            Fit::Lanes(_) | Fit::Never(_) => None,
+        }
+    }
+
     pub(super) fn budget_error(
         &self,
         account: &Level,

@@ -106,9 +106,10 @@ impl Shard {
         let wait = live.wants.wait && self.on_limit(&tenant).queue;
         self.take_preflights(no, named, &mut offers);
         // The ladder and every refusal look at all the money that there is.
+        let lanes = if fanout == 1 && !named { 1 } else { fanout }.min(offers.len());
         if self.settings.placement.shards() > 1
-            && !offers.is_empty()
-            && let Fit::Wait(need) = self.fit(&tenant, no, &level, 0, &offers[..1])
+            && lanes > 0
+            && let Some(need) = self.short_of(&tenant, no, &level, &offers[..lanes])
             && self.seeks(&tenant, "", need)
         {
             self.wait_for_money(no, need);
@@ -285,8 +286,19 @@ impl Shard {
         let (tenant, level) = (stream.accept.account.clone(), stream.level());
         let Some(bid) = self.live.get(&no).and_then(|l| l.bid.as_ref()) else { return self.give_back(agent, call) };
         let Some(at) = bid.offers.iter().position(|o| o.agent == *agent) else { return self.give_back(agent, call) };
-        let offers: Vec<Offer> = if bid.either { vec![bid.offers[at].clone()] } else { bid.offers.clone() };
-        let holds = match self.fit(&tenant, no, &level, 0, &offers) {
+        let either = bid.either;
+        let offers: Vec<Offer> = if either { vec![bid.offers[at].clone()] } else { bid.offers.clone() };
+        let fit = self.fit(&tenant, no, &level, 0, &offers);
+        // No lane is dropped for money that may be found.
+        if matches!(&fit, Fit::Lanes(holds) if holds.len() < offers.len())
+            && let Some(need) = self.short_of(&tenant, no, &level, &offers)
+            && self.seeks(&tenant, "", need)
+        {
+            self.withdraw_loudly(no, None);
+            self.wait_for_money(no, need);
+            return self.ask_later(no);
+        }
+        let holds = match fit {
             Fit::Lanes(holds) => holds,
             Fit::Wait(need) => {
                 let wait = self.live.get(&no).is_some_and(|l| l.wants.wait) && self.on_limit(&tenant).queue;
@@ -305,7 +317,7 @@ impl Shard {
                 return self.close_refused(no, error);
             }
         };
-        let lane = if bid.either { 1 } else { at as u32 + 1 };
+        let lane = if either { 1 } else { at as u32 + 1 };
         let left_out: Vec<String> = offers[holds.len()..]
             .iter()
             .map(|o| format!("agent {} was left out: the budget had no room for it", o.agent))

@@ -1,4 +1,4 @@
-//! Four shards and one agent on a virtual clock. Logs are durable at once.
+//! Four shards and an agent or two on a virtual clock. Logs are durable at once.
 
 use atp_core::agent::Agent;
 use atp_core::clock::Now;
@@ -27,7 +27,7 @@ pub(crate) struct Fleet {
     pub(crate) shards: Vec<Shard>,
     pub(crate) logs: Vec<Vec<Entry>>,
     pub(crate) settings: Settings,
-    pub(crate) agent: Agent,
+    agents: Vec<Agent>,
     pub(crate) now: Now,
     pub(crate) to_client: Vec<Frame>,
     pub(crate) to_agent: Vec<Frame>,
@@ -73,12 +73,11 @@ impl Fleet {
             let settings = Arc::new(Settings { shard: n, ..settings.clone() });
             Shard::recover(settings, State::default(), now, "i1", Some(genesis(n)))
         };
-        let agent = Agent::new(AgentName::new("a"), Arc::new(settings.clone()), now);
         let mut fleet = Self {
             shards: (0..SHARDS).map(shard).collect(),
             logs: vec![Vec::new(); SHARDS as usize],
             settings,
-            agent,
+            agents: Vec::new(),
             now,
             to_client: Vec::new(),
             to_agent: Vec::new(),
@@ -89,8 +88,15 @@ impl Fleet {
             learned: Statistics::default(),
         };
         fleet.run();
+        fleet.connect("a", 10);
+        fleet
+    }
+
+    /// An agent whose calls are estimated at so many micro-USD.
+    pub(crate) fn connect(&mut self, name: &str, usd_micros: u64) {
+        let mut agent = Agent::new(AgentName::new(name), Arc::new(self.settings.clone()), self.now);
         let capabilities = Capabilities {
-            agent: AgentName::new("a"),
+            agent: AgentName::new(name),
             incarnation: "p1".into(),
             max_parallel: 200,
             models: vec![ModelInfo {
@@ -104,16 +110,16 @@ impl Fleet {
                 figures: EstimateFigures {
                     in_tokens: Tokens(300),
                     out_tokens: Tokens(50),
-                    usd_micros: Some(UsdMicros(10)),
+                    usd_micros: Some(UsdMicros(usd_micros)),
                     ..EstimateFigures::default()
                 },
             }),
             reach: Amount::new(0, 0),
             ..Capabilities::default()
         };
-        fleet.agent.handle(fleet.now, AgentInput::Connected { conn: AGENT, capabilities: Box::new(capabilities) });
-        fleet.run();
-        fleet
+        agent.handle(self.now, AgentInput::Connected { conn: AGENT, capabilities: Box::new(capabilities) });
+        self.agents.push(agent);
+        self.run();
     }
 
     pub(crate) fn home(&self) -> u32 {
@@ -140,7 +146,7 @@ impl Fleet {
                     self.carry_out(n, effect);
                 }
             }
-            while let Some(effect) = self.agent.poll_effect() {
+            while let Some(effect) = self.agents.iter_mut().find_map(Machine::poll_effect) {
                 moved = true;
                 match effect {
                     AgentEffect::Send { frame, .. } => {
@@ -174,7 +180,10 @@ impl Fleet {
                 self.shards[i].handle(self.now, Input::Durable { position });
             }
             Effect::Send { frame, .. } => self.to_client.push(frame),
-            Effect::ToAgent { message, .. } => self.agent.handle(self.now, AgentInput::Shard(message)),
+            Effect::ToAgent { agent, message } => {
+                let to = self.agents.iter_mut().find(|a| *a.name() == agent).unwrap();
+                to.handle(self.now, AgentInput::Shard(message));
+            }
             Effect::ToShard { shard, message } => {
                 // What is said is bytes between routers.
                 let message = Escrow::decode(message.encode_to_vec().as_slice()).unwrap();
@@ -202,8 +211,10 @@ impl Fleet {
             self.now.mono_ms += 100;
             self.now.wall_ms += 100;
             self.shards.iter_mut().for_each(|s| s.handle_timeout(self.now));
-            self.agent.handle_timeout(self.now);
-            self.agent.handle(self.now, AgentInput::Alive { conn: AGENT });
+            for agent in &mut self.agents {
+                agent.handle_timeout(self.now);
+                agent.handle(self.now, AgentInput::Alive { conn: AGENT });
+            }
             self.run();
         }
     }
@@ -214,7 +225,11 @@ impl Fleet {
 
     pub(crate) fn submit_as(&mut self, qos: Qos, id: &str, wait: bool) {
         let submit = Submit { task: "t".into(), wait, deadline_ms: Some(60_000), ..Submit::default() };
-        let frame = Frame { qos: qos as u32, ..Frame::json(id, 1, Flags::SYN, kind::TASK_SUBMIT, &submit) };
+        self.submit_this(qos, id, &submit);
+    }
+
+    pub(crate) fn submit_this(&mut self, qos: Qos, id: &str, submit: &Submit) {
+        let frame = Frame { qos: qos as u32, ..Frame::json(id, 1, Flags::SYN, kind::TASK_SUBMIT, submit) };
         let shard = self.settings.placement.shard_of(&TenantId::new(TENANT), &StreamId::new(id)) as usize;
         let tenant = TenantId::new(TENANT);
         self.shards[shard].handle(self.now, Input::Client { conn: CLIENT, tenant, received: received(frame) });

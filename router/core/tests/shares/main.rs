@@ -8,8 +8,8 @@ mod pressure;
 use atp_core::message::{Input, Machine};
 use atp_core::record::Record;
 use atp_core::settings::Per;
-use atp_proto::AgentName;
 use atp_proto::content::*;
+use atp_proto::{AgentName, Qos};
 use fleet::*;
 
 const HOUR_MS: u64 = 3_600_000;
@@ -51,6 +51,29 @@ fn who_can_t_be_paid_is_told_so_before_it_is_accepted_wherever_it_is() {
         assert_eq!((error.code.as_str(), error.limit), ("EBUDGET", Some(25)), "{error}");
     }
     assert_eq!(fleet.account(home).1, 20);
+}
+
+#[test]
+fn no_lane_is_dropped_for_money_that_the_home_has() {
+    for (limit, runs) in [(1_000_000, 2), (720, 2), (699, 1)] {
+        // The first lane costs no money, so that what is lent for it has none to spare; the second one costs 700.
+        let mut fleet = Fleet::new(settings(limit, None));
+        fleet.connect("free", 0);
+        fleet.connect("dear", 700);
+        for n in 0..SHARDS {
+            let shard = fleet.away(n);
+            let id = fleet.stream_on(shard).next().unwrap();
+            let agents = ["free", "dear"].map(AgentName::new).to_vec();
+            let submit = Submit { task: "t".into(), agents, deadline_ms: Some(60_000), ..Submit::default() };
+            fleet.submit_this(Qos::Silver, &id, &submit);
+            fleet.wait(3_000);
+            assert_eq!(fleet.calls.len(), runs, "shard {n} of {limit}");
+            if limit < 1_000_000 {
+                break;
+            }
+            fleet.calls.clear();
+        }
+    }
 }
 
 #[test]
