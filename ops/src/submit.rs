@@ -133,6 +133,9 @@ pub(crate) fn summary(screen: Screen, end: &End) -> String {
         text.push_str(&format!("\n{} findings\n", screen.paint(Paint::Bold, &findings.len().to_string())));
         text.push_str(&finding::render(screen, findings));
     }
+    for doubt in &end.final_.consensus.uncertainties {
+        text.push_str(&format!("({})\n", crate::screen::escape(doubt)));
+    }
     if end.final_.result.truncated {
         text.push_str("(a text was longer than the result keeps; the stream had all of it)\n");
     }
