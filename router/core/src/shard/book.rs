@@ -15,13 +15,27 @@ use std::collections::{BTreeMap, BTreeSet};
 const WOKEN_MAX: usize = 16;
 const WOKEN_BY_SHARE_MAX: usize = 256;
 
+/// What is needed to begin: money, and calls that the account may run at once.
+#[derive(Clone, Copy, Default)]
+pub(super) struct Need {
+    pub(super) amount: Amount,
+    pub(super) calls: u32,
+}
+
+/// Of one call.
+impl From<Amount> for Need {
+    fn from(amount: Amount) -> Self {
+        Self { amount, calls: 1 }
+    }
+}
+
 /// Who waits for an account's money.
 #[derive(Default)]
 pub(super) struct Book {
     /// Running calls that wait for a slice, oldest first.
     pub(super) starved: Lacks,
     /// Tasks that had a slot and no money, and what they need: gold first, then silver, oldest first.
-    waiting: BTreeMap<(u32, u64), Amount>,
+    waiting: BTreeMap<(u32, u64), Need>,
     /// Running calls whose hold is below their guarded estimate, and by how much.
     short: Lacks,
     /// Calls that hold money of the account.
@@ -75,15 +89,15 @@ impl Shard {
         self.books.get(account).is_some_and(|b| b.waiting.contains_key(&self.place(no)))
     }
 
-    pub(super) fn wait_for_money(&mut self, no: u64, need: Amount) {
+    pub(super) fn wait_for_money(&mut self, no: u64, need: impl Into<Need>) {
         let Some(account) = self.state.stream(no).map(|s| s.accept.account.clone()) else { return };
         let place = self.place(no);
-        self.books.entry(account).or_default().waiting.insert(place, need);
+        self.books.entry(account).or_default().waiting.insert(place, need.into());
     }
 
     /// What others have a claim on before task `no`: those that wait in front of it, and running calls below their estimate.
     pub(super) fn claims(&self, book: &Book, no: u64, window: &str) -> Amount {
-        let waiting = book.waiting.range(..self.place(no)).map(|(_, need)| need);
+        let waiting = book.waiting.range(..self.place(no)).map(|(_, need)| &need.amount);
         sum(waiting.chain([&book.claimed(window)]))
     }
 
@@ -176,7 +190,7 @@ impl Shard {
     }
 
     /// What tasks need that wait for money here, first come first: at most `most` of them, each with its tier.
-    pub(super) fn waiting_for_money(&self, account: &str, most: usize) -> Vec<(u32, Amount)> {
+    pub(super) fn waiting_for_money(&self, account: &str, most: usize) -> Vec<(u32, Need)> {
         let waiting = self.books.get(account).into_iter().flat_map(|b| &b.waiting);
         waiting.take(most).map(|((qos, _), need)| (*qos, *need)).collect()
     }
@@ -185,7 +199,7 @@ impl Shard {
     pub(super) fn claims_before(&self, book: &Book, qos: u32, since: u64, window: &str) -> Amount {
         let older = |no: u64| self.state.stream(no).is_some_and(|s| s.accepted_at <= since);
         let waiting = book.waiting.iter().filter(|((q, no), _)| *q < qos || (*q == qos && older(*no)));
-        sum(waiting.map(|(_, need)| need).chain([&book.claimed(window)]))
+        sum(waiting.map(|(_, need)| &need.amount).chain([&book.claimed(window)]))
     }
 
     /// The levels of a call of this stream: its account's window in which it was reserved, and the stream.

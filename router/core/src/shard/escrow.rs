@@ -1,6 +1,7 @@
 //! An account's money between shards, as both sides see it: who is asked for more, what is said again until it is confirmed, and
 //! what comes in from other shards. The home's side is in `lender`, the other in `holder`.
 
+use super::book::Need;
 use super::holder::Told;
 use super::lender::{Recall, Wished};
 use super::{REPEAT_MS, Shard, Timer};
@@ -54,7 +55,7 @@ struct Asked {
     at: u64,
     /// The question leaves when this is durable, and has its time from then on.
     behind: Position,
-    need: Amount,
+    need: Need,
     /// When an answer came that brought too little.
     answered_at: Option<u64>,
 }
@@ -111,7 +112,7 @@ impl Shard {
 
     /// True where more money than is here may be found, and it is asked for: who needs it waits for the answer. A holder asks the
     /// home, the home those who hold shares. `window`: of a running call; empty: for new ones.
-    pub(super) fn seeks(&mut self, account: &str, window: &str, need: Amount) -> bool {
+    pub(super) fn seeks(&mut self, account: &str, window: &str, need: impl Into<Need>) -> bool {
         if self.settings.placement.shards() == 1 {
             return false;
         }
@@ -119,14 +120,14 @@ impl Shard {
         if home && !self.has_lent(account) {
             return false;
         }
-        let (now, at) = (self.now_ms, (account.to_owned(), window.to_owned()));
+        let (now, need, at) = (self.now_ms, need.into(), (account.to_owned(), window.to_owned()));
         let before = self.escrows.asked.get(&at).copied();
         if let Some(asked) = before {
             let answered_at = asked.answered_at.or(asked.given_up_at(now, self.durable));
             match answered_at {
                 Some(answered_at) if now < answered_at + FRESH_MS => return false,
                 // It is on its way, for as much.
-                None if need.fits(asked.need) => return true,
+                None if need.amount.fits(asked.need.amount) && need.calls <= asked.need.calls => return true,
                 Some(_) | None => {}
             }
         }

@@ -1,6 +1,7 @@
 //! A shard that spends for an account whose home is elsewhere: it wishes for shares, spends only what it holds, and gives back what
 //! is idle. Shares of one window are one purse.
 
+use super::book::Need;
 use super::escrow::AGAIN_MAX;
 use super::lender::a_bit;
 use super::{Shard, Timer};
@@ -88,18 +89,18 @@ impl Shard {
     }
 
     /// Tells the home what is needed: for running calls of a window, or for all new ones that wait.
-    pub(super) fn wish(&mut self, account: &str, window: &str, need: Amount) {
+    pub(super) fn wish(&mut self, account: &str, window: &str, of: Need) {
         if window.is_empty() {
             // What goes home in the same breath is counted there.
             self.return_wanted(account);
         }
-        let mut wish = self.a_wish(account, window, need);
+        let (need, mut wish) = (of.amount, self.a_wish(account, window, of));
         if window.is_empty() {
             let waiting = self.waiting_for_money(account, WAITING_MAX);
             if let Some((qos, first)) = waiting.first() {
-                let all = waiting.iter().try_fold(need, |sum, (_, need)| sum.add(*need)).unwrap_or(need);
-                (wish.qos, wish.least, wish.need) = (*qos, (*first).into(), all.into());
-                wish.calls = u32::try_from(waiting.len() + 1).unwrap_or(u32::MAX);
+                let all = waiting.iter().try_fold(need, |sum, (_, need)| sum.add(need.amount)).unwrap_or(need);
+                (wish.qos, wish.least, wish.need) = (*qos, first.amount.into(), all.into());
+                wish.calls = waiting.iter().fold(of.calls, |sum, (_, need)| sum.saturating_add(need.calls));
             }
             // What running calls have a claim on isn't theirs: a share that only covers the claims would go back and come again.
             let (purse, at) = self.purse_now(account);
@@ -123,15 +124,15 @@ impl Shard {
         self.say(self.settings.placement.home_of(account), Say::Wish(wish));
     }
 
-    fn a_wish(&self, account: &str, window: &str, need: Amount) -> Wish {
+    fn a_wish(&self, account: &str, window: &str, need: Need) -> Wish {
         let home = self.settings.placement.home_of(account);
         Wish {
             account: account.into(),
             window: window.into(),
-            need: need.into(),
-            least: need.into(),
+            need: need.amount.into(),
+            least: need.amount.into(),
             qos: 1,
-            calls: 1,
+            calls: need.calls,
             last: self.state.holding().get(&home).map_or(0, |line| line.last),
         }
     }
@@ -141,7 +142,7 @@ impl Shard {
         let starves = |window: &str| self.books.get(account).is_some_and(|b| b.starves(window, None));
         let over = self.escrows.slices.iter().filter(|(a, window)| a == account && !starves(window));
         for of in over.cloned().collect::<Vec<_>>() {
-            let wish = self.a_wish(account, &of.1, Amount::ZERO);
+            let wish = self.a_wish(account, &of.1, Need::default());
             self.say(self.settings.placement.home_of(account), Say::Wish(wish));
             self.escrows.slices.remove(&of);
         }

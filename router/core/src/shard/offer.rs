@@ -1,6 +1,7 @@
 //! Offers and permission: what agents would run a task for, and whether the money is there.
 
 use super::Shard;
+use super::book::Need;
 use super::choice::Request;
 use crate::account::{AccountWindow, Level};
 use crate::estimate::Estimate;
@@ -159,29 +160,24 @@ impl Shard {
         let room = |most: Option<u32>, open: usize| most.map_or(usize::MAX, |m| (m as usize).saturating_sub(open));
         let in_account = room(self.calls_max(tenant), book.map_or(0, |b| b.open.len()));
         let room = room(self.settings.stream_window.max_parallel, open_lanes as usize).min(in_account);
-        // A call needs a window to be reserved in, also one that costs nothing.
-        let least = if self.has_window(tenant) { Amount::ZERO } else { Amount::new(1, 0) };
+        let least = self.least_hold(tenant);
         let (mut holds, mut used) = (Vec::new(), Amount::ZERO);
         for (n, offer) in offers.iter().enumerate() {
-            let e = &offer.estimate;
-            let rest = left.less(used);
-            let need = e.guarded.min(rest).max(least);
-            let never = !e.mean.fits(rest)
-                || !first_grant_suffices(offer, need)
-                || (offer.capabilities.stop == Stop::None && need != e.guarded);
-            let sum = used.add(need);
-            let fits = n < room && !held_back && sum.is_ok_and(|sum| sum.fits(free));
-            if never || !fits {
-                return match holds.is_empty() {
-                    false => Fit::Lanes(holds),
-                    // What only the next window can pay waits for it, and claims nothing of this one.
-                    true if never && self.next_window_pays(tenant, &window, stream, offer) => Fit::Wait(Amount::ZERO),
-                    true if never => Fit::Never(self.budget_error(&account, &window, &reference, stream, e)),
-                    true => Fit::Wait(need),
-                };
+            let need = lane_need(offer, left.less(used)).map(|need| need.max(least));
+            let sum = need.and_then(|need| used.add(need).ok());
+            match (need, sum.filter(|sum| n < room && !held_back && sum.fits(free))) {
+                (Some(need), Some(sum)) => {
+                    used = sum;
+                    holds.push(need);
+                }
+                _ if !holds.is_empty() => return Fit::Lanes(holds),
+                (Some(need), None) => return Fit::Wait(need),
+                // What only the next window can pay waits for it, and claims nothing of this one.
+                (None, _) if self.next_window_pays(tenant, &window, stream, offer) => return Fit::Wait(Amount::ZERO),
+                (None, _) => {
+                    return Fit::Never(self.budget_error(&account, &window, &reference, stream, &offer.estimate));
+                }
             }
-            used = sum.unwrap_or(used);
-            holds.push(need);
         }
         match holds.is_empty() {
             true => Fit::Wait(Amount::ZERO),
@@ -189,23 +185,30 @@ impl Shard {
         }
     }
 
-    /// What these offers need together, where not all that the account can pay may begin on the money that is here.
-    pub(super) fn short_of(&self, tenant: &str, no: u64, stream: &Level, offers: &[Offer]) -> Option<Amount> {
-        let (left, free) = self.money(tenant, no, stream);
-        let mut sum = Amount::ZERO;
-        for offer in offers {
-            let rest = left.less(sum);
-            let need = offer.estimate.guarded.min(rest);
-            if !offer.estimate.mean.fits(rest) || !first_grant_suffices(offer, need) {
-                break;
-            }
-            sum = sum.add(need).ok()?;
+    /// What these offers need together, where more of them can be paid and run than may begin on what is here.
+    pub(super) fn short_of(&self, tenant: &str, no: u64, stream: &Level, offers: &[Offer]) -> Option<Need> {
+        let begin = match self.fit(tenant, no, stream, 0, offers) {
+            Fit::Lanes(holds) if holds.len() == offers.len() => return None,
+            Fit::Never(_) => return None,
+            Fit::Lanes(holds) => holds.len(),
+            Fit::Wait(_) => 0,
+        };
+        let most = |window: Option<u32>| window.map_or(usize::MAX, |most| most as usize);
+        let in_stream = most(self.settings.stream_window.max_parallel);
+        let lanes = in_stream.min(most(self.account_settings(tenant).max_parallel));
+        let least = self.least_hold(tenant);
+        let (left, _) = self.money(tenant, no, stream);
+        let mut all = Need::default();
+        for offer in offers.iter().take(lanes) {
+            let Some(need) = lane_need(offer, left.less(all.amount)) else { break };
+            all = Need { amount: all.amount.add(need.max(least)).ok()?, calls: all.calls + 1 };
         }
-        match self.fit(tenant, no, stream, 0, &offers[..1]) {
-            _ if !sum.fits(free) => Some(sum),
-            Fit::Wait(need) => Some(need),
-            Fit::Lanes(_) | Fit::Never(_) => None,
-        }
+        (all.calls as usize > begin).then_some(all)
+    }
+
+    /// A call needs a window to be reserved in, also one that costs nothing.
+    fn least_hold(&self, tenant: &str) -> Amount {
+        if self.has_window(tenant) { Amount::ZERO } else { Amount::new(1, 0) }
     }
 
     pub(super) fn budget_error(
@@ -238,12 +241,7 @@ impl Shard {
     fn next_window_pays(&self, tenant: &str, window: &AccountWindow, stream: &Level, offer: &Offer) -> bool {
         let queues = self.account_settings(tenant).on_limit.is_some_and(|o| o.queue);
         let fresh = Level { limit: window.limit.into(), ..Level::default() }.left().min(stream.left());
-        let need = offer.estimate.guarded.min(fresh);
-        queues
-            && window.ends_ms.is_some()
-            && offer.estimate.mean.fits(fresh)
-            && first_grant_suffices(offer, need)
-            && (offer.capabilities.stop != Stop::None || need == offer.estimate.guarded)
+        queues && window.ends_ms.is_some() && lane_need(offer, fresh).is_some()
     }
 
     /// EWINDOW for money that isn't free now: the level and dimension that bind, and when to come back.
@@ -300,9 +298,13 @@ impl Shard {
     }
 }
 
-/// The first grant covers the prompt plus one slice.
-fn first_grant_suffices(offer: &Offer, need: Amount) -> bool {
-    first_grant(offer).fits(need)
+/// What a call holds where so much is left; `None`: it can't begin on that. The first grant covers the prompt plus one slice, and
+/// all of it where the agent can't be stopped.
+fn lane_need(offer: &Offer, left: Amount) -> Option<Amount> {
+    let e = &offer.estimate;
+    let need = e.guarded.min(left);
+    let suffices = first_grant(offer).fits(need) && (offer.capabilities.stop != Stop::None || need == e.guarded);
+    (e.mean.fits(left) && suffices).then_some(need)
 }
 
 /// The least hold that a call can begin with.

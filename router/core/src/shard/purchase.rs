@@ -23,6 +23,8 @@ pub(super) struct Bid {
     offers: Vec<Offer>,
     /// True: one lane, several agents asked for it.
     either: bool,
+    /// True: there was money for all of them when they were asked.
+    whole: bool,
     /// The best slot so far, while one of a better rank may still come: which offer, of which process.
     lent: Option<(usize, Arc<str>, Arc<str>)>,
 }
@@ -142,8 +144,12 @@ impl Shard {
                 return self.close_refused(no, error);
             }
         }
-        match self.fit(&tenant, no, &level, 0, &offers[..1]) {
-            Fit::Lanes(_) => self.leave_books(no),
+        let lanes = lanes.min(offers.len());
+        let whole = match self.fit(&tenant, no, &level, 0, &offers[..lanes]) {
+            Fit::Lanes(holds) => {
+                self.leave_books(no);
+                holds.len() == lanes
+            }
             Fit::Wait(need) if wait => {
                 self.wait_for_money(no, need);
                 self.ask_later(no);
@@ -154,7 +160,7 @@ impl Shard {
                 return self.close_refused(no, error);
             }
             Fit::Never(error) => return self.close_refused(no, error),
-        }
+        };
         self.withdraw(no);
         offers.truncate(if either { ASKED_MAX } else { fanout });
         for (i, offer) in offers.iter().enumerate() {
@@ -163,7 +169,7 @@ impl Shard {
             self.want(no, &offer.agent, call, offer.estimate.guarded, self.lasts_ms(no, offer));
         }
         if let Some(live) = self.live.get_mut(&no) {
-            live.bid = Some(Bid { offers, either, lent: None });
+            live.bid = Some(Bid { offers, either, whole, lent: None });
         }
         self.ask_later(no);
     }
@@ -289,8 +295,9 @@ impl Shard {
         let either = bid.either;
         let offers: Vec<Offer> = if either { vec![bid.offers[at].clone()] } else { bid.offers.clone() };
         let fit = self.fit(&tenant, no, &level, 0, &offers);
-        // No lane is dropped for money that may be found.
-        if matches!(&fit, Fit::Lanes(holds) if holds.len() < offers.len())
+        // No lane is dropped for money that may be found; what wasn't there when the slots were asked for was looked for then.
+        if bid.whole
+            && matches!(&fit, Fit::Lanes(holds) if holds.len() < offers.len())
             && let Some(need) = self.short_of(&tenant, no, &level, &offers)
             && self.seeks(&tenant, "", need)
         {

@@ -53,6 +53,12 @@ fn who_can_t_be_paid_is_told_so_before_it_is_accepted_wherever_it_is() {
     assert_eq!(fleet.account(home).1, 20);
 }
 
+/// A task for both of two agents.
+fn both() -> Submit {
+    let agents = ["free", "dear"].map(AgentName::new).to_vec();
+    Submit { task: "t".into(), agents, deadline_ms: Some(60_000), ..Submit::default() }
+}
+
 #[test]
 fn no_lane_is_dropped_for_money_that_the_home_has() {
     for (limit, runs) in [(1_000_000, 2), (720, 2), (699, 1)] {
@@ -63,9 +69,7 @@ fn no_lane_is_dropped_for_money_that_the_home_has() {
         for n in 0..SHARDS {
             let shard = fleet.away(n);
             let id = fleet.stream_on(shard).next().unwrap();
-            let agents = ["free", "dear"].map(AgentName::new).to_vec();
-            let submit = Submit { task: "t".into(), agents, deadline_ms: Some(60_000), ..Submit::default() };
-            fleet.submit_this(Qos::Silver, &id, &submit);
+            fleet.submit_this(Qos::Silver, &id, &both());
             fleet.wait(3_000);
             assert_eq!(fleet.calls.len(), runs, "shard {n} of {limit}");
             if limit < 1_000_000 {
@@ -73,6 +77,19 @@ fn no_lane_is_dropped_for_money_that_the_home_has() {
             }
             fleet.calls.clear();
         }
+    }
+}
+
+#[test]
+fn no_lane_is_dropped_for_calls_that_the_home_may_lend() {
+    for (most, runs) in [(1, 1), (2, 2), (8, 2)] {
+        let mut fleet = Fleet::new(settings(1_000_000, Some(most)));
+        fleet.connect("free", 0);
+        fleet.connect("dear", 700);
+        let id = fleet.stream_on(fleet.away(1)).next().unwrap();
+        fleet.submit_this(Qos::Silver, &id, &both());
+        fleet.wait(3_000);
+        assert_eq!(fleet.calls.len(), runs, "max_parallel {most}");
     }
 }
 
