@@ -63,7 +63,7 @@ pub struct Wish {
     /// The window of running calls that need more; empty: new calls, whatever window is current.
     #[prost(string, tag = "2")]
     pub window: String,
-    /// What all who wait here need; zero: no running call does any more.
+    /// What all who wait here need to begin; zero: no running call does any more.
     #[prost(message, required, tag = "3")]
     pub need: AmountPb,
     /// What the first of them needs: less helps nobody.
@@ -78,6 +78,9 @@ pub struct Wish {
     /// The newest share of this home that is here: a later one is on its way, and may be all that is needed.
     #[prost(uint64, tag = "7")]
     pub last: u64,
+    /// What they need for all lanes of theirs. A part of what is beyond `need` helps nobody.
+    #[prost(message, required, tag = "8")]
+    pub all: AmountPb,
 }
 
 #[derive(Clone, PartialEq, Message)]

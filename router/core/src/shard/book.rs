@@ -15,17 +15,26 @@ use std::collections::{BTreeMap, BTreeSet};
 const WOKEN_MAX: usize = 16;
 const WOKEN_BY_SHARE_MAX: usize = 256;
 
-/// What is needed to begin: money, and calls that the account may run at once.
+/// What a task needs to begin.
 #[derive(Clone, Copy, Default)]
 pub(super) struct Need {
-    pub(super) amount: Amount,
+    /// For the first of its calls, on less it doesn't begin; zero: it can, and looks for what the others need.
+    pub(super) least: Amount,
+    /// For all of them.
+    pub(super) all: Amount,
     pub(super) calls: u32,
+}
+
+impl Need {
+    pub(super) fn fits(&self, other: &Self) -> bool {
+        self.least.fits(other.least) && self.all.fits(other.all) && self.calls <= other.calls
+    }
 }
 
 /// Of one call.
 impl From<Amount> for Need {
     fn from(amount: Amount) -> Self {
-        Self { amount, calls: 1 }
+        Self { least: amount, all: amount, calls: 1 }
     }
 }
 
@@ -47,13 +56,15 @@ pub(super) struct Book {
     starved_at: u64,
     /// When the account's pace is looked at again.
     pace_at: u64,
+    /// Until then no idle shares are wanted back for what a task can begin without.
+    pub(super) more_at: u64,
 }
 
 /// What running calls lack, by age, and the window that each was reserved in: no other one's money helps it.
 type Lacks = BTreeMap<(u64, u32), (String, Amount)>;
 
 /// The sum, or as much of it as can be told.
-fn sum<'a>(amounts: impl Iterator<Item = &'a Amount>) -> Amount {
+pub(super) fn sum<'a>(amounts: impl Iterator<Item = &'a Amount>) -> Amount {
     amounts.fold(Amount::ZERO, |sum, amount| sum.add(*amount).unwrap_or(sum))
 }
 
@@ -81,7 +92,7 @@ impl Book {
 
 impl Shard {
     /// The place of a task among those that wait for money; one that isn't accepted yet comes last.
-    fn place(&self, no: u64) -> (u32, u64) {
+    pub(super) fn place(&self, no: u64) -> (u32, u64) {
         (self.state.stream(no).map_or(u32::MAX, |s| stream_qos(s) as u32), no)
     }
 
@@ -97,7 +108,7 @@ impl Shard {
 
     /// What others have a claim on before task `no`: those that wait in front of it, and running calls below their estimate.
     pub(super) fn claims(&self, book: &Book, no: u64, window: &str) -> Amount {
-        let waiting = book.waiting.range(..self.place(no)).map(|(_, need)| &need.amount);
+        let waiting = book.waiting.range(..self.place(no)).map(|(_, need)| &need.least);
         sum(waiting.chain([&book.claimed(window)]))
     }
 
@@ -189,17 +200,21 @@ impl Shard {
         self.roll_timer(account);
     }
 
-    /// What tasks need that wait for money here, first come first: at most `most` of them, each with its tier.
-    pub(super) fn waiting_for_money(&self, account: &str, most: usize) -> Vec<(u32, Need)> {
+    /// What tasks need that wait for money here, the first ones: by tier and age.
+    pub(super) fn waiting_for_money(&self, account: &str, most: usize) -> BTreeMap<(u32, u64), Need> {
         let waiting = self.books.get(account).into_iter().flat_map(|b| &b.waiting);
-        waiting.take(most).map(|((qos, _), need)| (*qos, *need)).collect()
+        waiting.take(most).map(|(place, need)| (*place, *need)).collect()
+    }
+
+    pub(super) fn anybody_waits(&self, account: &str) -> bool {
+        self.books.get(account).is_some_and(|b| !b.waiting.is_empty())
     }
 
     /// What tasks here have a claim on before a wish of this tier and age, and running calls below their estimate.
     pub(super) fn claims_before(&self, book: &Book, qos: u32, since: u64, window: &str) -> Amount {
         let older = |no: u64| self.state.stream(no).is_some_and(|s| s.accepted_at <= since);
         let waiting = book.waiting.iter().filter(|((q, no), _)| *q < qos || (*q == qos && older(*no)));
-        sum(waiting.map(|(_, need)| &need.amount).chain([&book.claimed(window)]))
+        sum(waiting.map(|(_, need)| &need.least).chain([&book.claimed(window)]))
     }
 
     /// The levels of a call of this stream: its account's window in which it was reserved, and the stream.

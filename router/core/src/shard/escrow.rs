@@ -111,8 +111,8 @@ impl Shard {
     // ---- looking for more -------------------------------------------------------------------------------------------
 
     /// True where more money than is here may be found, and it is asked for: who needs it waits for the answer. A holder asks the
-    /// home, the home those who hold shares. `window`: of a running call; empty: for new ones.
-    pub(super) fn seeks(&mut self, account: &str, window: &str, need: impl Into<Need>) -> bool {
+    /// home, the home those who hold shares. `window`: of a running call; empty: for new ones, of stream `no`.
+    pub(super) fn seeks(&mut self, account: &str, window: &str, no: u64, need: impl Into<Need>) -> bool {
         if self.settings.placement.shards() == 1 {
             return false;
         }
@@ -127,13 +127,13 @@ impl Shard {
             match answered_at {
                 Some(answered_at) if now < answered_at + FRESH_MS => return false,
                 // It is on its way, for as much.
-                None if need.amount.fits(asked.need.amount) && need.calls <= asked.need.calls => return true,
+                None if need.fits(&asked.need) => return true,
                 Some(_) | None => {}
             }
         }
-        let found = !home || self.recall(account, None);
+        let found = !home || self.recall(account, None, need.least.is_zero());
         if !home {
-            self.wish(account, window, need);
+            self.wish(account, window, no, need);
         }
         if found {
             let behind = self.state.position();
@@ -166,7 +166,7 @@ impl Shard {
     /// True where a submit that needs so much is kept until it can be judged: more may be found.
     pub(super) fn parks(&mut self, tenant: &TenantId, need: Amount) -> bool {
         let room = self.escrows.parked.get(tenant.as_str()).is_none_or(|p| p.len() < PARKED_MAX);
-        room && self.seeks(tenant.as_str(), "", need)
+        room && self.seeks(tenant.as_str(), "", u64::MAX, need)
     }
 
     /// True while running calls of an account's window wait for a slice, in whatever shard: no new call is reserved in it.
@@ -189,7 +189,7 @@ impl Shard {
 
     /// True while tasks here lack money of an account.
     pub(super) fn lacks_money(&self, account: &str) -> bool {
-        self.escrows.parked.contains_key(account) || !self.waiting_for_money(account, 1).is_empty()
+        self.escrows.parked.contains_key(account) || self.anybody_waits(account)
     }
 
     pub(super) fn park(&mut self, conn: ConnId, tenant: &TenantId, submit: Message) {

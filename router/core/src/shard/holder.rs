@@ -1,7 +1,7 @@
 //! A shard that spends for an account whose home is elsewhere: it wishes for shares, spends only what it holds, and gives back what
 //! is idle. Shares of one window are one purse.
 
-use super::book::Need;
+use super::book::{Need, sum};
 use super::escrow::AGAIN_MAX;
 use super::lender::a_bit;
 use super::{Shard, Timer};
@@ -88,26 +88,30 @@ impl Shard {
         self.escrows.told.get(account).map_or(0, |told| told.stands.resumes_ms)
     }
 
-    /// Tells the home what is needed: for running calls of a window, or for all new ones that wait.
-    pub(super) fn wish(&mut self, account: &str, window: &str, of: Need) {
+    /// Tells the home what is needed: for running calls of a window, or for all new ones that wait, stream `no` among them.
+    pub(super) fn wish(&mut self, account: &str, window: &str, no: u64, of: Need) {
         if window.is_empty() {
             // What goes home in the same breath is counted there.
             self.return_wanted(account);
         }
-        let (need, mut wish) = (of.amount, self.a_wish(account, window, of));
+        let mut wish = self.a_wish(account, window, of);
         if window.is_empty() {
-            let waiting = self.waiting_for_money(account, WAITING_MAX);
-            if let Some((qos, first)) = waiting.first() {
-                let all = waiting.iter().try_fold(need, |sum, (_, need)| sum.add(need.amount)).unwrap_or(need);
-                (wish.qos, wish.least, wish.need) = (*qos, first.amount.into(), all.into());
-                wish.calls = waiting.iter().fold(of.calls, |sum, (_, need)| sum.saturating_add(need.calls));
+            let mut waiting = self.waiting_for_money(account, WAITING_MAX);
+            waiting.insert(self.place(no), of);
+            if let Some(((qos, _), first)) = waiting.iter().find(|(_, need)| !need.least.is_zero()) {
+                wish.qos = if *qos == u32::MAX { wish.qos } else { *qos };
+                wish.least = first.least.into();
             }
+            wish.need = sum(waiting.values().map(|need| &need.least)).into();
+            wish.calls = waiting.values().fold(0, |sum, need| need.calls.saturating_add(sum));
+            let all = sum(waiting.values().map(|need| &need.all));
             // What running calls have a claim on isn't theirs: a share that only covers the claims would go back and come again.
             let (purse, at) = self.purse_now(account);
             let claims = self.books.get(account).map_or(Amount::ZERO, |b| b.claimed(&at.window));
             let free = purse.level().free();
             let beside = |need: Amount| need.add(claims.less(free)).unwrap_or(need);
             (wish.least, wish.need) = (beside(wish.least.into()).into(), beside(wish.need.into()).into());
+            wish.all = beside(all).less(free.less(claims)).into();
             if let Some(most) = self.calls_max(account) {
                 let open = self.books.get(account).map_or(0, |b| u32::try_from(b.open.len()).unwrap_or(u32::MAX));
                 wish.calls = wish.calls.saturating_sub(most.saturating_sub(open));
@@ -117,9 +121,9 @@ impl Shard {
                 self.escrows.slices.insert((account.into(), window.into()));
             }
             // All that wait for a slice: asked for one by one, they would wait for each other, and new tasks for them.
-            let all = self.books.get(account).map_or(need, |b| need.max(b.starved_of(window, WAITING_MAX)));
+            let all = self.books.get(account).map_or(of.all, |b| of.all.max(b.starved_of(window, WAITING_MAX)));
             wish.need = all.into();
-            wish.least = a_bit(need).into();
+            wish.least = a_bit(of.all).into();
         }
         self.say(self.settings.placement.home_of(account), Say::Wish(wish));
     }
@@ -129,8 +133,9 @@ impl Shard {
         Wish {
             account: account.into(),
             window: window.into(),
-            need: need.amount.into(),
-            least: need.amount.into(),
+            need: need.least.into(),
+            least: need.least.into(),
+            all: need.all.into(),
             qos: 1,
             calls: need.calls,
             last: self.state.holding().get(&home).map_or(0, |line| line.last),
@@ -276,7 +281,7 @@ impl Shard {
         let Some(known) = self.state.accounts.get(account).filter(|a| a.shared && !a.windows.is_empty()) else {
             return;
         };
-        let busy = known.windows.values().any(|w| w.open > 0) || !self.waiting_for_money(account, 1).is_empty();
+        let busy = known.windows.values().any(|w| w.open > 0) || self.anybody_waits(account);
         if !busy && !self.bids_for(account) {
             self.return_idle(account, true);
         }

@@ -15,6 +15,8 @@ const WISH_MS: u64 = 3_000;
 const RECALL_MS: u64 = 500;
 /// What idle shares were asked for holds for this long.
 const RECALLED_MS: u64 = 250;
+/// So seldom at most idle shares are wanted back for what a task can begin without: who holds them may need them.
+const MORE_MS: u64 = 5_000;
 /// Beside what is needed a holder gets at most so many times as much, and at most this part of what its shards could share.
 const SPARE_TIMES: u64 = 16;
 const SPARE_PART: u64 = 4;
@@ -125,7 +127,8 @@ impl Shard {
             if given.is_none() && wish.window.is_empty() {
                 ahead = ahead.add(wish.least.into()).unwrap_or(ahead);
             }
-            if given.is_none() && self.recall(account, Some(at.0)) {
+            let more = wish.window.is_empty() && Amount::from(wish.least).is_zero();
+            if given.is_none() && self.recall(account, Some(at.0), more) {
                 continue;
             }
             let Some(wishes) = self.escrows.wishes.get_mut(account) else { return };
@@ -155,6 +158,7 @@ impl Shard {
     fn lend(&mut self, holder: u32, wish: &Wish, ahead: Amount) -> Option<Amount> {
         let account = wish.account.as_str();
         let (need, least) = (Amount::from(wish.need), Amount::from(wish.least));
+        let all = Amount::from(wish.all).max(need);
         let fresh = wish.window.is_empty();
         let waits = match fresh {
             true => self.runs_short(account) || self.is_held_back(account),
@@ -193,7 +197,10 @@ impl Shard {
         if room == Some(0) && wish.calls > 0 {
             return None;
         }
-        let given = need.min(free).max(least);
+        let given = if fresh && all.fits(free) { all } else { need.min(free).max(least) };
+        if given.is_zero() && (room.is_none() || wish.calls == 0) {
+            return None;
+        }
         // What running calls need lets no other begin.
         let calls = most.map(|_| room.map_or(0, |room| wish.calls.min(room)));
         self.lend_share(holder, account, &id, &window, given, calls);
@@ -203,7 +210,7 @@ impl Shard {
         // Who runs on comes back for the next slices; in a window that is over nothing else begins.
         let (worth, calls) = if fresh {
             let rest = room.zip(calls).map(|(room, calls)| u64::from(room - calls) / part);
-            (least, rest.map(|rest| u32::try_from(rest).unwrap_or(u32::MAX)))
+            (if least.is_zero() { given } else { least }, rest.map(|rest| u32::try_from(rest).unwrap_or(u32::MAX)))
         } else {
             (given, most.map(|_| 0))
         };
@@ -263,8 +270,9 @@ impl Shard {
 
     // ---- idle shares ------------------------------------------------------------------------------------------------
 
-    /// Wants idle shares back from all who hold some, but `but`. True while they may still come.
-    pub(super) fn recall(&mut self, account: &str, but: Option<u32>) -> bool {
+    /// Wants idle shares back from all who hold some, but `but`. True while they may still come. `more`: for what a task can begin
+    /// without.
+    pub(super) fn recall(&mut self, account: &str, but: Option<u32>, more: bool) -> bool {
         let (now, running) = (self.now_ms, self.runs_short(account));
         // What was asked for new calls is asked again, and with more weight, for a running one.
         if let Some(recall) = self.escrows.recalls.get(account).filter(|recall| recall.running || !running) {
@@ -276,8 +284,12 @@ impl Shard {
         }
         let holders = self.state.accounts.get(account).map(|a| a.lent_to.keys().copied());
         let waits_for: BTreeSet<u32> = holders.into_iter().flatten().filter(|h| Some(*h) != but).collect();
-        if waits_for.is_empty() {
+        let book = self.books.entry(account.into()).or_default();
+        if waits_for.is_empty() || more && now < book.more_at {
             return false;
+        }
+        if more {
+            book.more_at = now + MORE_MS;
         }
         for holder in &waits_for {
             let running = self.runs_short_but(account, *holder);

@@ -200,8 +200,11 @@ impl Shard {
         let (left, _) = self.money(tenant, no, stream);
         let mut all = Need::default();
         for offer in offers.iter().take(lanes) {
-            let Some(need) = lane_need(offer, left.less(all.amount)) else { break };
-            all = Need { amount: all.amount.add(need.max(least)).ok()?, calls: all.calls + 1 };
+            let Some(need) = lane_need(offer, left.less(all.all)).map(|need| need.max(least)) else { break };
+            if begin == 0 && all.calls == 0 {
+                all.least = need;
+            }
+            all = Need { all: all.all.add(need).ok()?, calls: all.calls + 1, ..all };
         }
         (all.calls as usize > begin).then_some(all)
     }

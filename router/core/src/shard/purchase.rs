@@ -112,7 +112,7 @@ impl Shard {
         if self.settings.placement.shards() > 1
             && lanes > 0
             && let Some(need) = self.short_of(&tenant, no, &level, &offers[..lanes])
-            && self.seeks(&tenant, "", need)
+            && self.seeks(&tenant, "", no, need)
         {
             self.wait_for_money(no, need);
             return self.ask_later(no);
@@ -299,7 +299,7 @@ impl Shard {
         if bid.whole
             && matches!(&fit, Fit::Lanes(holds) if holds.len() < offers.len())
             && let Some(need) = self.short_of(&tenant, no, &level, &offers)
-            && self.seeks(&tenant, "", need)
+            && self.seeks(&tenant, "", no, need)
         {
             self.withdraw_loudly(no, None);
             self.wait_for_money(no, need);
@@ -309,7 +309,7 @@ impl Shard {
             Fit::Lanes(holds) => holds,
             Fit::Wait(need) => {
                 let wait = self.live.get(&no).is_some_and(|l| l.wants.wait) && self.on_limit(&tenant).queue;
-                let wait = wait || self.seeks(&tenant, "", need);
+                let wait = wait || self.seeks(&tenant, "", no, need);
                 self.withdraw_loudly(no, None);
                 if !wait {
                     let error = self.window_error(&tenant, need);
@@ -431,7 +431,7 @@ impl Shard {
                 Ok(true)
             }
             Fit::Wait(need) => {
-                self.seeks(&tenant, "", need);
+                self.seeks(&tenant, "", no, need);
                 Ok(false)
             }
             Fit::Never(error) => Err(error),

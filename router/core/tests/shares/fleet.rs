@@ -2,7 +2,7 @@
 
 use atp_core::agent::Agent;
 use atp_core::clock::Now;
-use atp_core::escrow::Escrow;
+use atp_core::escrow::{Escrow, Say};
 use atp_core::message::{AgentEffect, AgentInput, Effect, FromAgent, Input, Machine};
 use atp_core::placement::Placement;
 use atp_core::record::{Entry, Genesis, Record};
@@ -31,13 +31,17 @@ pub(crate) struct Fleet {
     pub(crate) now: Now,
     pub(crate) to_client: Vec<Frame>,
     pub(crate) to_agent: Vec<Frame>,
-    /// The shard of each call that was dispatched.
+    /// Whose each call is that was ever dispatched.
+    agent_of: BTreeMap<String, AgentName>,
+    /// The shard of each call that was dispatched and has no end.
     pub(crate) calls: BTreeMap<String, u32>,
     /// The last that a call said.
     said: BTreeMap<String, u64>,
     /// Messages between shards that don't arrive: (from, to).
     pub(crate) cut: BTreeSet<(u32, u32)>,
     pub(crate) runs: u64,
+    /// How often somebody was asked for idle shares.
+    pub(crate) recalls: usize,
     /// What all shards have learned.
     pub(crate) learned: Statistics,
 }
@@ -81,24 +85,26 @@ impl Fleet {
             now,
             to_client: Vec::new(),
             to_agent: Vec::new(),
+            agent_of: BTreeMap::new(),
             calls: BTreeMap::new(),
             said: BTreeMap::new(),
             cut: BTreeSet::new(),
             runs: 0,
+            recalls: 0,
             learned: Statistics::default(),
         };
         fleet.run();
-        fleet.connect("a", 10);
+        fleet.connect("a", 10, 200);
         fleet
     }
 
-    /// An agent whose calls are estimated at so many micro-USD.
-    pub(crate) fn connect(&mut self, name: &str, usd_micros: u64) {
+    /// An agent whose calls are estimated at so many micro-USD, with so many at once.
+    pub(crate) fn connect(&mut self, name: &str, usd_micros: u64, max_parallel: u32) {
         let mut agent = Agent::new(AgentName::new(name), Arc::new(self.settings.clone()), self.now);
         let capabilities = Capabilities {
             agent: AgentName::new(name),
             incarnation: "p1".into(),
-            max_parallel: 200,
+            max_parallel,
             models: vec![ModelInfo {
                 id: "m1".into(),
                 in_usd_micros_per_mtok: Some(10_000),
@@ -146,13 +152,15 @@ impl Fleet {
                     self.carry_out(n, effect);
                 }
             }
-            while let Some(effect) = self.agents.iter_mut().find_map(Machine::poll_effect) {
+            let effect_of = |agent: &mut Agent| Some((agent.name().clone(), agent.poll_effect()?));
+            while let Some((agent, effect)) = self.agents.iter_mut().find_map(effect_of) {
                 moved = true;
                 match effect {
                     AgentEffect::Send { frame, .. } => {
                         if &*frame.kind == kind::DISPATCH {
                             let dispatch: Dispatch = frame.read().unwrap();
                             self.calls.insert(frame.stream_id.to_string(), dispatch.shard);
+                            self.agent_of.insert(frame.stream_id.to_string(), agent);
                         }
                         self.to_agent.push(frame);
                     }
@@ -185,6 +193,7 @@ impl Fleet {
                 to.handle(self.now, AgentInput::Shard(message));
             }
             Effect::ToShard { shard, message } => {
+                self.recalls += usize::from(matches!(message.say, Some(Say::Recall(_))));
                 // What is said is bytes between routers.
                 let message = Escrow::decode(message.encode_to_vec().as_slice()).unwrap();
                 if !self.cut.contains(&(from, shard)) {
@@ -223,6 +232,32 @@ impl Fleet {
         self.submit_as(Qos::Silver, id, wait);
     }
 
+    /// Submits a shard's first stream, and returns its call.
+    pub(crate) fn first_call_on(&mut self, shard: u32) -> String {
+        let id = self.stream_on(shard).next().unwrap();
+        self.submit(&id, true);
+        self.calls.iter().find(|(_, of)| **of == shard).unwrap().0.clone()
+    }
+
+    /// A call costs more and more, until it waits for a slice. Returns what it cost.
+    pub(crate) fn run_on(&mut self, call: &str) -> u64 {
+        let (shard, mut cost) = (self.calls[call], 10);
+        while cost <= self.account(shard).2 {
+            cost += 20;
+            self.say(call, cost);
+        }
+        cost
+    }
+
+    pub(crate) fn others(&self, call: &str) -> Vec<String> {
+        self.calls.keys().filter(|other| *other != call).cloned().collect()
+    }
+
+    /// Every call but this one ends at this cost.
+    pub(crate) fn finish_others(&mut self, call: &str, usd_micros: u64) {
+        self.others(call).iter().for_each(|other| self.finish(other, usd_micros, Finish::Complete));
+    }
+
     pub(crate) fn submit_as(&mut self, qos: Qos, id: &str, wait: bool) {
         let submit = Submit { task: "t".into(), wait, deadline_ms: Some(60_000), ..Submit::default() };
         self.submit_this(qos, id, &submit);
@@ -244,9 +279,13 @@ impl Fleet {
         let cost = Cost { in_tokens: Tokens(50), out_tokens: Tokens(40), usd_micros: UsdMicros(usd_micros) };
         let part = AgentPartial { text: Some("so far".into()), cost, ..AgentPartial::default() };
         let frame = Frame::json(call, msg_seq, Flags::NONE, kind::RESULT_PARTIAL, &part);
-        let (agent, incarnation) = (AgentName::new("a"), "p1".into());
+        self.agent_says(self.calls[call], frame);
+    }
+
+    fn agent_says(&mut self, shard: u32, frame: Frame) {
+        let (agent, incarnation) = (self.agent_of[&*frame.stream_id].clone(), "p1".into());
         let message = FromAgent::Frame { agent, incarnation, received: received(frame) };
-        self.shards[self.calls[call] as usize].handle(self.now, Input::Agent(message));
+        self.shards[shard as usize].handle(self.now, Input::Agent(message));
         self.run();
     }
 
@@ -263,11 +302,8 @@ impl Fleet {
         let last = AgentFinal { text: Some("ok".into()), cost, finish, ..AgentFinal::default() };
         let msg_seq = self.said.remove(call).unwrap_or(0) + 1;
         let frame = Frame::json(call, msg_seq, Flags::FIN, kind::RESULT_FINAL, &last);
-        let (agent, incarnation) = (AgentName::new("a"), "p1".into());
-        let message = FromAgent::Frame { agent, incarnation, received: received(frame) };
-        self.shards[shard as usize].handle(self.now, Input::Agent(message));
         self.runs += 1;
-        self.run();
+        self.agent_says(shard, frame);
     }
 
     /// (limit, settled, held, lent) in micro-USD of the account at its home; the same of a shard's purse.

@@ -53,9 +53,9 @@ fn who_can_t_be_paid_is_told_so_before_it_is_accepted_wherever_it_is() {
     assert_eq!(fleet.account(home).1, 20);
 }
 
-/// A task for both of two agents.
-fn both() -> Submit {
-    let agents = ["free", "dear"].map(AgentName::new).to_vec();
+/// A task for each of these agents.
+fn for_each(agents: &[&str]) -> Submit {
+    let agents = agents.iter().copied().map(AgentName::new).collect();
     Submit { task: "t".into(), agents, deadline_ms: Some(60_000), ..Submit::default() }
 }
 
@@ -64,12 +64,12 @@ fn no_lane_is_dropped_for_money_that_the_home_has() {
     for (limit, runs) in [(1_000_000, 2), (720, 2), (699, 1)] {
         // The first lane costs no money, so that what is lent for it has none to spare; the second one costs 700.
         let mut fleet = Fleet::new(settings(limit, None));
-        fleet.connect("free", 0);
-        fleet.connect("dear", 700);
+        fleet.connect("free", 0, 200);
+        fleet.connect("dear", 700, 200);
         for n in 0..SHARDS {
             let shard = fleet.away(n);
             let id = fleet.stream_on(shard).next().unwrap();
-            fleet.submit_this(Qos::Silver, &id, &both());
+            fleet.submit_this(Qos::Silver, &id, &for_each(&["free", "dear"]));
             fleet.wait(3_000);
             assert_eq!(fleet.calls.len(), runs, "shard {n} of {limit}");
             if limit < 1_000_000 {
@@ -84,12 +84,79 @@ fn no_lane_is_dropped_for_money_that_the_home_has() {
 fn no_lane_is_dropped_for_calls_that_the_home_may_lend() {
     for (most, runs) in [(1, 1), (2, 2), (8, 2)] {
         let mut fleet = Fleet::new(settings(1_000_000, Some(most)));
-        fleet.connect("free", 0);
-        fleet.connect("dear", 700);
+        fleet.connect("free", 0, 200);
+        fleet.connect("dear", 700, 200);
         let id = fleet.stream_on(fleet.away(1)).next().unwrap();
-        fleet.submit_this(Qos::Silver, &id, &both());
+        fleet.submit_this(Qos::Silver, &id, &for_each(&["free", "dear"]));
         fleet.wait(3_000);
         assert_eq!(fleet.calls.len(), runs, "max_parallel {most}");
+    }
+}
+
+#[test]
+fn all_lanes_find_the_last_of_the_money_wherever_it_is() {
+    // It is used until the fan-out has waited for long; a part of it is in the fan-out's shard; or a part is idle in a third one.
+    for (n, agents) in [(0, ["dear", "free"]), (1, ["free", "dear"]), (2, ["free", "dear"])] {
+        let mut fleet = Fleet::new(settings(704, None));
+        fleet.connect("free", 0, 200);
+        fleet.connect("dear", 700, 200);
+        let (at, other) = (fleet.away(1), fleet.away(2));
+        let mut ids = fleet.stream_on(at);
+        let mut used = false;
+        let first: Option<(u32, &str)> = [Some((other, "dear")), Some((at, "free")), Some((other, "free"))][n];
+        if let Some((shard, agent)) = first {
+            let id = if shard == at { ids.next() } else { fleet.stream_on(shard).next() };
+            fleet.submit_this(Qos::Silver, &id.unwrap(), &for_each(&[agent]));
+            used = n == 0;
+        }
+        if !used {
+            fleet.finish_all(0);
+        }
+        fleet.submit_this(Qos::Silver, &ids.next().unwrap(), &for_each(&agents));
+        fleet.wait(6_000);
+        if used {
+            assert_eq!(fleet.calls.len(), 1, "it waits");
+            fleet.finish_all(0);
+            fleet.wait(3_000);
+        }
+        assert_eq!(fleet.calls.len(), 2, "{n}: {:?} {:?}", fleet.account(at), fleet.account(other));
+    }
+}
+
+#[test]
+fn a_fan_out_that_there_is_no_money_for_keeps_nobody_waiting_and_begins_in_its_turn() {
+    for n in [1, 2] {
+        let mut fleet = Fleet::new(settings(1_000, None));
+        fleet.connect("free", 0, 1);
+        fleet.connect("dear", 700, 1);
+        let (home, at, other) = (fleet.home(), fleet.away(n), fleet.away(3));
+        // The call that begins in the next second.
+        let submit = |fleet: &mut Fleet, nth: usize, shard: u32, agents: &[&str]| {
+            let (id, before) = (fleet.stream_on(shard).nth(nth).unwrap(), fleet.calls.clone());
+            fleet.submit_this(Qos::Silver, &id, &for_each(agents));
+            fleet.wait(1_000);
+            fleet.calls.keys().find(|call| !before.contains_key(*call)).cloned()
+        };
+        let busy = submit(&mut fleet, 0, home, &["free"]).expect("it begins");
+        submit(&mut fleet, 0, other, &["dear"]).expect("it begins");
+        // Both of its agents are busy, and there is money for one.
+        let recalls = fleet.recalls;
+        assert_eq!(submit(&mut fleet, 0, at, &["free", "dear"]), None);
+        fleet.wait(3_900);
+        assert_eq!(fleet.recalls, recalls + 1, "others may need what is idle");
+        fleet.wait(100);
+        assert_eq!(fleet.recalls, recalls + 2, "after 5 s more may be idle");
+        assert_eq!(submit(&mut fleet, 1, home, &["free"]), None);
+        for (nth, shard) in [(2, home), (1, other), (3, home), (2, other)] {
+            let call = submit(&mut fleet, nth, shard, &["a"]);
+            fleet.finish(&call.expect("there is money for it"), 10, Finish::Complete);
+        }
+        // What the home said of its money is long ago when the one slot is free again, and no word comes of it now.
+        fleet.wait(500);
+        fleet.cut.extend([(home, at), (at, home)]);
+        fleet.finish(&busy, 0, Finish::Complete);
+        let shards: Vec<u32> = fleet.calls.values().copied().collect();
+        assert!(shards.contains(&at) && !shards.contains(&home), "{n}: {shards:?}");
     }
 }
 
@@ -200,20 +267,14 @@ fn a_running_call_of_one_shard_goes_before_new_ones_of_all_others() {
     let (first, rest) = ids.split_at(9);
     first.iter().for_each(|id| fleet.submit(id, true));
     assert_eq!((fleet.calls.len(), fleet.records(home, "share")), (9, 2), "one share for nearly all");
-    let id = fleet.stream_on(away).next().unwrap();
-    fleet.submit(&id, true);
-    let runs_on = fleet.calls.iter().find(|(_, shard)| **shard == away).unwrap().0.clone();
+    let runs_on = fleet.first_call_on(away);
     // It takes what there is, in slices of 80 or more, and waits for more.
-    let mut cost = 10;
-    while cost <= fleet.account(away).2 {
-        cost += 20;
-        fleet.say(&runs_on, cost);
-    }
+    let cost = fleet.run_on(&runs_on);
     rest.iter().for_each(|id| fleet.submit(id, true));
     fleet.stream_on(home).take(5).for_each(|id| fleet.submit(&id, true));
     fleet.wait(3_000);
     let (held, runs) = (fleet.account(away).2, fleet.calls.len());
-    let calls: Vec<String> = fleet.calls.keys().filter(|call| **call != runs_on).cloned().collect();
+    let calls = fleet.others(&runs_on);
     for (n, call) in calls.iter().enumerate() {
         fleet.finish(call, 4, Finish::Complete);
         if fleet.account(away).2 >= held + 80 {
@@ -240,21 +301,14 @@ fn a_running_call_goes_before_new_ones_until_its_slice_is_whole() {
         fleet.submit(&id, true);
         fleet.wait(300);
     }
-    let calls: Vec<String> = fleet.calls.keys().cloned().collect();
-    let id = fleet.stream_on(away).next().unwrap();
-    fleet.submit(&id, true);
-    let runs_on = fleet.calls.iter().find(|(_, shard)| **shard == away).unwrap().0.clone();
-    let mut cost = 10;
-    while cost <= fleet.account(away).2 {
-        cost += 20;
-        fleet.say(&runs_on, cost);
-    }
+    let runs_on = fleet.first_call_on(away);
+    fleet.run_on(&runs_on);
     fleet.stream_on(third).take(5).for_each(|id| fleet.submit(&id, true));
     fleet.wait(3_000);
     // All of them come back in one breath.
     let begun = fleet.account(third).0;
     fleet.cut.insert((other, home));
-    calls.iter().for_each(|call| fleet.finish(call, 1, Finish::Complete));
+    fleet.finish_others(&runs_on, 1);
     let out = fleet.records(other, "share_out");
     assert!(out >= 5, "{out} of {} shares were idle", fleet.records(other, "share_in"));
     fleet.cut.clear();
@@ -319,9 +373,7 @@ fn what_running_calls_have_a_claim_on_does_not_go_to_and_fro() {
 fn a_call_that_waits_for_a_slice_gets_it_however_late_the_money_is_back() {
     let mut fleet = Fleet::new(settings(1_000, None));
     let (home, away) = (fleet.home(), fleet.away(1));
-    let id = fleet.stream_on(away).next().unwrap();
-    fleet.submit(&id, true);
-    let call = fleet.calls.keys().next().unwrap().clone();
+    let call = fleet.first_call_on(away);
     // The rest of the money is used elsewhere.
     for id in fleet.stream_on(fleet.away(2)) {
         let before = fleet.calls.len();
@@ -346,8 +398,7 @@ fn a_call_that_waits_for_a_slice_gets_it_however_late_the_money_is_back() {
     fleet.wait(8_000);
     assert_eq!(fleet.records(away, "extend"), before, "there is no money");
     fleet.cut.extend([(home, away), (away, home)]);
-    let rest: Vec<String> = fleet.calls.keys().filter(|c| **c != call).cloned().collect();
-    rest.iter().for_each(|call| fleet.finish(call, 1, Finish::Complete));
+    fleet.finish_others(&call, 1);
     fleet.wait(8_000);
     fleet.cut.clear();
     fleet.wait(2_000);
