@@ -78,9 +78,12 @@ pub struct Wish {
     /// The newest share of this home that is here: a later one is on its way, and may be all that is needed.
     #[prost(uint64, tag = "7")]
     pub last: u64,
-    /// What they need for all lanes of theirs. A part of what is beyond `need` helps nobody.
+    /// What is lacking here for all lanes of theirs. A part of what is beyond `need` helps nobody.
     #[prost(message, required, tag = "8")]
     pub all: AmountPb,
+    /// All of them can begin on what is here, and look for what their other lanes need.
+    #[prost(bool, tag = "9")]
+    pub more: bool,
 }
 
 #[derive(Clone, PartialEq, Message)]

@@ -15,26 +15,42 @@ use std::collections::{BTreeMap, BTreeSet};
 const WOKEN_MAX: usize = 16;
 const WOKEN_BY_SHARE_MAX: usize = 256;
 
-/// What a task needs to begin.
+/// Where a task stands in line: its tier, then its age.
+pub(super) type Place = (u32, u64);
+
+/// What a task lacks of an account.
 #[derive(Clone, Copy, Default)]
 pub(super) struct Need {
-    /// For the first of its calls, on less it doesn't begin; zero: it can, and looks for what the others need.
+    /// For its first lane: on less it doesn't begin. Nothing where `more`.
     pub(super) least: Amount,
-    /// For all of them.
+    /// For all of its lanes.
     pub(super) all: Amount,
+    /// Lanes.
     pub(super) calls: u32,
+    /// Its first lane can begin on what is here; it looks for what the others need.
+    pub(super) more: bool,
 }
 
 impl Need {
     pub(super) fn fits(&self, other: &Self) -> bool {
         self.least.fits(other.least) && self.all.fits(other.all) && self.calls <= other.calls
     }
+
+    /// Whoever fits one of them fits this.
+    pub(super) fn max(self, other: Self) -> Self {
+        Self {
+            least: self.least.max(other.least),
+            all: self.all.max(other.all),
+            calls: self.calls.max(other.calls),
+            more: self.more && other.more,
+        }
+    }
 }
 
 /// Of one call.
 impl From<Amount> for Need {
     fn from(amount: Amount) -> Self {
-        Self { least: amount, all: amount, calls: 1 }
+        Self { least: amount, all: amount, calls: 1, more: false }
     }
 }
 
@@ -44,7 +60,7 @@ pub(super) struct Book {
     /// Running calls that wait for a slice, oldest first.
     pub(super) starved: Lacks,
     /// Tasks that had a slot and no money, and what they need: gold first, then silver, oldest first.
-    waiting: BTreeMap<(u32, u64), Need>,
+    pub(super) waiting: BTreeMap<Place, Need>,
     /// Running calls whose hold is below their guarded estimate, and by how much.
     short: Lacks,
     /// Calls that hold money of the account.
@@ -56,7 +72,7 @@ pub(super) struct Book {
     starved_at: u64,
     /// When the account's pace is looked at again.
     pace_at: u64,
-    /// Until then no idle shares are wanted back for what a task can begin without.
+    /// Until then no idle share is wanted back for those who can begin and only look for more.
     pub(super) more_at: u64,
 }
 
@@ -92,12 +108,14 @@ impl Book {
 
 impl Shard {
     /// The place of a task among those that wait for money; one that isn't accepted yet comes last.
-    pub(super) fn place(&self, no: u64) -> (u32, u64) {
+    pub(super) fn place(&self, no: u64) -> Place {
         (self.state.stream(no).map_or(u32::MAX, |s| stream_qos(s) as u32), no)
     }
 
+    /// True where a task can't begin for want of money.
     pub(super) fn waits_for_money(&self, no: u64, account: &str) -> bool {
-        self.books.get(account).is_some_and(|b| b.waiting.contains_key(&self.place(no)))
+        let need = self.books.get(account).and_then(|b| b.waiting.get(&self.place(no)));
+        need.is_some_and(|need| !need.more)
     }
 
     pub(super) fn wait_for_money(&mut self, no: u64, need: impl Into<Need>) {
@@ -201,7 +219,7 @@ impl Shard {
     }
 
     /// What tasks need that wait for money here, the first ones: by tier and age.
-    pub(super) fn waiting_for_money(&self, account: &str, most: usize) -> BTreeMap<(u32, u64), Need> {
+    pub(super) fn waiting_for_money(&self, account: &str, most: usize) -> BTreeMap<Place, Need> {
         let waiting = self.books.get(account).into_iter().flat_map(|b| &b.waiting);
         waiting.take(most).map(|(place, need)| (*place, *need)).collect()
     }

@@ -256,7 +256,7 @@ impl Shard {
         let secure = secure.map_err(Refusal::of);
         let refusal = secure.and_then(|()| self.judge(tenant, &submit, &wants, &request, rule)).err();
         if let Some(need) = refusal.as_ref().and_then(|r| r.short)
-            && self.parks(tenant, need)
+            && self.parks(tenant, qos, need)
         {
             return self.park(conn, tenant, message);
         }

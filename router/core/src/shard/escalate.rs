@@ -63,7 +63,7 @@ impl Shard {
                         self.reserve(no, &offers, &holds, 0);
                         return true;
                     }
-                    Fit::Wait(need) if self.seeks(&tenant, "", no, need) => {
+                    Fit::Wait(need) if self.seeks(&tenant, "", self.place(no), need) => {
                         self.ask_later(no);
                         return true;
                     }

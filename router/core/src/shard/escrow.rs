@@ -1,7 +1,7 @@
 //! An account's money between shards, as both sides see it: who is asked for more, what is said again until it is confirmed, and
 //! what comes in from other shards. The home's side is in `lender`, the other in `holder`.
 
-use super::book::Need;
+use super::book::{Need, Place};
 use super::holder::Told;
 use super::lender::{Recall, Wished};
 use super::{REPEAT_MS, Shard, Timer};
@@ -9,7 +9,7 @@ use crate::escrow::{Back, Escrow, LateSaid, Number, Numbered, Recalled, Say, Wan
 use crate::message::{Effect, Position};
 use crate::record::WindowRef;
 use atp_proto::reassembly::Message;
-use atp_proto::{Amount, ConnId, StreamId, TenantId};
+use atp_proto::{Amount, ConnId, Qos, StreamId, TenantId};
 use std::collections::{BTreeMap, BTreeSet};
 
 /// Who asked for money decides without it after this long, in milliseconds.
@@ -111,8 +111,8 @@ impl Shard {
     // ---- looking for more -------------------------------------------------------------------------------------------
 
     /// True where more money than is here may be found, and it is asked for: who needs it waits for the answer. A holder asks the
-    /// home, the home those who hold shares. `window`: of a running call; empty: for new ones, of stream `no`.
-    pub(super) fn seeks(&mut self, account: &str, window: &str, no: u64, need: impl Into<Need>) -> bool {
+    /// home, the home those who hold shares. `window`: of a running call; empty: for new ones of the task at this place.
+    pub(super) fn seeks(&mut self, account: &str, window: &str, place: Place, need: impl Into<Need>) -> bool {
         if self.settings.placement.shards() == 1 {
             return false;
         }
@@ -121,23 +121,28 @@ impl Shard {
             return false;
         }
         let (now, need, at) = (self.now_ms, need.into(), (account.to_owned(), window.to_owned()));
-        let before = self.escrows.asked.get(&at).copied();
-        if let Some(asked) = before {
+        // There is no more while the home looks for it too, and what is idle here would go home with the wish.
+        if need.more && self.is_recalled(account) {
+            return false;
+        }
+        let mut pending = need;
+        if let Some(asked) = self.escrows.asked.get(&at).copied() {
             let answered_at = asked.answered_at.or(asked.given_up_at(now, self.durable));
             match answered_at {
                 Some(answered_at) if now < answered_at + FRESH_MS => return false,
                 // It is on its way, for as much.
                 None if need.fits(&asked.need) => return true,
-                Some(_) | None => {}
+                None => pending = need.max(asked.need),
+                Some(_) => {}
             }
         }
-        let found = !home || self.recall(account, None, need.least.is_zero());
+        let found = !home || self.recall(account, None, need.more);
         if !home {
-            self.wish(account, window, no, need);
+            self.wish(account, window, place, need);
         }
         if found {
             let behind = self.state.position();
-            self.escrows.asked.insert(at, Asked { at: now, behind, need, answered_at: None });
+            self.escrows.asked.insert(at, Asked { at: now, behind, need: pending, answered_at: None });
             self.timer(now + PATIENCE_MS, Timer::Sought(account.into()));
         }
         found
@@ -164,9 +169,9 @@ impl Shard {
     }
 
     /// True where a submit that needs so much is kept until it can be judged: more may be found.
-    pub(super) fn parks(&mut self, tenant: &TenantId, need: Amount) -> bool {
+    pub(super) fn parks(&mut self, tenant: &TenantId, qos: Qos, need: Amount) -> bool {
         let room = self.escrows.parked.get(tenant.as_str()).is_none_or(|p| p.len() < PARKED_MAX);
-        room && self.seeks(tenant.as_str(), "", u64::MAX, need)
+        room && self.seeks(tenant.as_str(), "", (qos as u32, u64::MAX), need)
     }
 
     /// True while running calls of an account's window wait for a slice, in whatever shard: no new call is reserved in it.

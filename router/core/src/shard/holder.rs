@@ -1,7 +1,7 @@
 //! A shard that spends for an account whose home is elsewhere: it wishes for shares, spends only what it holds, and gives back what
 //! is idle. Shares of one window are one purse.
 
-use super::book::{Need, sum};
+use super::book::{Need, Place, sum};
 use super::escrow::AGAIN_MAX;
 use super::lender::a_bit;
 use super::{Shard, Timer};
@@ -88,58 +88,53 @@ impl Shard {
         self.escrows.told.get(account).map_or(0, |told| told.stands.resumes_ms)
     }
 
-    /// Tells the home what is needed: for running calls of a window, or for all new ones that wait, stream `no` among them.
-    pub(super) fn wish(&mut self, account: &str, window: &str, no: u64, of: Need) {
-        if window.is_empty() {
-            // What goes home in the same breath is counted there.
-            self.return_wanted(account);
-        }
-        let mut wish = self.a_wish(account, window, of);
-        if window.is_empty() {
-            let mut waiting = self.waiting_for_money(account, WAITING_MAX);
-            waiting.insert(self.place(no), of);
-            if let Some(((qos, _), first)) = waiting.iter().find(|(_, need)| !need.least.is_zero()) {
-                wish.qos = if *qos == u32::MAX { wish.qos } else { *qos };
-                wish.least = first.least.into();
-            }
-            wish.need = sum(waiting.values().map(|need| &need.least)).into();
-            wish.calls = waiting.values().fold(0, |sum, need| need.calls.saturating_add(sum));
-            let all = sum(waiting.values().map(|need| &need.all));
-            // What running calls have a claim on isn't theirs: a share that only covers the claims would go back and come again.
-            let (purse, at) = self.purse_now(account);
-            let claims = self.books.get(account).map_or(Amount::ZERO, |b| b.claimed(&at.window));
-            let free = purse.level().free();
-            let beside = |need: Amount| need.add(claims.less(free)).unwrap_or(need);
-            (wish.least, wish.need) = (beside(wish.least.into()).into(), beside(wish.need.into()).into());
-            wish.all = beside(all).less(free.less(claims)).into();
-            if let Some(most) = self.calls_max(account) {
-                let open = self.books.get(account).map_or(0, |b| u32::try_from(b.open.len()).unwrap_or(u32::MAX));
-                wish.calls = wish.calls.saturating_sub(most.saturating_sub(open));
-            }
-        } else {
-            if self.books.get(account).is_some_and(|b| b.starves(window, None)) {
-                self.escrows.slices.insert((account.into(), window.into()));
-            }
-            // All that wait for a slice: asked for one by one, they would wait for each other, and new tasks for them.
-            let all = self.books.get(account).map_or(of.all, |b| of.all.max(b.starved_of(window, WAITING_MAX)));
-            wish.need = all.into();
-            wish.least = a_bit(of.all).into();
-        }
+    /// Tells the home what is needed: for running calls of a window, or for all new ones that wait, the task at this place among
+    /// them.
+    pub(super) fn wish(&mut self, account: &str, window: &str, place: Place, of: Need) {
+        let wish = match window.is_empty() {
+            true => self.wish_for_new(account, place, of),
+            false => self.wish_for_running(account, window, of.all),
+        };
         self.say(self.settings.placement.home_of(account), Say::Wish(wish));
     }
 
-    fn a_wish(&self, account: &str, window: &str, need: Need) -> Wish {
-        let home = self.settings.placement.home_of(account);
-        Wish {
-            account: account.into(),
-            window: window.into(),
-            need: need.least.into(),
-            least: need.least.into(),
-            all: need.all.into(),
-            qos: 1,
-            calls: need.calls,
-            last: self.state.holding().get(&home).map_or(0, |line| line.last),
+    fn wish_for_running(&mut self, account: &str, window: &str, need: Amount) -> Wish {
+        let book = self.books.get(account);
+        if book.is_some_and(|b| b.starves(window, None)) {
+            self.escrows.slices.insert((account.into(), window.into()));
         }
+        // All that wait for a slice: asked for one by one, they would wait for each other, and new tasks for them.
+        let all = book.map_or(need, |b| need.max(b.starved_of(window, WAITING_MAX)));
+        Wish { need: all.into(), least: a_bit(need).into(), ..self.a_wish(account, window) }
+    }
+
+    fn wish_for_new(&mut self, account: &str, place: Place, of: Need) -> Wish {
+        // What goes home in the same breath is counted there.
+        self.return_wanted(account);
+        let mut waiting = self.waiting_for_money(account, WAITING_MAX);
+        waiting.insert(place, of);
+        let begins = waiting.iter().find(|(_, need)| !need.more);
+        let (more, (qos, _), least) =
+            begins.map_or((true, place, of.least), |(place, need)| (false, *place, need.least));
+        // What running calls have a claim on isn't theirs: a share that only covers the claims would go back and come again.
+        let (purse, at) = self.purse_now(account);
+        let claims = self.books.get(account).map_or(Amount::ZERO, |b| b.claimed(&at.window));
+        let free = purse.level().free();
+        let beside = |need: Amount| need.add(claims.less(free)).unwrap_or(need);
+        let need = sum(waiting.values().map(|need| &need.least));
+        let (least, need) = if more { (Amount::ZERO, Amount::ZERO) } else { (beside(least), beside(need)) };
+        let all = sum(waiting.values().map(|need| &need.all).chain([&claims])).less(free);
+        let open = self.books.get(account).map_or(0, |b| u32::try_from(b.open.len()).unwrap_or(u32::MAX));
+        let room = self.calls_max(account).map_or(0, |most| most.saturating_sub(open));
+        let calls = waiting.values().fold(0, |sum, need| need.calls.saturating_add(sum)).saturating_sub(room);
+        let (least, need, all) = (least.into(), need.into(), all.into());
+        Wish { least, need, all, more, qos, calls, ..self.a_wish(account, "") }
+    }
+
+    fn a_wish(&self, account: &str, window: &str) -> Wish {
+        let home = self.settings.placement.home_of(account);
+        let last = self.state.holding().get(&home).map_or(0, |line| line.last);
+        Wish { account: account.into(), window: window.into(), last, ..Wish::default() }
     }
 
     /// Tells the home that no running call waits here any more: new ones of all shards wait for that.
@@ -147,7 +142,7 @@ impl Shard {
         let starves = |window: &str| self.books.get(account).is_some_and(|b| b.starves(window, None));
         let over = self.escrows.slices.iter().filter(|(a, window)| a == account && !starves(window));
         for of in over.cloned().collect::<Vec<_>>() {
-            let wish = self.a_wish(account, &of.1, Need::default());
+            let wish = self.a_wish(account, &of.1);
             self.say(self.settings.placement.home_of(account), Say::Wish(wish));
             self.escrows.slices.remove(&of);
         }
@@ -228,10 +223,12 @@ impl Shard {
         if self.is_home(account) {
             return;
         }
-        if self.escrows.recalled.get(account).is_some_and(|until| self.now_ms < *until) {
-            return self.return_idle(account, true);
-        }
-        self.return_idle(account, false);
+        self.return_idle(account, self.is_recalled(account));
+    }
+
+    /// True while the home wants back what is idle.
+    pub(super) fn is_recalled(&self, account: &str) -> bool {
+        self.escrows.recalled.get(account).is_some_and(|until| self.now_ms < *until)
     }
 
     /// Gives back every share that its purse can do without; `all`: also of the window in which new calls begin.
@@ -262,9 +259,10 @@ impl Shard {
         }
     }
 
-    /// True while a task of the account has asked for slots: it may begin at any moment.
+    /// True while a task of the account has asked for slots, or could: it may begin at any moment.
     fn bids_for(&self, account: &str) -> bool {
-        self.bids.values().any(|no| self.state.stream(*no).is_some_and(|s| s.accept.account == account))
+        let could = self.books.get(account).is_some_and(|b| b.waiting.values().any(|need| need.more));
+        could || self.bids.values().any(|no| self.state.stream(*no).is_some_and(|s| s.accept.account == account))
     }
 
     pub(super) fn idle_later(&mut self, account: &str) {

@@ -15,7 +15,7 @@ const WISH_MS: u64 = 3_000;
 const RECALL_MS: u64 = 500;
 /// What idle shares were asked for holds for this long.
 const RECALLED_MS: u64 = 250;
-/// So seldom at most idle shares are wanted back for what a task can begin without: who holds them may need them.
+/// Idle shares are wanted back no sooner again for those who can begin and only look for more: who holds them may need them.
 const MORE_MS: u64 = 5_000;
 /// Beside what is needed a holder gets at most so many times as much, and at most this part of what its shards could share.
 const SPARE_TIMES: u64 = 16;
@@ -127,8 +127,7 @@ impl Shard {
             if given.is_none() && wish.window.is_empty() {
                 ahead = ahead.add(wish.least.into()).unwrap_or(ahead);
             }
-            let more = wish.window.is_empty() && Amount::from(wish.least).is_zero();
-            if given.is_none() && self.recall(account, Some(at.0), more) {
+            if given.is_none() && self.recall(account, Some(at.0), wish.more) {
                 continue;
             }
             let Some(wishes) = self.escrows.wishes.get_mut(account) else { return };
@@ -139,7 +138,8 @@ impl Shard {
                     (wished.wish.need, wished.wish.least, wished.answered) = (rest.into(), a_bit(rest).into(), true);
                     false
                 }
-                Some(_) if given.is_some() => wishes.remove(&at).is_none(),
+                // They begin without it.
+                Some(_) if given.is_some() || wish.more => wishes.remove(&at).is_none(),
                 Some(wished) => std::mem::replace(&mut wished.answered, true),
                 None => true,
             };
@@ -197,10 +197,11 @@ impl Shard {
         if room == Some(0) && wish.calls > 0 {
             return None;
         }
-        let given = if fresh && all.fits(free) { all } else { need.min(free).max(least) };
-        if given.is_zero() && (room.is_none() || wish.calls == 0) {
-            return None;
-        }
+        let given = match fresh && all.fits(free) {
+            true => all,
+            false if wish.more => return None,
+            false => need.min(free).max(least),
+        };
         // What running calls need lets no other begin.
         let calls = most.map(|_| room.map_or(0, |room| wish.calls.min(room)));
         self.lend_share(holder, account, &id, &window, given, calls);
@@ -210,11 +211,11 @@ impl Shard {
         // Who runs on comes back for the next slices; in a window that is over nothing else begins.
         let (worth, calls) = if fresh {
             let rest = room.zip(calls).map(|(room, calls)| u64::from(room - calls) / part);
-            (if least.is_zero() { given } else { least }, rest.map(|rest| u32::try_from(rest).unwrap_or(u32::MAX)))
+            (least, rest.map(|rest| u32::try_from(rest).unwrap_or(u32::MAX)))
         } else {
             (given, most.map(|_| 0))
         };
-        let goes_on = if fresh { calls != Some(0) } else { self.is_current(account, &id) };
+        let goes_on = if fresh { calls != Some(0) && !wish.more } else { self.is_current(account, &id) };
         if goes_on && worth.fits(spare) {
             self.lend_share(holder, account, &id, &window, spare, calls);
         }
@@ -270,8 +271,8 @@ impl Shard {
 
     // ---- idle shares ------------------------------------------------------------------------------------------------
 
-    /// Wants idle shares back from all who hold some, but `but`. True while they may still come. `more`: for what a task can begin
-    /// without.
+    /// Wants idle shares back from all who hold some, but `but`. True while they may still come. `more`: for those who can begin and
+    /// only look for more.
     pub(super) fn recall(&mut self, account: &str, but: Option<u32>, more: bool) -> bool {
         let (now, running) = (self.now_ms, self.runs_short(account));
         // What was asked for new calls is asked again, and with more weight, for a running one.

@@ -101,6 +101,8 @@ struct Live {
     /// The last frames that were sent, for a connection that catches up.
     recent: VecDeque<Frame>,
     bid: Option<Bid>,
+    /// It gave a slot back, to look for the money of all its lanes.
+    turned_back: bool,
     wants: client::Wants,
     deadline_at: u64,
     /// When it asks again for what it lacks.
@@ -270,6 +272,7 @@ impl Shard {
             subscribers: Vec::new(),
             recent: VecDeque::new(),
             bid: None,
+            turned_back: false,
             wants: client::Wants { needs: self.needs(stream), ..client::Wants::of(&stream.submit) },
             deadline_at: self.now_ms + stream.accept.deadline_ms,
             ask_at: 0,

@@ -198,10 +198,10 @@ impl Shard {
         let lanes = in_stream.min(most(self.account_settings(tenant).max_parallel));
         let least = self.least_hold(tenant);
         let (left, _) = self.money(tenant, no, stream);
-        let mut all = Need::default();
+        let mut all = Need { more: begin > 0, ..Need::default() };
         for offer in offers.iter().take(lanes) {
             let Some(need) = lane_need(offer, left.less(all.all)).map(|need| need.max(least)) else { break };
-            if begin == 0 && all.calls == 0 {
+            if !all.more && all.calls == 0 {
                 all.least = need;
             }
             all = Need { all: all.all.add(need).ok()?, calls: all.calls + 1, ..all };

@@ -23,7 +23,7 @@ pub(super) struct Bid {
     offers: Vec<Offer>,
     /// True: one lane, several agents asked for it.
     either: bool,
-    /// True: there was money for all of them when they were asked.
+    /// True: there was money for all lanes when they were asked.
     whole: bool,
     /// The best slot so far, while one of a better rank may still come: which offer, of which process.
     lent: Option<(usize, Arc<str>, Arc<str>)>,
@@ -112,7 +112,7 @@ impl Shard {
         if self.settings.placement.shards() > 1
             && lanes > 0
             && let Some(need) = self.short_of(&tenant, no, &level, &offers[..lanes])
-            && self.seeks(&tenant, "", no, need)
+            && self.seeks(&tenant, "", self.place(no), need)
         {
             self.wait_for_money(no, need);
             return self.ask_later(no);
@@ -290,17 +290,23 @@ impl Shard {
     pub(super) fn purchase(&mut self, no: u64, agent: &AgentName, call: CallId, keeper: Arc<str>) {
         let Some(stream) = self.state.stream(no) else { return };
         let (tenant, level) = (stream.accept.account.clone(), stream.level());
-        let Some(bid) = self.live.get(&no).and_then(|l| l.bid.as_ref()) else { return self.give_back(agent, call) };
+        let Some((live, bid)) = self.live.get(&no).and_then(|l| Some((l, l.bid.as_ref()?))) else {
+            return self.give_back(agent, call);
+        };
         let Some(at) = bid.offers.iter().position(|o| o.agent == *agent) else { return self.give_back(agent, call) };
-        let either = bid.either;
+        let (either, whole) = (bid.either, bid.whole && !live.turned_back);
         let offers: Vec<Offer> = if either { vec![bid.offers[at].clone()] } else { bid.offers.clone() };
         let fit = self.fit(&tenant, no, &level, 0, &offers);
-        // No lane is dropped for money that may be found; what wasn't there when the slots were asked for was looked for then.
-        if bid.whole
+        // No lane is dropped for money that may be found; what wasn't there when the slots were asked for was looked for then. Once for
+        // a task: it loses its turn.
+        if whole
             && matches!(&fit, Fit::Lanes(holds) if holds.len() < offers.len())
             && let Some(need) = self.short_of(&tenant, no, &level, &offers)
-            && self.seeks(&tenant, "", no, need)
+            && self.seeks(&tenant, "", self.place(no), need)
         {
+            if let Some(live) = self.live.get_mut(&no) {
+                live.turned_back = true;
+            }
             self.withdraw_loudly(no, None);
             self.wait_for_money(no, need);
             return self.ask_later(no);
@@ -309,7 +315,7 @@ impl Shard {
             Fit::Lanes(holds) => holds,
             Fit::Wait(need) => {
                 let wait = self.live.get(&no).is_some_and(|l| l.wants.wait) && self.on_limit(&tenant).queue;
-                let wait = wait || self.seeks(&tenant, "", no, need);
+                let wait = wait || self.seeks(&tenant, "", self.place(no), need);
                 self.withdraw_loudly(no, None);
                 if !wait {
                     let error = self.window_error(&tenant, need);
@@ -431,7 +437,7 @@ impl Shard {
                 Ok(true)
             }
             Fit::Wait(need) => {
-                self.seeks(&tenant, "", no, need);
+                self.seeks(&tenant, "", self.place(no), need);
                 Ok(false)
             }
             Fit::Never(error) => Err(error),

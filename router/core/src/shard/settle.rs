@@ -65,7 +65,7 @@ impl Shard {
         if !lacks.is_zero() {
             self.starved_again_later(&account);
             if !blocked {
-                self.seeks(&account, purse.as_deref().unwrap_or_default(), no, lacks);
+                self.seeks(&account, purse.as_deref().unwrap_or_default(), self.place(no), lacks);
             }
         }
         let Ok(total) = hold.add(given) else { return };

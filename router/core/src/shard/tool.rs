@@ -189,7 +189,7 @@ impl Shard {
             window.map(|w| w.level().free()).unwrap_or_default()
         };
         let leave = match purse.filter(|at| !cost.fits(free(at))) {
-            Some(at) if self.seeks(&at.account, &at.window, no, cost) => {
+            Some(at) if self.seeks(&at.account, &at.window, self.place(no), cost) => {
                 let message = "the account's money is on its way to this shard; ask again".to_owned();
                 Err(refusal(&request.tool, Code::Window, message).retry_after_ms(100))
             }

@@ -32,7 +32,7 @@ pub(crate) struct Fleet {
     pub(crate) to_client: Vec<Frame>,
     pub(crate) to_agent: Vec<Frame>,
     /// Whose each call is that was ever dispatched.
-    agent_of: BTreeMap<String, AgentName>,
+    pub(crate) agent_of: BTreeMap<String, AgentName>,
     /// The shard of each call that was dispatched and has no end.
     pub(crate) calls: BTreeMap<String, u32>,
     /// The last that a call said.

@@ -2,14 +2,15 @@
 
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+mod fan_out;
 mod fleet;
 mod pressure;
 
 use atp_core::message::{Input, Machine};
 use atp_core::record::Record;
 use atp_core::settings::Per;
+use atp_proto::AgentName;
 use atp_proto::content::*;
-use atp_proto::{AgentName, Qos};
 use fleet::*;
 
 const HOUR_MS: u64 = 3_600_000;
@@ -51,113 +52,6 @@ fn who_can_t_be_paid_is_told_so_before_it_is_accepted_wherever_it_is() {
         assert_eq!((error.code.as_str(), error.limit), ("EBUDGET", Some(25)), "{error}");
     }
     assert_eq!(fleet.account(home).1, 20);
-}
-
-/// A task for each of these agents.
-fn for_each(agents: &[&str]) -> Submit {
-    let agents = agents.iter().copied().map(AgentName::new).collect();
-    Submit { task: "t".into(), agents, deadline_ms: Some(60_000), ..Submit::default() }
-}
-
-#[test]
-fn no_lane_is_dropped_for_money_that_the_home_has() {
-    for (limit, runs) in [(1_000_000, 2), (720, 2), (699, 1)] {
-        // The first lane costs no money, so that what is lent for it has none to spare; the second one costs 700.
-        let mut fleet = Fleet::new(settings(limit, None));
-        fleet.connect("free", 0, 200);
-        fleet.connect("dear", 700, 200);
-        for n in 0..SHARDS {
-            let shard = fleet.away(n);
-            let id = fleet.stream_on(shard).next().unwrap();
-            fleet.submit_this(Qos::Silver, &id, &for_each(&["free", "dear"]));
-            fleet.wait(3_000);
-            assert_eq!(fleet.calls.len(), runs, "shard {n} of {limit}");
-            if limit < 1_000_000 {
-                break;
-            }
-            fleet.calls.clear();
-        }
-    }
-}
-
-#[test]
-fn no_lane_is_dropped_for_calls_that_the_home_may_lend() {
-    for (most, runs) in [(1, 1), (2, 2), (8, 2)] {
-        let mut fleet = Fleet::new(settings(1_000_000, Some(most)));
-        fleet.connect("free", 0, 200);
-        fleet.connect("dear", 700, 200);
-        let id = fleet.stream_on(fleet.away(1)).next().unwrap();
-        fleet.submit_this(Qos::Silver, &id, &for_each(&["free", "dear"]));
-        fleet.wait(3_000);
-        assert_eq!(fleet.calls.len(), runs, "max_parallel {most}");
-    }
-}
-
-#[test]
-fn all_lanes_find_the_last_of_the_money_wherever_it_is() {
-    // It is used until the fan-out has waited for long; a part of it is in the fan-out's shard; or a part is idle in a third one.
-    for (n, agents) in [(0, ["dear", "free"]), (1, ["free", "dear"]), (2, ["free", "dear"])] {
-        let mut fleet = Fleet::new(settings(704, None));
-        fleet.connect("free", 0, 200);
-        fleet.connect("dear", 700, 200);
-        let (at, other) = (fleet.away(1), fleet.away(2));
-        let mut ids = fleet.stream_on(at);
-        let mut used = false;
-        let first: Option<(u32, &str)> = [Some((other, "dear")), Some((at, "free")), Some((other, "free"))][n];
-        if let Some((shard, agent)) = first {
-            let id = if shard == at { ids.next() } else { fleet.stream_on(shard).next() };
-            fleet.submit_this(Qos::Silver, &id.unwrap(), &for_each(&[agent]));
-            used = n == 0;
-        }
-        if !used {
-            fleet.finish_all(0);
-        }
-        fleet.submit_this(Qos::Silver, &ids.next().unwrap(), &for_each(&agents));
-        fleet.wait(6_000);
-        if used {
-            assert_eq!(fleet.calls.len(), 1, "it waits");
-            fleet.finish_all(0);
-            fleet.wait(3_000);
-        }
-        assert_eq!(fleet.calls.len(), 2, "{n}: {:?} {:?}", fleet.account(at), fleet.account(other));
-    }
-}
-
-#[test]
-fn a_fan_out_that_there_is_no_money_for_keeps_nobody_waiting_and_begins_in_its_turn() {
-    for n in [1, 2] {
-        let mut fleet = Fleet::new(settings(1_000, None));
-        fleet.connect("free", 0, 1);
-        fleet.connect("dear", 700, 1);
-        let (home, at, other) = (fleet.home(), fleet.away(n), fleet.away(3));
-        // The call that begins in the next second.
-        let submit = |fleet: &mut Fleet, nth: usize, shard: u32, agents: &[&str]| {
-            let (id, before) = (fleet.stream_on(shard).nth(nth).unwrap(), fleet.calls.clone());
-            fleet.submit_this(Qos::Silver, &id, &for_each(agents));
-            fleet.wait(1_000);
-            fleet.calls.keys().find(|call| !before.contains_key(*call)).cloned()
-        };
-        let busy = submit(&mut fleet, 0, home, &["free"]).expect("it begins");
-        submit(&mut fleet, 0, other, &["dear"]).expect("it begins");
-        // Both of its agents are busy, and there is money for one.
-        let recalls = fleet.recalls;
-        assert_eq!(submit(&mut fleet, 0, at, &["free", "dear"]), None);
-        fleet.wait(3_900);
-        assert_eq!(fleet.recalls, recalls + 1, "others may need what is idle");
-        fleet.wait(100);
-        assert_eq!(fleet.recalls, recalls + 2, "after 5 s more may be idle");
-        assert_eq!(submit(&mut fleet, 1, home, &["free"]), None);
-        for (nth, shard) in [(2, home), (1, other), (3, home), (2, other)] {
-            let call = submit(&mut fleet, nth, shard, &["a"]);
-            fleet.finish(&call.expect("there is money for it"), 10, Finish::Complete);
-        }
-        // What the home said of its money is long ago when the one slot is free again, and no word comes of it now.
-        fleet.wait(500);
-        fleet.cut.extend([(home, at), (at, home)]);
-        fleet.finish(&busy, 0, Finish::Complete);
-        let shards: Vec<u32> = fleet.calls.values().copied().collect();
-        assert!(shards.contains(&at) && !shards.contains(&home), "{n}: {shards:?}");
-    }
 }
 
 #[test]
