@@ -9,7 +9,7 @@ use prost::Message;
 /// other.
 #[derive(Clone, PartialEq, Message)]
 pub struct Escrow {
-    #[prost(oneof = "Say", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11")]
+    #[prost(oneof = "Say", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13")]
     pub say: Option<Say>,
 }
 
@@ -48,6 +48,12 @@ pub enum Say {
     /// Who could give way to them.
     #[prost(message, tag = "11")]
     Below(Below),
+    /// Holder: a task that can begin looks for what its other lanes lack. Answered by `Share` or `NoMore`.
+    #[prost(message, tag = "12")]
+    Look(Look),
+    /// Home: there is no more.
+    #[prost(message, tag = "13")]
+    NoMore(Account),
 }
 
 impl From<Say> for Escrow {
@@ -63,7 +69,7 @@ pub struct Wish {
     /// The window of running calls that need more; empty: new calls, whatever window is current.
     #[prost(string, tag = "2")]
     pub window: String,
-    /// What all who wait here need to begin; zero: no running call does any more.
+    /// What all who wait here need; zero: no running call does any more.
     #[prost(message, required, tag = "3")]
     pub need: AmountPb,
     /// What the first of them needs: less helps nobody.
@@ -78,12 +84,30 @@ pub struct Wish {
     /// The newest share of this home that is here: a later one is on its way, and may be all that is needed.
     #[prost(uint64, tag = "7")]
     pub last: u64,
-    /// What is lacking here for all lanes of theirs. A part of what is beyond `need` helps nobody.
-    #[prost(message, required, tag = "8")]
-    pub all: AmountPb,
-    /// All of them can begin on what is here, and look for what their other lanes need.
-    #[prost(bool, tag = "9")]
-    pub more: bool,
+}
+
+#[derive(Clone, PartialEq, Message)]
+pub struct Look {
+    #[prost(string, tag = "1")]
+    pub account: String,
+    /// A part of it helps nobody.
+    #[prost(message, required, tag = "2")]
+    pub need: AmountPb,
+    /// Of the task: 1 gold, 2 silver, 3 bronze.
+    #[prost(uint32, tag = "3")]
+    pub qos: u32,
+    /// Lanes that can't begin for want of calls.
+    #[prost(uint32, tag = "4")]
+    pub calls: u32,
+    /// As in `Wish`.
+    #[prost(uint64, tag = "5")]
+    pub last: u64,
+}
+
+#[derive(Clone, PartialEq, Eq, Message)]
+pub struct Account {
+    #[prost(string, tag = "1")]
+    pub account: String,
 }
 
 #[derive(Clone, PartialEq, Message)]

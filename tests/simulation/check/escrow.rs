@@ -106,7 +106,15 @@ impl Check {
             Some(Say::Recalled(m)) => {
                 m.backs.iter().all(|m| e.out.get(&(to, from, m.no)) == Some(&(m.settled, m.unused)))
             }
-            Some(Say::Stands(_) | Say::Wish(_) | Say::Recall(_) | Say::Press(_) | Say::Below(_)) => true,
+            Some(
+                Say::Stands(_)
+                | Say::Wish(_)
+                | Say::Recall(_)
+                | Say::Look(_)
+                | Say::NoMore(_)
+                | Say::Press(_)
+                | Say::Below(_),
+            ) => true,
             None => false,
         };
         self.verdict

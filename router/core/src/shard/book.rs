@@ -18,49 +18,13 @@ const WOKEN_BY_SHARE_MAX: usize = 256;
 /// Where a task stands in line: its tier, then its age.
 pub(super) type Place = (u32, u64);
 
-/// What a task lacks of an account.
-#[derive(Clone, Copy, Default)]
-pub(super) struct Need {
-    /// For its first lane: on less it doesn't begin. Nothing where `more`.
-    pub(super) least: Amount,
-    /// For all of its lanes.
-    pub(super) all: Amount,
-    /// Lanes.
-    pub(super) calls: u32,
-    /// Its first lane can begin on what is here; it looks for what the others need.
-    pub(super) more: bool,
-}
-
-impl Need {
-    pub(super) fn fits(&self, other: &Self) -> bool {
-        self.least.fits(other.least) && self.all.fits(other.all) && self.calls <= other.calls
-    }
-
-    /// Whoever fits one of them fits this.
-    pub(super) fn max(self, other: Self) -> Self {
-        Self {
-            least: self.least.max(other.least),
-            all: self.all.max(other.all),
-            calls: self.calls.max(other.calls),
-            more: self.more && other.more,
-        }
-    }
-}
-
-/// Of one call.
-impl From<Amount> for Need {
-    fn from(amount: Amount) -> Self {
-        Self { least: amount, all: amount, calls: 1, more: false }
-    }
-}
-
 /// Who waits for an account's money.
 #[derive(Default)]
 pub(super) struct Book {
     /// Running calls that wait for a slice, oldest first.
     pub(super) starved: Lacks,
     /// Tasks that had a slot and no money, and what they need: gold first, then silver, oldest first.
-    pub(super) waiting: BTreeMap<Place, Need>,
+    waiting: BTreeMap<Place, Amount>,
     /// Running calls whose hold is below their guarded estimate, and by how much.
     short: Lacks,
     /// Calls that hold money of the account.
@@ -112,21 +76,19 @@ impl Shard {
         (self.state.stream(no).map_or(u32::MAX, |s| stream_qos(s) as u32), no)
     }
 
-    /// True where a task can't begin for want of money.
     pub(super) fn waits_for_money(&self, no: u64, account: &str) -> bool {
-        let need = self.books.get(account).and_then(|b| b.waiting.get(&self.place(no)));
-        need.is_some_and(|need| !need.more)
+        self.books.get(account).is_some_and(|b| b.waiting.contains_key(&self.place(no)))
     }
 
-    pub(super) fn wait_for_money(&mut self, no: u64, need: impl Into<Need>) {
+    pub(super) fn wait_for_money(&mut self, no: u64, need: Amount) {
         let Some(account) = self.state.stream(no).map(|s| s.accept.account.clone()) else { return };
         let place = self.place(no);
-        self.books.entry(account).or_default().waiting.insert(place, need.into());
+        self.books.entry(account).or_default().waiting.insert(place, need);
     }
 
     /// What others have a claim on before task `no`: those that wait in front of it, and running calls below their estimate.
     pub(super) fn claims(&self, book: &Book, no: u64, window: &str) -> Amount {
-        let waiting = book.waiting.range(..self.place(no)).map(|(_, need)| &need.least);
+        let waiting = book.waiting.range(..self.place(no)).map(|(_, need)| need);
         sum(waiting.chain([&book.claimed(window)]))
     }
 
@@ -219,7 +181,7 @@ impl Shard {
     }
 
     /// What tasks need that wait for money here, the first ones: by tier and age.
-    pub(super) fn waiting_for_money(&self, account: &str, most: usize) -> BTreeMap<Place, Need> {
+    pub(super) fn waiting_for_money(&self, account: &str, most: usize) -> BTreeMap<Place, Amount> {
         let waiting = self.books.get(account).into_iter().flat_map(|b| &b.waiting);
         waiting.take(most).map(|(place, need)| (*place, *need)).collect()
     }
@@ -232,7 +194,7 @@ impl Shard {
     pub(super) fn claims_before(&self, book: &Book, qos: u32, since: u64, window: &str) -> Amount {
         let older = |no: u64| self.state.stream(no).is_some_and(|s| s.accepted_at <= since);
         let waiting = book.waiting.iter().filter(|((q, no), _)| *q < qos || (*q == qos && older(*no)));
-        sum(waiting.map(|(_, need)| &need.least).chain([&book.claimed(window)]))
+        sum(waiting.map(|(_, need)| need).chain([&book.claimed(window)]))
     }
 
     /// The levels of a call of this stream: its account's window in which it was reserved, and the stream.

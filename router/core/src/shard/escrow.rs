@@ -1,11 +1,12 @@
 //! An account's money between shards, as both sides see it: who is asked for more, what is said again until it is confirmed, and
 //! what comes in from other shards. The home's side is in `lender`, the other in `holder`.
 
-use super::book::{Need, Place};
+use super::book::Place;
 use super::holder::Told;
 use super::lender::{Recall, Wished};
+use super::looks::{Looked, Looks};
 use super::{REPEAT_MS, Shard, Timer};
-use crate::escrow::{Back, Escrow, LateSaid, Number, Numbered, Recalled, Say, Wanted};
+use crate::escrow::{Account, Back, Escrow, LateSaid, Number, Numbered, Recalled, Say, Wanted};
 use crate::message::{Effect, Position};
 use crate::record::WindowRef;
 use atp_proto::reassembly::Message;
@@ -13,7 +14,7 @@ use atp_proto::{Amount, ConnId, Qos, StreamId, TenantId};
 use std::collections::{BTreeMap, BTreeSet};
 
 /// Who asked for money decides without it after this long, in milliseconds.
-const PATIENCE_MS: u64 = 1_000;
+pub(super) const PATIENCE_MS: u64 = 1_000;
 /// An answer that brought too little holds for this long.
 const FRESH_MS: u64 = 250;
 /// Messages that are said again at once.
@@ -44,6 +45,10 @@ pub(super) struct Escrows {
     pub(super) idle_at: BTreeMap<String, u64>,
     /// Who looks for money: by account, and the window of running calls (empty: new ones).
     asked: BTreeMap<(String, String), Asked>,
+    /// Who looks for what its other lanes lack, by account.
+    pub(super) looks: BTreeMap<String, Looks>,
+    /// As home: who is answered when idle shares are back, by account.
+    pub(super) looked: BTreeMap<String, Looked>,
     /// Submits that are judged when the answer is here, by account.
     parked: BTreeMap<String, Vec<(ConnId, TenantId, Message)>>,
     /// What has to be confirmed is said again then.
@@ -55,7 +60,7 @@ struct Asked {
     at: u64,
     /// The question leaves when this is durable, and has its time from then on.
     behind: Position,
-    need: Need,
+    need: Amount,
     /// When an answer came that brought too little.
     answered_at: Option<u64>,
 }
@@ -86,6 +91,12 @@ impl Shard {
         }
         match say {
             Say::Wish(wish) => self.wished(from, wish),
+            Say::Look(look) => self.looked(from, look),
+            Say::NoMore(Account { account }) => {
+                if self.settings.placement.home_of(&account) == from {
+                    self.look_on(&account, true);
+                }
+            }
             Say::Share(Numbered { no, of }) => self.share_comes(from, no, of),
             Say::Taken(Number { no }) => {
                 self.escrows.unsaid.remove(&(from, no));
@@ -112,7 +123,7 @@ impl Shard {
 
     /// True where more money than is here may be found, and it is asked for: who needs it waits for the answer. A holder asks the
     /// home, the home those who hold shares. `window`: of a running call; empty: for new ones of the task at this place.
-    pub(super) fn seeks(&mut self, account: &str, window: &str, place: Place, need: impl Into<Need>) -> bool {
+    pub(super) fn seeks(&mut self, account: &str, window: &str, place: Place, need: Amount) -> bool {
         if self.settings.placement.shards() == 1 {
             return false;
         }
@@ -120,29 +131,24 @@ impl Shard {
         if home && !self.has_lent(account) {
             return false;
         }
-        let (now, need, at) = (self.now_ms, need.into(), (account.to_owned(), window.to_owned()));
-        // There is no more while the home looks for it too, and what is idle here would go home with the wish.
-        if need.more && self.is_recalled(account) {
-            return false;
-        }
-        let mut pending = need;
-        if let Some(asked) = self.escrows.asked.get(&at).copied() {
+        let (now, at) = (self.now_ms, (account.to_owned(), window.to_owned()));
+        let before = self.escrows.asked.get(&at).copied();
+        if let Some(asked) = before {
             let answered_at = asked.answered_at.or(asked.given_up_at(now, self.durable));
             match answered_at {
                 Some(answered_at) if now < answered_at + FRESH_MS => return false,
                 // It is on its way, for as much.
-                None if need.fits(&asked.need) => return true,
-                None => pending = need.max(asked.need),
-                Some(_) => {}
+                None if need.fits(asked.need) => return true,
+                Some(_) | None => {}
             }
         }
-        let found = !home || self.recall(account, None, need.more);
+        let found = !home || self.recall(account, None, false);
         if !home {
             self.wish(account, window, place, need);
         }
         if found {
             let behind = self.state.position();
-            self.escrows.asked.insert(at, Asked { at: now, behind, need: pending, answered_at: None });
+            self.escrows.asked.insert(at, Asked { at: now, behind, need, answered_at: None });
             self.timer(now + PATIENCE_MS, Timer::Sought(account.into()));
         }
         found
@@ -230,6 +236,7 @@ impl Shard {
             self.timer(now + PATIENCE_MS, Timer::Sought(account.into()));
         }
         self.recall_ends(account);
+        self.look_ends(account);
         if late || self.starved_are_due(account) {
             self.found(account);
         }

@@ -1,7 +1,7 @@
 //! A shard that spends for an account whose home is elsewhere: it wishes for shares, spends only what it holds, and gives back what
 //! is idle. Shares of one window are one purse.
 
-use super::book::{Need, Place, sum};
+use super::book::{Place, sum};
 use super::escrow::AGAIN_MAX;
 use super::lender::a_bit;
 use super::{Shard, Timer};
@@ -60,6 +60,12 @@ impl Shard {
         }
     }
 
+    /// Calls of an account that may begin here; `None`: no limit.
+    pub(super) fn calls_room(&self, account: &str) -> Option<u32> {
+        let open = self.books.get(account).map_or(0, |b| u32::try_from(b.open.len()).unwrap_or(u32::MAX));
+        self.calls_max(account).map(|most| most.saturating_sub(open))
+    }
+
     /// What the account's limit leaves beside what is settled, as far as it is known here; no end where it isn't.
     pub(super) fn left_elsewhere(&self, account: &str) -> Amount {
         if !self.knows(account) {
@@ -90,10 +96,10 @@ impl Shard {
 
     /// Tells the home what is needed: for running calls of a window, or for all new ones that wait, the task at this place among
     /// them.
-    pub(super) fn wish(&mut self, account: &str, window: &str, place: Place, of: Need) {
+    pub(super) fn wish(&mut self, account: &str, window: &str, place: Place, need: Amount) {
         let wish = match window.is_empty() {
-            true => self.wish_for_new(account, place, of),
-            false => self.wish_for_running(account, window, of.all),
+            true => self.wish_for_new(account, place, need),
+            false => self.wish_for_running(account, window, need),
         };
         self.say(self.settings.placement.home_of(account), Say::Wish(wish));
     }
@@ -108,33 +114,31 @@ impl Shard {
         Wish { need: all.into(), least: a_bit(need).into(), ..self.a_wish(account, window) }
     }
 
-    fn wish_for_new(&mut self, account: &str, place: Place, of: Need) -> Wish {
+    fn wish_for_new(&mut self, account: &str, place: Place, need: Amount) -> Wish {
         // What goes home in the same breath is counted there.
         self.return_wanted(account);
         let mut waiting = self.waiting_for_money(account, WAITING_MAX);
-        waiting.insert(place, of);
-        let begins = waiting.iter().find(|(_, need)| !need.more);
-        let (more, (qos, _), least) =
-            begins.map_or((true, place, of.least), |(place, need)| (false, *place, need.least));
+        waiting.insert(place, need);
+        let ((qos, _), first) = waiting.first_key_value().map_or((place, need), |(place, need)| (*place, *need));
         // What running calls have a claim on isn't theirs: a share that only covers the claims would go back and come again.
         let (purse, at) = self.purse_now(account);
         let claims = self.books.get(account).map_or(Amount::ZERO, |b| b.claimed(&at.window));
-        let free = purse.level().free();
-        let beside = |need: Amount| need.add(claims.less(free)).unwrap_or(need);
-        let need = sum(waiting.values().map(|need| &need.least));
-        let (least, need) = if more { (Amount::ZERO, Amount::ZERO) } else { (beside(least), beside(need)) };
-        let all = sum(waiting.values().map(|need| &need.all).chain([&claims])).less(free);
-        let open = self.books.get(account).map_or(0, |b| u32::try_from(b.open.len()).unwrap_or(u32::MAX));
-        let room = self.calls_max(account).map_or(0, |most| most.saturating_sub(open));
-        let calls = waiting.values().fold(0, |sum, need| need.calls.saturating_add(sum)).saturating_sub(room);
-        let (least, need, all) = (least.into(), need.into(), all.into());
-        Wish { least, need, all, more, qos, calls, ..self.a_wish(account, "") }
+        let short = claims.less(purse.level().free());
+        let beside = |need: Amount| need.add(short).unwrap_or(need).into();
+        let (least, need) = (beside(first), beside(sum(waiting.values())));
+        let calls =
+            u32::try_from(waiting.len()).unwrap_or(u32::MAX).saturating_sub(self.calls_room(account).unwrap_or(0));
+        Wish { least, need, qos, calls, ..self.a_wish(account, "") }
     }
 
     fn a_wish(&self, account: &str, window: &str) -> Wish {
         let home = self.settings.placement.home_of(account);
-        let last = self.state.holding().get(&home).map_or(0, |line| line.last);
-        Wish { account: account.into(), window: window.into(), last, ..Wish::default() }
+        Wish { account: account.into(), window: window.into(), last: self.newest_of(home), ..Wish::default() }
+    }
+
+    /// The newest share of a home that is here.
+    pub(super) fn newest_of(&self, home: u32) -> u64 {
+        self.state.holding().get(&home).map_or(0, |line| line.last)
     }
 
     /// Tells the home that no running call waits here any more: new ones of all shards wait for that.
@@ -150,7 +154,7 @@ impl Shard {
 
     /// A share comes: the next number is taken, a known one is answered by what the log has of it.
     pub(super) fn share_comes(&mut self, home: u32, no: u64, of: Shared) {
-        let last = self.state.holding().get(&home).map_or(0, |line| line.last);
+        let last = self.newest_of(home);
         if no <= last {
             let out = self.state.holding().get(&home).and_then(|line| line.out.get(&no).copied());
             let say = match out {
@@ -175,6 +179,7 @@ impl Shard {
         self.roll_timer(&account);
         self.idle_later(&account);
         self.found(&account);
+        self.look_on(&account, false);
         self.account_metric(&account);
     }
 
@@ -223,12 +228,8 @@ impl Shard {
         if self.is_home(account) {
             return;
         }
-        self.return_idle(account, self.is_recalled(account));
-    }
-
-    /// True while the home wants back what is idle.
-    pub(super) fn is_recalled(&self, account: &str) -> bool {
-        self.escrows.recalled.get(account).is_some_and(|until| self.now_ms < *until)
+        let recalled = self.escrows.recalled.get(account).is_some_and(|until| self.now_ms < *until);
+        self.return_idle(account, recalled);
     }
 
     /// Gives back every share that its purse can do without; `all`: also of the window in which new calls begin.
@@ -261,8 +262,8 @@ impl Shard {
 
     /// True while a task of the account has asked for slots, or could: it may begin at any moment.
     fn bids_for(&self, account: &str) -> bool {
-        let could = self.books.get(account).is_some_and(|b| b.waiting.values().any(|need| need.more));
-        could || self.bids.values().any(|no| self.state.stream(*no).is_some_and(|s| s.accept.account == account))
+        self.escrows.looks.contains_key(account)
+            || self.bids.values().any(|no| self.state.stream(*no).is_some_and(|s| s.accept.account == account))
     }
 
     pub(super) fn idle_later(&mut self, account: &str) {

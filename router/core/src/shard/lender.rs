@@ -76,7 +76,6 @@ impl Shard {
             return;
         }
         let (now, logged, account) = (self.now_ms, self.clock.logged_ms(), wish.account.clone());
-        self.escrows.unsaid.retain(|(h, no)| *h != holder || *no > wish.last);
         if !wish.window.is_empty() && wish.need == AmountPb::default() {
             let wishes = self.escrows.wishes.get_mut(&account);
             if wishes.is_some_and(|wishes| wishes.remove(&(holder, wish.window)).is_some()) {
@@ -84,10 +83,8 @@ impl Shard {
             }
             return;
         }
-        // It asks again if what is on its way isn't enough. Else a share that got lost would be lent again and again.
-        let on_its_way = self.unsaid_of(holder, &account);
-        if !on_its_way.is_empty() {
-            return on_its_way.into_iter().for_each(|(no, of)| self.say(holder, Say::Share(Numbered { no, of })));
+        if self.says_again(holder, &account, wish.last) {
+            return;
         }
         let wishes = self.escrows.wishes.entry(account.clone()).or_default();
         let since = wishes.get(&(holder, wish.window.clone())).map_or(logged, |w| w.since);
@@ -95,12 +92,17 @@ impl Shard {
         self.serve(&account);
     }
 
-    /// Shares of an account that a holder hasn't confirmed.
-    fn unsaid_of(&self, holder: u32, account: &str) -> Vec<(u64, Shared)> {
+    /// Says the shares again that a holder doesn't know who has none newer than `last`. True where there are some: it asks again if they
+    /// aren't enough. Else a share that got lost would be lent again and again.
+    pub(super) fn says_again(&mut self, holder: u32, account: &str, last: u64) -> bool {
+        self.escrows.unsaid.retain(|(h, no)| *h != holder || *no > last);
         let open = self.state.lent().get(&holder).map(|line| &line.open);
         let unsaid = self.escrows.unsaid.range((holder, 0)..=(holder, u64::MAX));
         let of = unsaid.filter_map(|(_, no)| Some((*no, open?.get(no)?.clone())));
-        of.filter(|(_, of)| of.account == account).collect()
+        let on_its_way: Vec<(u64, Shared)> = of.filter(|(_, of)| of.account == account).collect();
+        let any = !on_its_way.is_empty();
+        on_its_way.into_iter().for_each(|(no, of)| self.say(holder, Say::Share(Numbered { no, of })));
+        any
     }
 
     /// Gives holders what they wish for, as far as there is money: running calls first, then by tier and age.
@@ -127,7 +129,7 @@ impl Shard {
             if given.is_none() && wish.window.is_empty() {
                 ahead = ahead.add(wish.least.into()).unwrap_or(ahead);
             }
-            if given.is_none() && self.recall(account, Some(at.0), wish.more) {
+            if given.is_none() && self.recall(account, Some(at.0), false) {
                 continue;
             }
             let Some(wishes) = self.escrows.wishes.get_mut(account) else { return };
@@ -138,8 +140,7 @@ impl Shard {
                     (wished.wish.need, wished.wish.least, wished.answered) = (rest.into(), a_bit(rest).into(), true);
                     false
                 }
-                // They begin without it.
-                Some(_) if given.is_some() || wish.more => wishes.remove(&at).is_none(),
+                Some(_) if given.is_some() => wishes.remove(&at).is_none(),
                 Some(wished) => std::mem::replace(&mut wished.answered, true),
                 None => true,
             };
@@ -158,7 +159,6 @@ impl Shard {
     fn lend(&mut self, holder: u32, wish: &Wish, ahead: Amount) -> Option<Amount> {
         let account = wish.account.as_str();
         let (need, least) = (Amount::from(wish.need), Amount::from(wish.least));
-        let all = Amount::from(wish.all).max(need);
         let fresh = wish.window.is_empty();
         let waits = match fresh {
             true => self.runs_short(account) || self.is_held_back(account),
@@ -168,12 +168,7 @@ impl Shard {
             return None;
         }
         let (window, id) = if fresh {
-            let (window, at, record) = self.window_now(account);
-            if let Some(record) = record {
-                self.record(Record::Window(record));
-                self.roll_timer(account);
-            }
-            (window, at.window)
+            self.fresh_window(account)
         } else {
             let known = self.state.accounts.get(account).and_then(|a| a.windows.get(&wish.window));
             (known.cloned()?, wish.window.clone())
@@ -189,19 +184,12 @@ impl Shard {
         if !least.fits(free) {
             return None;
         }
-        let open = self.books.get(account).map_or(0, |b| b.open.len());
         let most = self.account_settings(account).max_parallel;
-        let room = most.filter(|_| fresh).map(|most| {
-            most.saturating_sub(u32::try_from(open).unwrap_or(u32::MAX)).saturating_sub(self.calls_lent(account))
-        });
+        let room = self.calls_room(account).filter(|_| fresh);
         if room == Some(0) && wish.calls > 0 {
             return None;
         }
-        let given = match fresh && all.fits(free) {
-            true => all,
-            false if wish.more => return None,
-            false => need.min(free).max(least),
-        };
+        let given = need.min(free).max(least);
         // What running calls need lets no other begin.
         let calls = most.map(|_| room.map_or(0, |room| wish.calls.min(room)));
         self.lend_share(holder, account, &id, &window, given, calls);
@@ -215,18 +203,28 @@ impl Shard {
         } else {
             (given, most.map(|_| 0))
         };
-        let goes_on = if fresh { calls != Some(0) && !wish.more } else { self.is_current(account, &id) };
+        let goes_on = if fresh { calls != Some(0) } else { self.is_current(account, &id) };
         if goes_on && worth.fits(spare) {
             self.lend_share(holder, account, &id, &window, spare, calls);
         }
         Some(given)
     }
 
+    /// The account's window for new calls, begun if it has to be.
+    pub(super) fn fresh_window(&mut self, account: &str) -> (AccountWindow, String) {
+        let (window, at, record) = self.window_now(account);
+        if let Some(record) = record {
+            self.record(Record::Window(record));
+            self.roll_timer(account);
+        }
+        (window, at.window)
+    }
+
     fn is_current(&self, account: &str, window: &str) -> bool {
         self.state.accounts.get(account).is_some_and(|a| a.current == window)
     }
 
-    fn lend_share(
+    pub(super) fn lend_share(
         &mut self,
         holder: u32,
         account: &str,
@@ -329,6 +327,7 @@ impl Shard {
     fn recalled_all(&mut self, account: &str) {
         self.answered(account);
         self.found(account);
+        self.looked_all(account);
     }
 
     /// A share comes back: once for each number.

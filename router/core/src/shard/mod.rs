@@ -12,6 +12,7 @@ mod escrow;
 mod holder;
 mod lane;
 mod lender;
+mod looks;
 mod offer;
 mod outflow;
 mod output;
@@ -103,6 +104,8 @@ struct Live {
     bid: Option<Bid>,
     /// It gave a slot back, to look for the money of all its lanes.
     turned_back: bool,
+    /// Until then it looks for nothing more for its other lanes.
+    looked_until: u64,
     wants: client::Wants,
     deadline_at: u64,
     /// When it asks again for what it lacks.
@@ -273,6 +276,7 @@ impl Shard {
             recent: VecDeque::new(),
             bid: None,
             turned_back: false,
+            looked_until: 0,
             wants: client::Wants { needs: self.needs(stream), ..client::Wants::of(&stream.submit) },
             deadline_at: self.now_ms + stream.accept.deadline_ms,
             ask_at: 0,

@@ -1,8 +1,8 @@
 //! Offers and permission: what agents would run a task for, and whether the money is there.
 
 use super::Shard;
-use super::book::Need;
 use super::choice::Request;
+use super::looks::More;
 use crate::account::{AccountWindow, Level};
 use crate::estimate::Estimate;
 use crate::policy::Rule;
@@ -185,28 +185,23 @@ impl Shard {
         }
     }
 
-    /// What these offers need together, where more of them can be paid and run than may begin on what is here.
-    pub(super) fn short_of(&self, tenant: &str, no: u64, stream: &Level, offers: &[Offer]) -> Option<Need> {
+    /// What these lanes lack beside what is here, where some of them may begin and more of them can be paid and run.
+    pub(super) fn more_of(&self, tenant: &str, no: u64, stream: &Level, offers: &[Offer]) -> Option<More> {
         let begin = match self.fit(tenant, no, stream, 0, offers) {
-            Fit::Lanes(holds) if holds.len() == offers.len() => return None,
-            Fit::Never(_) => return None,
-            Fit::Lanes(holds) => holds.len(),
-            Fit::Wait(_) => 0,
+            Fit::Lanes(holds) if holds.len() < offers.len() => holds.len(),
+            Fit::Lanes(_) | Fit::Wait(_) | Fit::Never(_) => return None,
         };
         let most = |window: Option<u32>| window.map_or(usize::MAX, |most| most as usize);
         let in_stream = most(self.settings.stream_window.max_parallel);
-        let lanes = in_stream.min(most(self.account_settings(tenant).max_parallel));
-        let least = self.least_hold(tenant);
-        let (left, _) = self.money(tenant, no, stream);
-        let mut all = Need { more: begin > 0, ..Need::default() };
-        for offer in offers.iter().take(lanes) {
-            let Some(need) = lane_need(offer, left.less(all.all)).map(|need| need.max(least)) else { break };
-            if !all.more && all.calls == 0 {
-                all.least = need;
-            }
-            all = Need { all: all.all.add(need).ok()?, calls: all.calls + 1, ..all };
+        let may_run = in_stream.min(most(self.account_settings(tenant).max_parallel));
+        let (left, free) = self.money(tenant, no, stream);
+        let (mut all, mut lanes) = (Amount::ZERO, 0);
+        for offer in offers.iter().take(may_run) {
+            let Some(need) = lane_need(offer, left.less(all)) else { break };
+            (all, lanes) = (all.add(need).ok()?, lanes + 1);
         }
-        (all.calls as usize > begin).then_some(all)
+        let calls = self.calls_room(tenant).map_or(0, |room| (lanes as u32).saturating_sub(room));
+        (lanes > begin).then_some(More { need: all.less(free), calls })
     }
 
     /// A call needs a window to be reserved in, also one that costs nothing.

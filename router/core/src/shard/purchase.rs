@@ -109,13 +109,20 @@ impl Shard {
         self.take_preflights(no, named, &mut offers);
         // The ladder and every refusal look at all the money that there is.
         let lanes = if fanout == 1 && !named { 1 } else { fanout }.min(offers.len());
-        if self.settings.placement.shards() > 1
-            && lanes > 0
-            && let Some(need) = self.short_of(&tenant, no, &level, &offers[..lanes])
-            && self.seeks(&tenant, "", self.place(no), need)
-        {
-            self.wait_for_money(no, need);
-            return self.ask_later(no);
+        if self.settings.placement.shards() > 1 && lanes > 0 {
+            if let Fit::Wait(need) = self.fit(&tenant, no, &level, 0, &offers[..1])
+                && self.seeks(&tenant, "", self.place(no), need)
+            {
+                self.wait_for_money(no, need);
+                return self.ask_later(no);
+            }
+            if lanes > 1
+                && let Some(more) = self.more_of(&tenant, no, &level, &offers[..lanes])
+                && self.looks(&tenant, no, &more)
+            {
+                self.leave_books(no);
+                return self.ask_later(no);
+            }
         }
         let floor = self.state.stream(no).map_or_else(String::new, |s| s.accept.floor.clone());
         offers = self.stepped(&tenant, no, &level, named, &floor, offers);
@@ -294,21 +301,19 @@ impl Shard {
             return self.give_back(agent, call);
         };
         let Some(at) = bid.offers.iter().position(|o| o.agent == *agent) else { return self.give_back(agent, call) };
-        let (either, whole) = (bid.either, bid.whole && !live.turned_back);
+        let (either, whole) = (bid.either, bid.whole && live.wants.wait && !live.turned_back);
         let offers: Vec<Offer> = if either { vec![bid.offers[at].clone()] } else { bid.offers.clone() };
         let fit = self.fit(&tenant, no, &level, 0, &offers);
-        // No lane is dropped for money that may be found; what wasn't there when the slots were asked for was looked for then. Once for
-        // a task: it loses its turn.
+        // No lane is dropped for money that was here when the slots were asked for and may be found again. Once for a task: it loses
+        // its turn.
         if whole
-            && matches!(&fit, Fit::Lanes(holds) if holds.len() < offers.len())
-            && let Some(need) = self.short_of(&tenant, no, &level, &offers)
-            && self.seeks(&tenant, "", self.place(no), need)
+            && let Some(more) = self.more_of(&tenant, no, &level, &offers)
+            && self.looks(&tenant, no, &more)
         {
             if let Some(live) = self.live.get_mut(&no) {
                 live.turned_back = true;
             }
             self.withdraw_loudly(no, None);
-            self.wait_for_money(no, need);
             return self.ask_later(no);
         }
         let holds = match fit {

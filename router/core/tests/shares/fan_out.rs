@@ -4,10 +4,10 @@ use crate::fleet::*;
 use atp_proto::content::*;
 use atp_proto::{AgentName, Qos};
 
-/// Agents at 0, 700 and 850 a call, each with so many at once, beside the one at 10.
+/// Agents at 0, 200, 700 and 850 a call, each with so many at once, beside the one at 10.
 fn agents(usd_micros: u64, max_parallel: Option<u32>, slots: u32) -> Fleet {
     let mut fleet = Fleet::new(settings(usd_micros, max_parallel));
-    for (name, usd_micros) in [("free", 0), ("dear", 700), ("dearer", 850)] {
+    for (name, usd_micros) in [("free", 0), ("mid", 200), ("dear", 700), ("dearer", 850)] {
         fleet.connect(name, usd_micros, slots);
     }
     fleet
@@ -25,8 +25,12 @@ fn scarce(max_parallel: Option<u32>, running: usize) -> Fleet {
 /// The shard's n-th stream, a lane for each of these agents.
 fn submit(fleet: &mut Fleet, qos: Qos, shard: u32, nth: usize, agents: &[&str]) {
     let id = fleet.stream_on(shard).nth(nth).unwrap();
+    fleet.submit_this(qos, &id, &task(agents));
+}
+
+fn task(agents: &[&str]) -> Submit {
     let agents = agents.iter().copied().map(AgentName::new).collect();
-    fleet.submit_this(qos, &id, &Submit { task: "t".into(), agents, deadline_ms: Some(60_000), ..Submit::default() });
+    Submit { task: "t".into(), agents, deadline_ms: Some(60_000), ..Submit::default() }
 }
 
 #[test]
@@ -186,5 +190,67 @@ fn a_fan_out_gives_its_slot_back_for_money_once() {
         busy = call.clone();
         let dearer = fleet.calls.keys().find(|call| fleet.agent_of[*call].as_str() == "dearer").unwrap().clone();
         fleet.finish(&dearer, 0, Finish::Complete);
+        fleet.wait(1_000);
+    }
+}
+
+#[test]
+fn no_money_for_a_second_lane_is_no_answer_to_anybody_else() {
+    let mut fleet = agents(1_000, None, 1);
+    let (home, at, other) = (fleet.home(), fleet.away(1), fleet.away(2));
+    submit(&mut fleet, Qos::Silver, home, 0, &["free"]);
+    submit(&mut fleet, Qos::Silver, other, 0, &["dear"]);
+    for nth in 0..3 {
+        submit(&mut fleet, Qos::Silver, at, nth, &["free", "dear"]);
+    }
+    for n in 3..6 {
+        // They have just been told that there is no more.
+        fleet.wait(1_000);
+        let id = fleet.stream_on(at).nth(n).unwrap();
+        fleet.submit_this(Qos::Silver, &id, &Submit { wait: false, ..task(&["mid"]) });
+        assert_eq!((fleet.calls.len(), fleet.refusal_of(&id)), (3, None));
+        let call = fleet.calls.keys().find(|call| fleet.agent_of[*call].as_str() == "mid").unwrap().clone();
+        fleet.finish(&call, 1, Finish::Complete);
+    }
+}
+
+#[test]
+fn a_fan_out_waits_for_the_calls_of_its_first_lane_only() {
+    let mut fleet = agents(1_000_000, Some(4), 200);
+    let (home, at) = (fleet.home(), fleet.away(1));
+    submit(&mut fleet, Qos::Silver, at, 0, &["free"]);
+    fleet.finish_all(0);
+    (0..3).for_each(|nth| submit(&mut fleet, Qos::Silver, home, nth, &["a"]));
+    // Its shard holds the fourth call, and no money.
+    submit(&mut fleet, Qos::Silver, at, 1, &["mid", "dear", "dearer", "a"]);
+    fleet.wait(1_000);
+    assert_eq!(fleet.calls.len(), 4, "{:?}", fleet.account(at));
+}
+
+#[test]
+fn each_fan_out_of_a_shard_finds_its_own_money() {
+    let mut fleet = scarce(None, 20);
+    let (home, at, other) = (fleet.home(), fleet.away(1), fleet.away(2));
+    fleet.first_call_on(other);
+    // Somebody doesn't say what is idle there. What the first one looks for isn't found; the others ask behind it.
+    fleet.cut.insert((other, home));
+    submit(&mut fleet, Qos::Bronze, at, 0, &["free", "dearer"]);
+    (1..9).for_each(|nth| submit(&mut fleet, Qos::Gold, at, nth, &["free", "mid"]));
+    fleet.wait(2_000);
+    // What is left of 1,000 running calls have a claim on.
+    let of = |name: &str| fleet.calls.keys().filter(|call| fleet.agent_of[*call].as_str() == name).count();
+    assert_eq!((of("free"), of("mid"), of("dearer")), (10, 2, 0), "{:?}", fleet.account(home));
+}
+
+#[test]
+fn who_can_t_be_paid_keeps_no_lane_of_a_higher_tier() {
+    let mut fleet = scarce(None, 40);
+    let (at, other) = (fleet.away(1), fleet.away(2));
+    submit(&mut fleet, Qos::Bronze, other, 0, &["dearer"]);
+    fleet.wait(1_000);
+    for nth in 0..2 {
+        submit(&mut fleet, Qos::Gold, at, nth, &["free", "mid"]);
+        fleet.wait(1_000);
+        assert_eq!(fleet.calls.len(), 42 + 2 * nth, "{:?} {:?}", fleet.account(fleet.home()), fleet.account(at));
     }
 }
