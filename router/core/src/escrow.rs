@@ -53,7 +53,7 @@ pub enum Say {
     Look(Look),
     /// Home: there is no more.
     #[prost(message, tag = "13")]
-    NoMore(Account),
+    NoMore(NoMore),
 }
 
 impl From<Say> for Escrow {
@@ -105,7 +105,7 @@ pub struct Look {
 }
 
 #[derive(Clone, PartialEq, Eq, Message)]
-pub struct Account {
+pub struct NoMore {
     #[prost(string, tag = "1")]
     pub account: String,
 }

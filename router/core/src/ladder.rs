@@ -22,7 +22,8 @@ impl Default for OnLimit {
 pub struct Rung {
     pub mean: Amount,
     pub guarded: Amount,
-    /// The first grant: the prompt and one slice.
+    /// The first grant: the prompt and one slice. More than zero where `guarded` is, else an account that has nothing left would run
+    /// what one that has a little, all of it held, lets wait.
     pub least: Amount,
     /// Only the whole of `guarded` will do.
     pub whole: bool,
@@ -164,12 +165,16 @@ mod tests {
         ) {
             let rungs: Vec<Rung> = sizes
                 .iter()
-                .map(|(mean, band, whole, skip)| Rung {
-                    mean: Amount::new(*mean, mean / 2),
-                    guarded: Amount::new(mean + band, mean / 2 + band),
-                    least: Amount::new(mean / 3, mean / 4),
-                    whole: *whole,
-                    allowed: *skip > 0,
+                .map(|(mean, band, whole, skip)| {
+                    let guarded = Amount::new(mean + band, mean / 2 + band);
+                    let a_bit = Amount::new(guarded.tokens.0.min(1), guarded.usd_micros.0.min(1));
+                    Rung {
+                        mean: Amount::new(*mean, mean / 2),
+                        guarded,
+                        least: Amount::new(mean / 3, mean / 4).max(a_bit),
+                        whole: *whole,
+                        allowed: *skip > 0,
+                    }
                 })
                 .collect();
             let on_limit = OnLimit { downgrade, queue };

@@ -6,7 +6,7 @@ use super::holder::Told;
 use super::lender::{Recall, Wished};
 use super::looks::{Looked, Looks};
 use super::{REPEAT_MS, Shard, Timer};
-use crate::escrow::{Account, Back, Escrow, LateSaid, Number, Numbered, Recalled, Say, Wanted};
+use crate::escrow::{Back, Escrow, LateSaid, NoMore, Number, Numbered, Recalled, Say, Wanted};
 use crate::message::{Effect, Position};
 use crate::record::WindowRef;
 use atp_proto::reassembly::Message;
@@ -92,7 +92,7 @@ impl Shard {
         match say {
             Say::Wish(wish) => self.wished(from, wish),
             Say::Look(look) => self.looked(from, look),
-            Say::NoMore(Account { account }) => {
+            Say::NoMore(NoMore { account }) => {
                 if self.settings.placement.home_of(&account) == from {
                     self.look_on(&account, true);
                 }

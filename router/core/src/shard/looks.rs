@@ -1,10 +1,10 @@
 //! The other lanes of a task whose first one can begin: what they lack is looked for before one is dropped. All of it or nothing, behind
-//! all who can't begin, and once a second for a task.
+//! all who can't begin, and at most once a second for a task.
 
 use super::book::Place;
 use super::escrow::PATIENCE_MS;
 use super::{REPEAT_MS, Shard, Timer};
-use crate::escrow::{Account, Look, Say};
+use crate::escrow::{Look, NoMore, Say};
 use crate::message::{LogRoom, Position};
 use atp_proto::Amount;
 use std::collections::{BTreeMap, BTreeSet};
@@ -109,7 +109,7 @@ impl Shard {
         }
         match self.recall(&account, Some(holder), true) {
             true => _ = self.escrows.looked.entry(account).or_default().insert(holder, look),
-            false => self.say(holder, Say::NoMore(Account { account })),
+            false => self.say(holder, Say::NoMore(NoMore { account })),
         }
     }
 
@@ -117,7 +117,7 @@ impl Shard {
     pub(super) fn looked_all(&mut self, account: &str) {
         for (holder, look) in self.escrows.looked.remove(account).unwrap_or_default() {
             if !self.lend_more(holder, &look) {
-                self.say(holder, Say::NoMore(Account { account: account.into() }));
+                self.say(holder, Say::NoMore(NoMore { account: account.into() }));
             }
         }
         if self.is_home(account) {
