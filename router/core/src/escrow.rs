@@ -102,12 +102,18 @@ pub struct Look {
     /// As in `Wish`.
     #[prost(uint64, tag = "5")]
     pub last: u64,
+    /// Of the question; the answer says it again.
+    #[prost(uint64, tag = "6")]
+    pub id: u64,
 }
 
 #[derive(Clone, PartialEq, Eq, Message)]
 pub struct NoMore {
     #[prost(string, tag = "1")]
     pub account: String,
+    /// Of the question.
+    #[prost(uint64, tag = "2")]
+    pub id: u64,
 }
 
 #[derive(Clone, PartialEq, Message)]

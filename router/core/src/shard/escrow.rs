@@ -6,7 +6,7 @@ use super::holder::Told;
 use super::lender::{Recall, Wished};
 use super::looks::{Looked, Looks};
 use super::{REPEAT_MS, Shard, Timer};
-use crate::escrow::{Back, Escrow, LateSaid, NoMore, Number, Numbered, Recalled, Say, Wanted};
+use crate::escrow::{Back, Escrow, LateSaid, Number, Numbered, Recalled, Say, Wanted};
 use crate::message::{Effect, Position};
 use crate::record::WindowRef;
 use atp_proto::reassembly::Message;
@@ -47,6 +47,8 @@ pub(super) struct Escrows {
     asked: BTreeMap<(String, String), Asked>,
     /// Who looks for what its other lanes lack, by account.
     pub(super) looks: BTreeMap<String, Looks>,
+    /// Questions of that kind so far.
+    pub(super) looked_times: u64,
     /// As home: who is answered when idle shares are back, by account.
     pub(super) looked: BTreeMap<String, Looked>,
     /// Submits that are judged when the answer is here, by account.
@@ -92,11 +94,7 @@ impl Shard {
         match say {
             Say::Wish(wish) => self.wished(from, wish),
             Say::Look(look) => self.looked(from, look),
-            Say::NoMore(NoMore { account }) => {
-                if self.settings.placement.home_of(&account) == from {
-                    self.look_on(&account, true);
-                }
-            }
+            Say::NoMore(of) => self.no_more(from, &of),
             Say::Share(Numbered { no, of }) => self.share_comes(from, no, of),
             Say::Taken(Number { no }) => {
                 self.escrows.unsaid.remove(&(from, no));

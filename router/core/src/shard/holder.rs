@@ -121,14 +121,19 @@ impl Shard {
         waiting.insert(place, need);
         let ((qos, _), first) = waiting.first_key_value().map_or((place, need), |(place, need)| (*place, *need));
         // What running calls have a claim on isn't theirs: a share that only covers the claims would go back and come again.
-        let (purse, at) = self.purse_now(account);
-        let claims = self.books.get(account).map_or(Amount::ZERO, |b| b.claimed(&at.window));
-        let short = claims.less(purse.level().free());
+        let short = self.claimed_beside(account);
         let beside = |need: Amount| need.add(short).unwrap_or(need).into();
         let (least, need) = (beside(first), beside(sum(waiting.values())));
         let calls =
             u32::try_from(waiting.len()).unwrap_or(u32::MAX).saturating_sub(self.calls_room(account).unwrap_or(0));
         Wish { least, need, qos, calls, ..self.a_wish(account, "") }
+    }
+
+    /// What running calls have a claim on beside what is free here.
+    pub(super) fn claimed_beside(&self, account: &str) -> Amount {
+        let (purse, at) = self.purse_now(account);
+        let claims = self.books.get(account).map_or(Amount::ZERO, |b| b.claimed(&at.window));
+        claims.less(purse.level().free())
     }
 
     fn a_wish(&self, account: &str, window: &str) -> Wish {

@@ -7,7 +7,7 @@ use super::{REPEAT_MS, Shard, Timer};
 use crate::escrow::{Look, NoMore, Say};
 use crate::message::{LogRoom, Position};
 use atp_proto::Amount;
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 
 /// What a task's lanes lack here beside the first.
 pub(super) struct More {
@@ -17,12 +17,14 @@ pub(super) struct More {
 
 /// Who looks for more of an account.
 pub(super) struct Looks {
+    /// Of the question.
+    id: u64,
     no: u64,
     at: u64,
     /// The question leaves when this is durable.
     behind: Position,
-    /// Who asks next.
-    then: BTreeSet<Place>,
+    /// Who asks next, and since when it waits for that.
+    then: BTreeMap<Place, u64>,
 }
 
 /// As home: who is answered when idle shares are back, by holder.
@@ -36,22 +38,28 @@ impl Shard {
             return false;
         }
         if let Some(looks) = self.escrows.looks.get_mut(account) {
-            if looks.no != no {
-                looks.then.insert(place);
+            let since = if looks.no == no { now } else { *looks.then.entry(place).or_insert(now) };
+            if now < since + REPEAT_MS {
+                return true;
             }
-            return true;
+            // Too many ask before it.
+            looks.then.remove(&place);
+            self.has_looked(no);
+            return false;
         }
+        self.escrows.looked_times += 1;
+        let id = self.escrows.looked_times;
         if self.is_home(account) {
             if !self.recall(account, None, true) {
                 return false;
             }
         } else {
             let home = self.settings.placement.home_of(account);
-            let last = self.newest_of(home);
-            let look = Look { account: account.into(), need: more.need.into(), calls: more.calls, qos: place.0, last };
-            self.say(home, Say::Look(look));
+            let (last, calls) = (self.newest_of(home), more.calls);
+            let need = more.need.add(self.claimed_beside(account)).unwrap_or(more.need).into();
+            self.say(home, Say::Look(Look { account: account.into(), id, need, calls, qos: place.0, last }));
         }
-        let looks = Looks { no, at: now, behind: self.state.position(), then: BTreeSet::new() };
+        let looks = Looks { id, no, at: now, behind: self.state.position(), then: BTreeMap::new() };
         self.escrows.looks.insert(account.into(), looks);
         self.timer(now + PATIENCE_MS, Timer::Sought(account.into()));
         true
@@ -65,12 +73,20 @@ impl Shard {
         }
         self.ask(no);
         while !self.escrows.looks.contains_key(account)
-            && let Some((_, next)) = then.pop_first()
+            && let Some(((_, next), _)) = then.pop_first()
         {
             self.ask(next);
         }
         if let Some(looks) = self.escrows.looks.get_mut(account) {
             looks.then.append(&mut then);
+        }
+    }
+
+    /// The home has no more.
+    pub(super) fn no_more(&mut self, home: u32, of: &NoMore) {
+        let is_it = self.escrows.looks.get(&of.account).is_some_and(|looks| looks.id == of.id);
+        if is_it && self.settings.placement.home_of(&of.account) == home {
+            self.look_on(&of.account, true);
         }
     }
 
@@ -90,7 +106,7 @@ impl Shard {
         } else if now >= looks.at + PATIENCE_MS
             && let Some(Looks { no, then, .. }) = self.escrows.looks.remove(account)
         {
-            for no in std::iter::once(no).chain(then.into_iter().map(|(_, no)| no)) {
+            for no in std::iter::once(no).chain(then.into_keys().map(|(_, no)| no)) {
                 self.has_looked(no);
                 self.ask(no);
             }
@@ -109,7 +125,7 @@ impl Shard {
         }
         match self.recall(&account, Some(holder), true) {
             true => _ = self.escrows.looked.entry(account).or_default().insert(holder, look),
-            false => self.say(holder, Say::NoMore(NoMore { account })),
+            false => self.say(holder, Say::NoMore(NoMore { account, id: look.id })),
         }
     }
 
@@ -117,7 +133,7 @@ impl Shard {
     pub(super) fn looked_all(&mut self, account: &str) {
         for (holder, look) in self.escrows.looked.remove(account).unwrap_or_default() {
             if !self.lend_more(holder, &look) {
-                self.say(holder, Say::NoMore(NoMore { account: account.into() }));
+                self.say(holder, Say::NoMore(NoMore { account: account.into(), id: look.id }));
             }
         }
         if self.is_home(account) {
@@ -132,7 +148,7 @@ impl Shard {
         if self.room != LogRoom::Enough
             || self.runs_short(account)
             || self.is_held_back(account)
-            || (look.calls > 0 && room == Some(0))
+            || room.is_some_and(|room| room < look.calls)
         {
             return false;
         }
@@ -140,11 +156,11 @@ impl Shard {
         let now = self.clock.logged_ms();
         let book = self.books.get(account);
         let claims = book.map_or(Amount::ZERO, |book| self.claims_before(book, look.qos, now, &id));
-        let wishes = self.wishes_before(account, look.qos + 1, 0);
+        let wishes = self.wishes_before(account, look.qos.saturating_add(1), 0);
         let need = Amount::from(look.need);
         let fits = need.fits(window.level().free().less(claims).less(wishes));
         if fits {
-            self.lend_share(holder, account, &id, &window, need, room.map(|room| look.calls.min(room)));
+            self.lend_share(holder, account, &id, &window, need, room.map(|_| look.calls));
         }
         fits
     }
