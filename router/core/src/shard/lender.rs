@@ -92,8 +92,8 @@ impl Shard {
         self.serve(&account);
     }
 
-    /// Says the shares again that a holder doesn't know who has none newer than `last`. True where there are some: it asks again if they
-    /// aren't enough. Else a share that got lost would be lent again and again.
+    /// Says again the shares after `last` that a holder hasn't confirmed. True where there are some: it asks again if they aren't
+    /// enough. Else a share that got lost would be lent again and again.
     pub(super) fn says_again(&mut self, holder: u32, account: &str, last: u64) -> bool {
         self.escrows.unsaid.retain(|(h, no)| *h != holder || *no > last);
         let open = self.state.lent().get(&holder).map(|line| &line.open);

@@ -154,13 +154,13 @@ impl Shard {
         let window = self.shown_window(tenant);
         let account = window.level();
         let (left, free) = self.money(tenant, no, stream);
-        let book = self.books.get(tenant);
         // Running calls go first; an account ahead of its pace begins nothing.
         let held_back = self.runs_short(tenant) || self.is_held_back(tenant);
-        let room = |most: Option<u32>, open: usize| most.map_or(usize::MAX, |m| (m as usize).saturating_sub(open));
-        let in_account = room(self.calls_max(tenant), book.map_or(0, |b| b.open.len()));
-        let room = room(self.settings.stream_window.max_parallel, open_lanes as usize).min(in_account);
-        let least = self.least_hold(tenant);
+        let in_stream = self.settings.stream_window.max_parallel.map(|most| most.saturating_sub(open_lanes));
+        let rooms = [in_stream, self.calls_room(tenant)].into_iter().flatten();
+        let room = rooms.min().map_or(usize::MAX, |room| room as usize);
+        // A call needs a window to be reserved in, also one that costs nothing.
+        let least = if self.has_window(tenant) { Amount::ZERO } else { Amount::new(1, 0) };
         let (mut holds, mut used) = (Vec::new(), Amount::ZERO);
         for (n, offer) in offers.iter().enumerate() {
             let need = lane_need(offer, left.less(used)).map(|need| need.max(least));
@@ -191,9 +191,8 @@ impl Shard {
             Fit::Lanes(holds) if holds.len() < offers.len() => holds.len(),
             Fit::Lanes(_) | Fit::Wait(_) | Fit::Never(_) => return None,
         };
-        let most = |window: Option<u32>| window.map_or(usize::MAX, |most| most as usize);
-        let in_stream = most(self.settings.stream_window.max_parallel);
-        let may_run = in_stream.min(most(self.account_settings(tenant).max_parallel));
+        let most = [self.settings.stream_window.max_parallel, self.account_settings(tenant).max_parallel];
+        let may_run = most.into_iter().flatten().min().map_or(usize::MAX, |most| most as usize);
         let (left, free) = self.money(tenant, no, stream);
         let (mut all, mut lanes) = (Amount::ZERO, 0);
         for offer in offers.iter().take(may_run) {
@@ -202,11 +201,6 @@ impl Shard {
         }
         let calls = self.calls_room(tenant).map_or(0, |room| (lanes as u32).saturating_sub(room));
         (lanes > begin).then_some(More { need: all.less(free), calls })
-    }
-
-    /// A call needs a window to be reserved in, also one that costs nothing.
-    fn least_hold(&self, tenant: &str) -> Amount {
-        if self.has_window(tenant) { Amount::ZERO } else { Amount::new(1, 0) }
     }
 
     pub(super) fn budget_error(
